@@ -1,0 +1,5 @@
+"""pdfast_kernels: the operations of diffusion distillation, usable without pdfast."""
+
+from pdfast_kernels.reference import ddim_step, ddim_step_weighted_loss, diffuse, weighted_loss
+
+__all__ = ["ddim_step", "ddim_step_weighted_loss", "diffuse", "weighted_loss"]

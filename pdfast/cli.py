@@ -1,0 +1,45 @@
+"""How every command ends: a person's mistake is one line and exit code 2, a failure in the middle one line and 1."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from pdfast.errors import RunError, UsageError
+
+INTERRUPTED = 130
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved its state; the message says how to go on."""
+
+    exit_code = INTERRUPTED
+
+
+def _tell_torchrun(message: str) -> None:
+    """Leave the line where torchrun looks for a worker's error, so that its own summary ends with it."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        report = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        try:
+            Path(path).write_text(json.dumps(report))
+        except OSError:
+            pass  # torchrun's summary is a courtesy; the line itself was printed
+
+
+def run_command(main: Callable[[], None]) -> NoReturn:
+    """Run a command's main function and exit with its code: 0, 1 (failed in the middle), 2 (bad input), 130 (stopped)."""
+    try:
+        main()
+    except (UsageError, RunError, Interrupted) as error:
+        message = " ".join(str(error).split())
+        prefix = "pdfast: " if isinstance(error, Interrupted) else "pdfast: error: "
+        print(f"{prefix}{message}", file=sys.stderr, flush=True)
+        _tell_torchrun(f"{prefix}{message}")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("pdfast: stopped before there was anything to save", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)
+    sys.exit(0)

@@ -1,0 +1,272 @@
+"""The configuration of a run: typed, checked, and the same in a preset, on the command line and in `config.yaml`."""
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import numpy as np
+import yaml
+
+from pdfast import diffusion
+from pdfast.diffusion import Weighting
+from pdfast.errors import UsageError
+from pdfast.networks import NetworkConfig
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How noise grows with the diffusion time u, from data at 0 to noise at 1."""
+
+    name: Literal["cosine", "clipped_cosine", "linear_beta", "alpha_bars"] = "cosine"
+    """cosine; clipped_cosine (log-SNR within bounds, as in the paper's code); linear_beta (VP-SDE); alpha_bars (a table)."""
+    u_start: float = 1.0
+    """Diffusion time at which sampling starts; below 1 for networks that predict eps."""
+    logsnr_min: float = -20.0
+    """clipped_cosine: log-SNR at u = 1."""
+    logsnr_max: float = 20.0
+    """clipped_cosine: log-SNR at u = 0."""
+    beta_min: float = 0.1
+    """linear_beta: rate at u = 0."""
+    beta_max: float = 20.0
+    """linear_beta: rate at u = 1."""
+    alpha_bars: Path | None = None
+    """alpha_bars: a .npy file of strictly decreasing values in [0, 1), entry i at u = (i + 1) / T."""
+
+    def build(self) -> diffusion.Schedule:
+        """The schedule. UsageError for bad values or an unreadable table."""
+        try:
+            match self.name:
+                case "cosine":
+                    schedule: diffusion.Schedule = diffusion.Cosine()
+                case "clipped_cosine":
+                    schedule = diffusion.ClippedCosine(self.logsnr_min, self.logsnr_max)
+                case "linear_beta":
+                    schedule = diffusion.LinearBeta(self.beta_min, self.beta_max)
+                case "alpha_bars":
+                    if self.alpha_bars is None:
+                        raise UsageError("--schedule.name alpha_bars needs --schedule.alpha-bars FILE.npy")
+                    schedule = diffusion.AlphaBars(np.load(self.alpha_bars, allow_pickle=False))
+            return diffusion.StartingAt(schedule, self.u_start) if self.u_start != 1 else schedule
+        except (ValueError, OSError) as error:
+            raise UsageError(f"schedule: {error}") from None
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Training of the teacher (Algorithm 1), used where none is given."""
+
+    updates: int
+    """Parameter updates."""
+    batch_size: int
+    """Images an update."""
+    learning_rate: float
+    """Peak learning rate of Adam."""
+    warmup: int
+    """Updates over which the learning rate rises from 0."""
+    decay: float = 0.0
+    """Fraction of the updates, at the end, over which the learning rate falls linearly to 0."""
+    ema: float = 0.9999
+    """Decay of the exponential moving average of the weights, which is the teacher."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    dropout: float = 0.0
+    """Dropout while training the teacher; there is none in distillation."""
+    clip: float = 1.0
+    """Largest global gradient norm."""
+    weighting: Weighting = "truncated_snr"
+    """Weight of the loss over noise levels."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How teacher and students are judged."""
+
+    features: str = "mobilenet"
+    """Feature space of the Frechet distance: digits, mobilenet, or a path to Inception weights (then it is the FID)."""
+    num_samples: int = 10000
+    """Images drawn and real images compared with; the same number everywhere, so that distances compare."""
+    batch_size: int = 256
+    """Images sampled at once."""
+    clip: bool = False
+    """Clip each x-prediction to [-1, 1] while sampling, as the authors did in evaluation."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every run has."""
+
+    preset: str = "digits"
+    """Starting point that every other flag overrides: digits, cifar10-fast, cifar10, imagenet64, lsun128."""
+    data: str = "digits"
+    """Images: digits (built in), a .npy or .npz file of uint8 images, or a folder of image files."""
+    run: Path = Path("runs/digits")
+    """Folder of the run; the same command resumes what it finds there."""
+    seed: int = 0
+    """Seed of everything random."""
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu, cuda or cuda:N."""
+    flip: bool = False
+    """Flip half of the training images left to right."""
+    checkpoint_every: int = 1000
+    """Updates between checkpoints."""
+    log_every: int = 100
+    """Updates between log lines."""
+    network: NetworkConfig = field(default=None)  # type: ignore[assignment]
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TeacherConfig = field(default=None)  # type: ignore[assignment]
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """A teacher's run."""
+
+
+@dataclass(frozen=True)
+class DistillConfig(RunConfig):
+    """A distillation run."""
+
+    teacher: Path | None = None
+    """Folder of a trained teacher (or student); without one the preset's teacher is trained first."""
+    rounds: int | None = None
+    """Halvings of the number of steps."""
+    start_steps: int | None = None
+    """Steps of the teacher that is distilled first: 2^rounds * end_steps."""
+    end_steps: int | None = None
+    """Steps of the last student; 1 unless said."""
+    updates: str = "50000,2:100000,1:100000"
+    """Updates a round: one number, or with exceptions by the student's step count, as 50000,2:100000,1:100000."""
+    batch_size: int = 128
+    """Images an update."""
+    learning_rate: float = 1e-4
+    """Learning rate of Adam at the start of a round, annealed linearly to 0."""
+    clip: float = 1.0
+    """Largest global gradient norm."""
+    weighting: Weighting = "truncated_snr"
+    """Weight of the distillation loss over noise levels."""
+    ema: float = 0.0
+    """Decay of a moving average of the student's weights, which then is the student; 0 for none, as in the paper."""
+
+    def updates_at(self, steps: int) -> int:
+        """The updates of the round whose student takes `steps` steps."""
+        default, exceptions = parse_updates(self.updates)
+        return exceptions.get(steps, default)
+
+    @property
+    def round_steps(self) -> list[int]:
+        """The students' step counts, from start_steps / 2 down to end_steps."""
+        return [self.start_steps >> r for r in range(1, self.rounds + 1)]
+
+
+def parse_updates(text: str) -> tuple[int, dict[int, int]]:
+    """`50000` or `50000,2:100000` -> (default, {steps: updates}). UsageError where it is neither."""
+    if not re.fullmatch(r"\d+(,\d+:\d+)*", text):
+        raise UsageError(f"updates {text!r} is not a number or a table such as 50000,2:100000,1:100000")
+    default, *exceptions = text.split(",")
+    return int(default), {int(steps): int(updates) for steps, updates in (entry.split(":") for entry in exceptions)}
+
+
+Steps = tuple[int | None, int | None, int | None]
+
+
+def resolve_steps(given: Steps, preset: Steps) -> tuple[int, int, int]:
+    """(rounds, start_steps, end_steps) of which any two give the third and end_steps is 1 unless said.
+
+    given: what the user said, None for the rest; where nothing was said, the preset's.
+    """
+    rounds, start, end = given
+    if rounds is None and start is None:
+        preset_rounds, preset_start, preset_end = preset
+        rounds, end = preset_rounds, end if end is not None else preset_end
+        start = preset_start if end is None else None
+    for name, value in (("rounds", rounds), ("start-steps", start), ("end-steps", end)):
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} must be at least 1, got {value}")
+    if rounds is not None and rounds > 30:
+        raise UsageError(f"--rounds {rounds} means more than 2^30 steps; 13 halve 8192 steps to 1")
+    if end is None:
+        end = 1 if rounds is None or start is None else start >> rounds
+    if start is None:
+        start = end << rounds
+    if rounds is None:
+        rounds = max((start // end).bit_length() - 1, 1)
+    if end < 1 or start != end << rounds:
+        raise UsageError(
+            f"{rounds} rounds do not lead from {start} to {max(end, 1)} steps: need start-steps = 2^rounds * end-steps "
+            f"(give two of --rounds, --start-steps, --end-steps)"
+        )
+    return rounds, start, end
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """A configuration as plain dicts, lists, numbers and strings."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, tuple):
+            return [plain(v) for v in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(config)
+
+
+T = TypeVar("T")
+
+
+def from_plain(cls: type[T], plain: dict[str, Any], where: str) -> T:
+    """The inverse of `to_plain`. UsageError that names the field for one unknown, missing or of a wrong type."""
+    hints = get_type_hints(cls)
+    if not isinstance(plain, dict):
+        raise UsageError(f"{where}: expected fields, found {plain!r}")
+    for name in plain:
+        if name not in hints:
+            raise UsageError(f"{where}: unknown field {name!r}; known are {', '.join(hints)}")
+    values = {}
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if f.name in plain:
+            values[f.name] = _convert(hints[f.name], plain[f.name], f"{where}, {f.name}")
+        elif f.default is dataclasses.MISSING:
+            raise UsageError(f"{where}: field {f.name!r} is missing")
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise UsageError(f"{where}: {error}") from None
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return from_plain(kind, value, where)  # type: ignore[arg-type]
+    if get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(_convert(get_args(kind)[0], v, where) for v in value)
+    if get_origin(kind) is Literal and value in get_args(kind):
+        return value
+    choices = get_args(kind) if type(None) in get_args(kind) else (kind,)
+    if value is None and type(None) in choices:
+        return None
+    for choice in choices:
+        if choice is Path and isinstance(value, str):
+            return Path(value)
+        if choice is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(choice, type) and type(value) is choice:
+            return value
+    raise UsageError(f"{where}: {value!r} is not {getattr(kind, '__name__', kind)}")
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """A saved configuration, as plain data. UsageError where the file is missing or not YAML."""
+    try:
+        plain = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"cannot read the configuration {path}: {error}") from None
+    if not isinstance(plain, dict):
+        raise UsageError(f"{path} is not a configuration: expected fields and values")
+    return plain
+
+
+def to_yaml(config: Any) -> str:
+    """YAML text of a configuration, fields in their order."""
+    return yaml.safe_dump(to_plain(config), sort_keys=False)

@@ -1,0 +1,47 @@
+"""The mathematics of diffusion and of Progressive Distillation: pure functions of tensors."""
+
+from pdfast.diffusion.parameterization import (
+    PREDICTIONS,
+    WEIGHTINGS,
+    Prediction,
+    Weighting,
+    check_start,
+    natural_target,
+    natural_weight,
+    output_coefficient,
+    outputs_per_channel,
+    to_v,
+    to_x,
+)
+from pdfast.diffusion.samplers import Model, ancestral, ddim, sample
+from pdfast.diffusion.schedules import AlphaBars, ClippedCosine, Cosine, LinearBeta, Schedule, StartingAt, logsnr
+from pdfast.diffusion.step_table import StepTable, angles, build_step_table, ddim_coefficients
+
+__all__ = [
+    "PREDICTIONS",
+    "WEIGHTINGS",
+    "AlphaBars",
+    "ClippedCosine",
+    "Cosine",
+    "LinearBeta",
+    "Model",
+    "Prediction",
+    "Schedule",
+    "StartingAt",
+    "StepTable",
+    "Weighting",
+    "ancestral",
+    "angles",
+    "build_step_table",
+    "check_start",
+    "ddim",
+    "ddim_coefficients",
+    "logsnr",
+    "natural_target",
+    "natural_weight",
+    "output_coefficient",
+    "outputs_per_channel",
+    "sample",
+    "to_v",
+    "to_x",
+]

@@ -1,0 +1,50 @@
+"""The random numbers of a run, each a function of (seed, stream, round, update, index in the global batch, element).
+
+The generator is Philox4x32-10 of `pdfast_kernels.philox`. A run that is stopped, resumed or spread over more processes
+draws the same numbers. Elements of an image are counted in memory order, channels last.
+"""
+
+import math
+from enum import IntEnum
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from pdfast_kernels import philox
+
+
+class Stream(IntEnum):
+    """What a random number is for; numbers of different streams are independent."""
+
+    NOISE = 0  # eps of a training sample
+    TIME = 1  # step index or diffusion time of a training sample
+    FLIP = 2  # horizontal flip of a training sample
+    ORDER = 3  # order of the data in an epoch
+    SAMPLE = 4  # the noise that sampling starts from
+    ANCESTRAL = 5  # noise added by the ancestral sampler; its `update` is the step
+    LABEL = 6  # class of a drawn sample
+
+
+def normal(seed: int, stream: Stream, round_index: int, update: int, index: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Standard normal noise, float32 [n, C, H, W] with channels-last strides, for int64 `index` [n] and shape (C, H, W)."""
+    channels, height, width = shape
+    flat = philox.normals(seed, stream, round_index, update, index, math.prod(shape))
+    return flat.view(-1, height, width, channels).permute(0, 3, 1, 2)
+
+
+def uniform(seed: int, stream: Stream, round_index: int, update: int, index: Tensor) -> Tensor:
+    """Uniform in (0, 1), float64 [n]."""
+    return (philox.integers(seed, stream, round_index, update, index, 1)[:, 0].double() + 0.5) * 2.0**-32
+
+
+def integer(seed: int, stream: Stream, round_index: int, update: int, index: Tensor, bound: int) -> Tensor:
+    """Uniform in {0, ..., bound - 1}, int64 [n]; the bias of one part in 2**32 / bound is left."""
+    return (philox.integers(seed, stream, round_index, update, index, 1)[:, 0] * bound) >> 32
+
+
+@lru_cache(maxsize=4)
+def permutation(seed: int, epoch: int, size: int) -> Tensor:
+    """The order of epoch `epoch` over `size` images, int64 [size] on the CPU: the argsort of one draw an image."""
+    keys = philox.integers(seed, Stream.ORDER, 0, epoch, torch.arange(size), 1)[:, 0]
+    return torch.argsort(keys, stable=True)

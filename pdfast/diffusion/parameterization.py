@@ -1,0 +1,110 @@
+"""What a network predicts, and how errors are weighted: everything as a rotation by the angle phi.
+
+    z = cos x + sin eps      v = cos eps - sin x      x = cos z - sin v      eps = sin z + cos v
+
+A network predicts x, eps, v, or both (x in the first half of its channels, eps in the second, reconciled as
+v = cos eps - sin x; Salimans & Ho 2022, section 4). Losses are w(phi) |v - v_hat|^2 with a bounded w; in the network's
+own output ("natural" space) that is w / sin^2 on x, w / cos^2 on eps, w on v.
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Prediction = Literal["x", "eps", "v", "both"]
+Weighting = Literal["snr", "truncated_snr", "snr_plus_one", "x_mse"]
+PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
+WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
+
+SMALLEST_COS_FOR_EPS = 0.01
+
+
+def outputs_per_channel(prediction: Prediction) -> int:
+    """P: how many tensors of the data's shape the network puts out."""
+    return 2 if prediction == "both" else 1
+
+
+def check_start(prediction: Prediction, phi_start: float) -> None:
+    """Refuse (ValueError) an eps-predicting network where it carries no information on x: cos(phi_start) < 0.01."""
+    cosine = float(torch.cos(torch.as_tensor(phi_start, dtype=torch.float64)))
+    if prediction == "eps" and cosine < SMALLEST_COS_FOR_EPS:
+        raise ValueError(
+            f"eps-prediction is singular at the start of sampling (cos(phi) = {cosine:.2g} < {SMALLEST_COS_FOR_EPS}): "
+            "x = (z - sin eps) / cos is lost there and distillation to few steps fails; "
+            "predict v, x or both instead, or start below with schedule.u-start, e.g. 0.97"
+        )
+
+
+def _like(coefficient: Tensor, z: Tensor) -> Tensor:
+    return coefficient.view(*coefficient.shape, *(1,) * (z.dim() - coefficient.dim()))
+
+
+def to_v(prediction: Prediction, output: Tensor, z: Tensor, phi: Tensor) -> Tensor:
+    """The v that a network's output means at (z, phi). output [N, P*C, ...], z [N, C, ...], phi [N] or []."""
+    cos, sin = _like(torch.cos(phi), z), _like(torch.sin(phi), z)
+    match prediction:
+        case "x":
+            return (cos * z - output) / sin
+        case "eps":
+            return (output - sin * z) / cos
+        case "v":
+            return output
+        case "both":
+            x, eps = output.chunk(2, dim=1)
+            return cos * eps - sin * x
+    raise ValueError(f"unknown prediction {prediction!r}, choose from {', '.join(PREDICTIONS)}")
+
+
+def to_x(prediction: Prediction, output: Tensor, z: Tensor, phi: Tensor) -> Tensor:
+    """The x that a network's output means at (z, phi); shapes as in `to_v`."""
+    if prediction == "x":
+        return output
+    cos, sin = _like(torch.cos(phi), z), _like(torch.sin(phi), z)
+    if prediction == "eps":
+        return (z - sin * output) / cos
+    return cos * z - sin * to_v(prediction, output, z, phi)
+
+
+def natural_target(prediction: Prediction, x: Tensor, noise: Tensor, phi: Tensor) -> Tensor:
+    """What the (combined) output should be for data x and noise: x, eps or v, [N, C, ...]."""
+    match prediction:
+        case "x":
+            return x
+        case "eps":
+            return noise
+        case _:
+            return _like(torch.cos(phi), x) * noise - _like(torch.sin(phi), x) * x
+
+
+def output_coefficient(prediction: Prediction, phi: Tensor) -> Tensor:
+    """How the P outputs combine into the natural prediction: [N, P] for phi [N]; (-sin, cos) for both, else 1."""
+    if prediction == "both":
+        return torch.stack([-torch.sin(phi), torch.cos(phi)], dim=-1)
+    return torch.ones_like(phi)[:, None]
+
+
+def natural_weight(prediction: Prediction, weighting: Weighting, phi: Tensor) -> Tensor:
+    """The weight of a squared error of the natural prediction, [N] for phi [N].
+
+    snr: eps-MSE. truncated_snr: max(x-MSE, eps-MSE). snr_plus_one: v-MSE. x_mse: x-MSE. (Salimans & Ho 2022, section 4)
+    """
+    cos2, sin2 = torch.cos(phi).square(), torch.sin(phi).square()
+    match weighting:
+        case "snr":
+            weight = cos2
+        case "truncated_snr":
+            weight = torch.maximum(cos2, sin2)
+        case "snr_plus_one":
+            weight = torch.ones_like(phi)
+        case "x_mse":
+            weight = sin2
+        case _:
+            raise ValueError(f"unknown weighting {weighting!r}, choose from {', '.join(WEIGHTINGS)}")
+    match prediction:
+        case "x":
+            return weight / sin2
+        case "eps":
+            return weight / cos2
+        case _:
+            return weight

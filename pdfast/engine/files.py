@@ -1,0 +1,92 @@
+"""Files that are there whole or not at all."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pdfast.errors import RunError, UsageError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError while writing `path` into one line: RunError for a full disk, UsageError for a forbidden folder.
+
+    Other libraries report a full disk in exceptions of their own, so the errno is looked for in the message as well.
+    """
+    try:
+        yield
+    except (UsageError, RunError):
+        raise
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        text = str(error)
+        if number in _FULL or "No space left" in text or "os error 28" in text:
+            raise RunError(
+                f"the disk is full: could not write {path}; what was saved before is kept, "
+                "free some space and run the same command again"
+            ) from None
+        if number in _FORBIDDEN or "os error 13" in text or "os error 30" in text:
+            raise UsageError(f"cannot write {path} ({os.strerror(number or errno.EACCES)}); choose another folder with --run") from None
+        if isinstance(error, OSError):
+            raise RunError(f"could not write {path}: {error.strerror or error}; what was saved before is kept") from None
+        raise
+
+
+def sync(path: Path) -> None:
+    """Force a file's or folder's content to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Write a file atomically: readers see the old content or the new."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically."""
+    write_file(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """Create the folder `path` atomically: `fill` writes into a temporary one, which is synced and renamed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with writing(path):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            fill(temporary)
+            for file in temporary.iterdir():
+                sync(file)
+            sync(temporary)
+            os.rename(temporary, path)
+            sync(path.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

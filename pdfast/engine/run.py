@@ -1,0 +1,56 @@
+"""The folder of a run, which the same command run again resumes.
+
+runs/NAME/{config.yaml, log.jsonl, tb/, checkpoints/, teacher/, students/NNNN/, report.html}
+"""
+
+import fcntl
+import sys
+from pathlib import Path
+from typing import IO
+
+from pdfast.config import RunConfig, load_yaml, to_plain, to_yaml
+from pdfast.engine.files import write_file, writing
+from pdfast.errors import UsageError
+
+MAY_CHANGE = {"run", "device", "log_every", "checkpoint_every"}
+
+
+def open_run(config: RunConfig) -> IO[str]:
+    """Create the run's folder or check that it was begun with this configuration; returns a lock to hold until the end.
+
+    UsageError where the folder can't be written, another process works in it, or a field differs (it is named).
+    """
+    run = config.run
+    with writing(run):
+        run.mkdir(parents=True, exist_ok=True)
+        lock = open(run / ".lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UsageError(f"another process is working in {run}; wait for it, or choose another folder with --run") from None
+    saved = run / "config.yaml"
+    if saved.exists():
+        before = load_yaml(saved)
+        before.pop("command", None)
+        _refuse_changes(before, to_plain(config), run)
+    else:
+        write_file(saved, to_yaml(config) + f"command: {' '.join(_command())!r}\n")
+    return lock
+
+
+def _command() -> list[str]:
+    """The command line as a person would type it."""
+    main = sys.modules["__main__"].__spec__
+    return ["python", "-m", main.name, *sys.argv[1:]] if main else ["python", *sys.argv]
+
+
+def _refuse_changes(before: dict, now: dict, run: Path, prefix: str = "") -> None:
+    for name in before.keys() | now.keys():
+        path = f"{prefix}{name}"
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            _refuse_changes(old, new, run, f"{path}.")
+        elif old != new and path not in MAY_CHANGE:
+            raise UsageError(
+                f"{run} was begun with {path} = {old}, now it is {new}: give the same value, or choose another folder with --run"
+            )

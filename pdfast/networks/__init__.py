@@ -1,0 +1,5 @@
+"""Networks that diffuse: plain modules that know nothing of training."""
+
+from pdfast.networks.unet import NetworkConfig, UNet
+
+__all__ = ["NetworkConfig", "UNet"]

@@ -1,0 +1,104 @@
+"""The parts of the U-Net. Images are [N, C, H, W] with channels-last strides everywhere.
+
+Weights are initialised as in the authors' Flax code: LeCun-normal kernels, zero biases, and zero where a residual branch
+or the network ends.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_TRUNCATED_STD = 0.87962566103423978  # of a standard normal cut at +-2
+
+
+def _init(weight: Tensor, fan_in: int, zero: bool) -> None:
+    if zero:
+        nn.init.zeros_(weight)
+    else:
+        std = math.sqrt(1 / fan_in) / _TRUNCATED_STD
+        nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
+class Conv2d(nn.Module):
+    """A same-padded convolution whose weight is stored contiguous as [out, height, width, in].
+
+    `fully_shard` accepts only contiguous parameters; conv2d gets the channels-last view of it, without a copy.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, zero_init: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_channels, kernel_size, kernel_size, in_channels))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        _init(self.weight, in_channels * kernel_size**2, zero_init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight.permute(0, 3, 1, 2), self.bias, padding=self.weight.shape[1] // 2)
+
+
+class Linear(nn.Linear):
+    """A dense layer with the authors' initialisation."""
+
+    def __init__(self, in_features: int, out_features: int, zero_init: bool = False) -> None:
+        super().__init__(in_features, out_features)
+        _init(self.weight, in_features, zero_init)
+        nn.init.zeros_(self.bias)
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation with the authors' eps."""
+
+    def __init__(self, num_groups: int, num_channels: int) -> None:
+        super().__init__(num_groups, num_channels, eps=1e-6)
+
+
+def time_embedding(phi: Tensor, dim: int) -> Tensor:
+    """Sines and cosines of 1000 phi / (pi/2) at dim/2 frequencies from 1 to 1/10000: float32 [N, dim] for phi [N]."""
+    half = dim // 2
+    frequency = torch.exp(torch.arange(half, device=phi.device, dtype=torch.float32) * (-math.log(10000) / (half - 1)))
+    angle = (phi.float() * (1000 / (math.pi / 2)))[:, None] * frequency
+    return torch.cat([torch.sin(angle), torch.cos(angle)], dim=1)
+
+
+class ResBlock(nn.Module):
+    """GroupNorm, SiLU, (resample,) conv, FiLM by the embedding, SiLU, dropout, zero-initialised conv; plus the input."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, emb_channels: int, num_groups: int, dropout: float, resample: str = ""
+    ) -> None:
+        super().__init__()
+        self.norm1 = GroupNorm(num_groups, in_channels)
+        self.conv1 = Conv2d(in_channels, out_channels, 3)
+        self.film = Linear(emb_channels, 2 * out_channels)
+        self.norm2 = GroupNorm(num_groups, out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, zero_init=True)
+        self.shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.resample = {"": nn.Identity(), "down": nn.AvgPool2d(2), "up": nn.UpsamplingNearest2d(scale_factor=2)}[resample]
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.resample(F.silu(self.norm1(x)))
+        h = self.conv1(h)
+        scale, shift = self.film(emb)[:, :, None, None].chunk(2, dim=1)
+        h = F.silu(self.norm2(h) * (1 + scale) + shift)
+        h = self.conv2(self.dropout(h))
+        return self.shortcut(self.resample(x)) + h
+
+
+class Attention(nn.Module):
+    """GroupNorm, self-attention over the H*W positions, zero-initialised projection; plus the input."""
+
+    def __init__(self, channels: int, head_dim: int, num_groups: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.norm = GroupNorm(num_groups, channels)
+        self.qkv = Linear(channels, 3 * channels)
+        self.proj = Linear(channels, channels, zero_init=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        positions = self.norm(x).permute(0, 2, 3, 1).reshape(n, h * w, c)
+        q, k, v = self.qkv(positions).view(n, h * w, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, h * w, c)
+        return x + self.proj(attended).view(n, h, w, c).permute(0, 3, 1, 2)

@@ -1,0 +1,137 @@
+"""The U-Net of Salimans & Ho 2022 (that of Nichol & Dhariwal 2021 with BigGAN up- and downsampling)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pdfast.diffusion import Prediction, outputs_per_channel
+from pdfast.networks.layers import Attention, Conv2d, GroupNorm, Linear, ResBlock, time_embedding
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The shape of a U-Net."""
+
+    image_size: int
+    """Height and width of the images in pixels."""
+    image_channels: int
+    """1 for grey images, 3 for colour."""
+    channels: int
+    """Channels at full resolution."""
+    channel_mult: tuple[int, ...]
+    """Channels at each resolution, as multiples; each entry after the first halves the resolution."""
+    num_res_blocks: int
+    """Residual blocks at each resolution on the way down (one more on the way up)."""
+    attention_resolutions: tuple[int, ...]
+    """Sizes in pixels at which each residual block is followed by self-attention (the middle always has it)."""
+    head_dim: int
+    """Channels of an attention head."""
+    emb_channels: int
+    """Channels of the time and class embedding."""
+    num_groups: int
+    """Groups of each group normalisation."""
+    prediction: Prediction
+    """What the network predicts: x, eps, v, or both (x and eps)."""
+    num_classes: int = 0
+    """Classes for conditioning; 0 for an unconditional model."""
+
+    def __post_init__(self) -> None:
+        levels = len(self.channel_mult)
+        if levels == 0 or self.image_size % 2 ** (levels - 1):
+            raise ValueError(f"image_size {self.image_size} does not halve {levels - 1} times (channel_mult {self.channel_mult})")
+        for width in {self.channels * m for m in self.channel_mult}:
+            if width % self.num_groups:
+                raise ValueError(f"{width} channels do not divide into num_groups = {self.num_groups}")
+            if width % self.head_dim:
+                raise ValueError(f"{width} channels do not divide into heads of head_dim = {self.head_dim}")
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self.image_channels, self.image_size, self.image_size
+
+
+class UNet(nn.Module):
+    """`unet(z, phi, cond) -> output`: z [N, C, H, W] float, phi [N] in radians, cond int64 [N] class indices (or None for an
+    unconditional network) to [N, P*C, H, W] float32, P = 2 if it predicts both x and eps."""
+
+    def __init__(self, config: NetworkConfig, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.config = config
+        self.prediction = config.prediction
+        emb, groups = config.emb_channels, config.num_groups
+        width = [config.channels * m for m in config.channel_mult]
+        size = [config.image_size >> level for level in range(len(width))]
+
+        def block(in_channels: int, out_channels: int, resample: str = "") -> ResBlock:
+            return ResBlock(in_channels, out_channels, emb, groups, dropout, resample)
+
+        def attention(level: int) -> nn.Module:
+            wanted = size[level] in config.attention_resolutions
+            return Attention(width[level], config.head_dim, groups) if wanted else nn.Identity()
+
+        self.time_mlp = nn.Sequential(Linear(config.channels, emb), nn.SiLU(), Linear(emb, emb))
+        self.class_embedding = Linear(config.num_classes, emb) if config.num_classes else None
+        self.conv_in = Conv2d(config.image_channels, width[0], 3)
+
+        last = len(width) - 1
+        channels, skips = width[0], [width[0]]
+        self.down = nn.ModuleList()
+        for level in range(len(width)):
+            stage = nn.ModuleDict({"blocks": nn.ModuleList(), "attentions": nn.ModuleList()})
+            for _ in range(config.num_res_blocks):
+                stage["blocks"].append(block(channels, width[level]))
+                stage["attentions"].append(attention(level))
+                channels = width[level]
+                skips.append(channels)
+            if level < last:
+                stage["downsample"] = block(channels, channels, "down")
+                skips.append(channels)
+            self.down.append(stage)
+
+        self.mid_block1 = block(channels, channels)
+        self.mid_attention = Attention(channels, config.head_dim, groups)
+        self.mid_block2 = block(channels, channels)
+
+        self.up = nn.ModuleList()
+        for level in reversed(range(len(width))):
+            stage = nn.ModuleDict({"blocks": nn.ModuleList(), "attentions": nn.ModuleList()})
+            for _ in range(config.num_res_blocks + 1):
+                stage["blocks"].append(block(channels + skips.pop(), width[level]))
+                stage["attentions"].append(attention(level))
+                channels = width[level]
+            if level > 0:
+                stage["upsample"] = block(channels, channels, "up")
+            self.up.append(stage)
+
+        self.norm_out = GroupNorm(groups, channels)
+        self.conv_out = Conv2d(channels, outputs_per_channel(config.prediction) * config.image_channels, 3, zero_init=True)
+
+    def forward(self, z: Tensor, phi: Tensor, cond: Any = None) -> Tensor:
+        emb = self.time_mlp(time_embedding(phi, self.config.channels))
+        if self.class_embedding is not None:
+            emb = emb + self.class_embedding(F.one_hot(cond, self.config.num_classes).to(emb.dtype))
+        emb = F.silu(emb)
+
+        h = self.conv_in(z.contiguous(memory_format=torch.channels_last))
+        skips = [h]
+        for stage in self.down:
+            for block, attention in zip(stage["blocks"], stage["attentions"], strict=True):
+                h = attention(block(h, emb))
+                skips.append(h)
+            if "downsample" in stage:
+                h = stage["downsample"](h, emb)
+                skips.append(h)
+
+        h = self.mid_block2(self.mid_attention(self.mid_block1(h, emb)), emb)
+
+        for stage in self.up:
+            for block, attention in zip(stage["blocks"], stage["attentions"], strict=True):
+                h = attention(block(torch.cat([h, skips.pop()], dim=1), emb))
+            if "upsample" in stage:
+                h = stage["upsample"](h, emb)
+
+        return self.conv_out(F.silu(self.norm_out(h))).float()

@@ -2,17 +2,22 @@
 
 import dataclasses
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
+import tyro
 import yaml
 
 from pdfast import diffusion
 from pdfast.diffusion import Weighting
 from pdfast.errors import UsageError
 from pdfast.networks import NetworkConfig
+
+
+OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT")]
+OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class ScheduleConfig:
     """linear_beta: rate at u = 0."""
     beta_max: float = 20.0
     """linear_beta: rate at u = 1."""
-    alpha_bars: Path | None = None
+    alpha_bars: OptionalPath = None
     """alpha_bars: a .npy file of strictly decreasing values in [0, 1), entry i at u = (i + 1) / T."""
 
     def build(self) -> diffusion.Schedule:
@@ -87,6 +92,8 @@ class EvaluationConfig:
     """Feature space of the Frechet distance: digits, mobilenet, or a path to Inception weights (then it is the FID)."""
     num_samples: int = 10000
     """Images drawn and real images compared with; the same number everywhere, so that distances compare."""
+    max_steps: int = 1024
+    """The teacher is not judged at step counts above this, but for the one that distillation starts from."""
     batch_size: int = 256
     """Images sampled at once."""
     clip: bool = False
@@ -97,6 +104,10 @@ class EvaluationConfig:
 class RunConfig:
     """What every run has."""
 
+    network: NetworkConfig
+    train: TeacherConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     preset: str = "digits"
     """Starting point that every other flag overrides: digits, cifar10-fast, cifar10, imagenet64, lsun128."""
     data: str = "digits"
@@ -113,28 +124,27 @@ class RunConfig:
     """Updates between checkpoints."""
     log_every: int = 100
     """Updates between log lines."""
-    network: NetworkConfig = field(default=None)  # type: ignore[assignment]
-    schedule: ScheduleConfig = ScheduleConfig()
-    train: TeacherConfig = field(default=None)  # type: ignore[assignment]
-    evaluation: EvaluationConfig = EvaluationConfig()
 
 
 @dataclass(frozen=True)
 class TrainConfig(RunConfig):
     """A teacher's run."""
 
+    evaluation_steps: tuple[int, ...] = (256, 16)
+    """Step counts of DDIM at which the trained teacher is judged."""
+
 
 @dataclass(frozen=True)
 class DistillConfig(RunConfig):
     """A distillation run."""
 
-    teacher: Path | None = None
+    teacher: OptionalPath = None
     """Folder of a trained teacher (or student); without one the preset's teacher is trained first."""
-    rounds: int | None = None
+    rounds: OptionalInt = None
     """Halvings of the number of steps."""
-    start_steps: int | None = None
+    start_steps: OptionalInt = None
     """Steps of the teacher that is distilled first: 2^rounds * end_steps."""
-    end_steps: int | None = None
+    end_steps: OptionalInt = None
     """Steps of the last student; 1 unless said."""
     updates: str = "50000,2:100000,1:100000"
     """Updates a round: one number, or with exceptions by the student's step count, as 50000,2:100000,1:100000."""

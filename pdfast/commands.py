@@ -1,0 +1,131 @@
+"""From a command line to a resolved configuration: preset or saved file, then flags, then what follows from them."""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from pdfast.config import DistillConfig, OptionalPath, TrainConfig, from_plain, load_yaml, resolve_steps, to_plain
+from pdfast.errors import UsageError
+from pdfast.presets import preset
+
+
+C = TypeVar("C")
+
+
+@dataclasses.dataclass(frozen=True)
+class Extra:
+    """What steers the command and is not part of a run."""
+
+    config: OptionalPath = None
+    """A saved config.yaml to start from instead of the preset; flags override it."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the plan (rounds, updates, network evaluations, memory, time) and stop."""
+
+
+def _peek(flag: str, arguments: list[str]) -> str | None:
+    """The value of one flag, before the whole line is parsed."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(flag)
+    return parser.parse_known_args(arguments)[0].__dict__[flag.lstrip("-")]
+
+
+def _defaults(cls: type[C], arguments: list[str]) -> C:
+    """The preset, or the saved configuration, that flags override. Fields of the other command are passed over."""
+    file, name = _peek("--config", arguments), _peek("--preset", arguments)
+    plain = load_yaml(Path(file)) if file else {}
+    base = to_plain(preset(name or plain.get("preset", "digits"))) | plain
+    known, other = _names(cls), _names(DistillConfig) | _names(TrainConfig) | {"command"}
+    return from_plain(cls, {k: v for k, v in base.items() if k in known or k not in other}, file or f"preset {name}")
+
+
+def _names(cls: type) -> set[str]:
+    return {f.name for f in dataclasses.fields(cls)}
+
+
+def _parse(arguments_class: type, default: Any, prog: str, description: str) -> Any:
+    try:
+        return tyro.cli(arguments_class, default=default, prog=prog, description=description)
+    except ValueError as error:  # from a __post_init__ check
+        raise UsageError(str(error)) from None
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+
+
+def distill_arguments() -> tuple[DistillConfig, Extra]:
+    """The command line of `pdfast.distill`, resolved: rounds, start_steps and end_steps are all set."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Arguments(Extra, DistillConfig):
+        pass
+
+    base = _defaults(DistillConfig, sys.argv[1:])
+    unset = dataclasses.replace(base, rounds=None, start_steps=None, end_steps=None)
+    parsed = _parse(
+        Arguments,
+        Arguments(**_fields(unset)),
+        "python -m pdfast.distill",
+        "Distill a diffusion model to few steps (Salimans & Ho 2022). Without --teacher the preset's teacher is trained "
+        "first. The same command run again resumes.",
+    )
+    rounds, start, end = resolve_steps(
+        (parsed.rounds, parsed.start_steps, parsed.end_steps), (base.rounds, base.start_steps, base.end_steps)
+    )
+    fields = {name: getattr(parsed, name) for name in _names(DistillConfig)}
+    config = DistillConfig(**fields | {"rounds": rounds, "start_steps": start, "end_steps": end})
+    check(config)
+    config.updates_at(1)
+    return config, Extra(parsed.config, parsed.dry_run)
+
+
+def train_arguments() -> tuple[TrainConfig, Extra]:
+    """The command line of `pdfast.train`."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Arguments(Extra, TrainConfig):
+        pass
+
+    base = _defaults(TrainConfig, sys.argv[1:])
+    if _peek("--config", sys.argv[1:]) is None:
+        base = dataclasses.replace(base, run=Path(f"{base.run}-teacher"))
+    parsed = _parse(
+        Arguments,
+        Arguments(**_fields(base)),
+        "python -m pdfast.train",
+        "Train a teacher (Algorithm 1 of Salimans & Ho 2022). The same command run again resumes.",
+    )
+    config = TrainConfig(**{name: getattr(parsed, name) for name in _names(TrainConfig)})
+    check(config)
+    return config, Extra(parsed.config, parsed.dry_run)
+
+
+def check(config: DistillConfig | TrainConfig) -> None:
+    """UsageError for values that no run can have."""
+    train, evaluation = config.train, config.evaluation
+    positive = {
+        "log-every": config.log_every,
+        "checkpoint-every": config.checkpoint_every,
+        "train.updates": train.updates,
+        "train.batch-size": train.batch_size,
+        "train.learning-rate": train.learning_rate,
+        "train.clip": train.clip,
+        "evaluation.num-samples": evaluation.num_samples,
+        "evaluation.batch-size": evaluation.batch_size,
+    }
+    fractions = {"train.ema": train.ema, "train.dropout": train.dropout}
+    if isinstance(config, DistillConfig):
+        positive |= {"batch-size": config.batch_size, "learning-rate": config.learning_rate, "clip": config.clip}
+        fractions["ema"] = config.ema
+    for flag, value in positive.items():
+        if not value > 0:
+            raise UsageError(f"--{flag} must be above 0, got {value}")
+    for flag, value in fractions.items():
+        if not 0 <= value < 1:
+            raise UsageError(f"--{flag} must be in [0, 1), got {value}")
+    if not 0 <= config.seed < 1 << 32:
+        raise UsageError(f"--seed must be in [0, 2^32), got {config.seed}")

@@ -1,0 +1,146 @@
+"""Judging a model at a step count: images from fixed noise, against real images and against the first teacher's.
+
+Every model draws from the same noise and the same labels, at every step count, so that numbers and pictures compare.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import pdfast
+from pdfast.config import EvaluationConfig
+from pdfast.data import ImageSource
+from pdfast.diffusion import Model, Schedule, noise, sample
+from pdfast.diffusion.noise import Stream
+from pdfast.engine.device import commit, describe
+from pdfast.report.features import load_feature_space
+from pdfast.report.metrics import FrechetDistance, channel_statistics, mean_squared_distance, psnr, split_real
+
+SHOWN = 16  # images kept for sample grids
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Images in [-1, 1] to uint8, clipped and rounded; same shape."""
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def draw(
+    model: Model,
+    schedule: Schedule,
+    steps: int,
+    shape: tuple[int, int, int],
+    count: int,
+    *,
+    seed: int,
+    num_classes: int = 0,
+    batch_size: int = 256,
+    clip: bool = False,
+    device: torch.device | str = "cpu",
+    between: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """`count` images by DDIM in `steps` steps: uint8 [count, C, H, W] on the CPU. Image i depends on (seed, i) alone.
+
+    shape: (C, H, W). num_classes: where not 0, classes are drawn uniformly. between: called before each batch.
+    """
+    images = []
+    for start in range(0, count, batch_size):
+        between()
+        index = torch.arange(start, min(start + batch_size, count), device=device)
+        z = noise.normal(seed, Stream.SAMPLE, 0, 0, index, shape)
+        labels = noise.integer(seed, Stream.LABEL, 0, 0, index, num_classes) if num_classes else None
+        images.append(to_uint8(sample(model, z, schedule, steps, cond=labels, clip=clip)).cpu())
+    return torch.cat(images)
+
+
+class Evaluator:
+    """Draws from models and measures them, always at the same n and from the same noise."""
+
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        source: ImageSource,
+        schedule: Schedule,
+        *,
+        seed: int,
+        num_classes: int,
+        device: torch.device,
+        between: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._config, self._source, self._schedule = config, source, schedule
+        self._seed, self._num_classes, self._device, self._between = seed, num_classes, device, between
+        reference, held_out = split_real(source.num_images, config.num_samples, seed=0)
+        real = source.take(reference).images.permute(0, 3, 1, 2)
+        features = load_feature_space(config.features, device=device)
+        self.feature_space: str = features.name
+        self._distance = FrechetDistance(features, real.to(device), batch_size=config.batch_size)
+        self._floor = self._distance.distance(source.take(held_out).images.permute(0, 3, 1, 2).to(device))
+        self._real_mean, self._real_std = channel_statistics(real)
+        self.real_samples = source.take(reference[:SHOWN]).images.cpu().numpy()
+        self._reference_images: Tensor | None = None
+
+    def set_reference(self, images: Tensor) -> None:
+        """The first teacher's images, uint8 [n, C, H, W], which every model's are compared with."""
+        self._reference_images = images
+
+    def draw(self, model: Model, steps: int) -> tuple[Tensor, float]:
+        """The evaluation's images, uint8 [n, C, H, W] on the CPU, and the seconds an image took."""
+        height, width, channels = self._source.shape
+        began = time.perf_counter()
+        images = draw(
+            model,
+            self._schedule,
+            steps,
+            (channels, height, width),
+            self._config.num_samples,
+            seed=self._seed,
+            num_classes=self._num_classes,
+            batch_size=self._config.batch_size,
+            clip=self._config.clip,
+            device=self._device,
+            between=self._between,
+        )
+        return images, (time.perf_counter() - began) / len(images)
+
+    def measure(self, images: Tensor, steps: int, seconds: float) -> dict[str, Any]:
+        """One row of metrics.json for images drawn in that many steps."""
+        mean, std = channel_statistics(images)
+        row = {
+            "steps": steps,
+            "fd": self._distance.distance(images.to(self._device)),
+            "mse": None,
+            "psnr": None,
+            "channel_mean": mean,
+            "channel_std": std,
+            "seconds_per_sample": seconds,
+        }
+        if self._reference_images is not None:
+            ratio = psnr(images, self._reference_images)
+            row["mse"] = mean_squared_distance(images, self._reference_images)
+            row["psnr"] = ratio if np.isfinite(ratio) else None
+        return row
+
+    def metrics(self, rows: list[dict[str, Any]], training: dict[str, Any] | None) -> dict[str, Any]:
+        """The whole of a metrics.json."""
+        return {
+            "feature_space": self.feature_space,
+            "num_samples": self._config.num_samples,
+            "floor": self._floor,
+            "sampler": "ddim",
+            "clip": self._config.clip,
+            "device": describe(self._device),
+            "versions": {"pdfast": pdfast.__version__, "torch": torch.__version__},
+            "commit": commit(),
+            "data": {"name": self._source.name, "num_images": self._source.num_images, "shape": list(self._source.shape)},
+            "real": {"channel_mean": self._real_mean, "channel_std": self._real_std},
+            "training": training,
+            "evaluation": rows,
+        }
+
+
+def shown(images: Tensor) -> np.ndarray:
+    """The first images for a grid: uint8 [k, H, W, C]."""
+    return images[:SHOWN].permute(0, 2, 3, 1).contiguous().numpy()

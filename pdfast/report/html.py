@@ -1,0 +1,174 @@
+"""report.html: one self-contained file about a run, written again after every stage."""
+
+import base64
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pdfast.engine.files import write_file
+from pdfast.report.grids import steps_grid
+from pdfast.report.plots import loss_plot, quality_plot
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The teacher (`steps` None) or a student, as found on disk."""
+
+    steps: int | None
+    metrics: dict[str, Any]
+    samples: np.ndarray | None
+
+
+def _read_stage(folder: Path, steps: int | None) -> Stage | None:
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return Stage(steps, metrics, _read_images(folder / "samples.npy"))
+
+
+def _read_images(path: Path) -> np.ndarray | None:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError):
+        return None
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    entries = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                continue  # the last line of a run that was killed
+    return entries
+
+
+def _loss_curves(log: list[dict[str, Any]], phase: str) -> list[tuple[str, list[int], list[float]]]:
+    curves: dict[Any, tuple[list[int], list[float]]] = {}
+    for entry in log:
+        if entry.get("phase") == phase and entry.get("loss"):
+            updates, losses = curves.setdefault(entry["steps"], ([], []))
+            updates.append(entry["update"])
+            losses.append(entry["loss"])
+    return [("teacher" if steps is None else f"{steps} steps", *curve) for steps, curve in curves.items()]
+
+
+def _grid(teacher: Stage | None, students: list[Stage], real: np.ndarray | None) -> str | None:
+    """The sample grid as a data URL: real images, the teacher, then students downwards; columns share their noise."""
+    from PIL import Image
+
+    rows = [("real", real)] if real is not None else []
+    if teacher and teacher.samples is not None:
+        rows.append((_steps(teacher.metrics["evaluation"][0]["steps"]), teacher.samples))
+    rows += [(_steps(s.steps), s.samples) for s in students if s.samples is not None]
+    if not rows:
+        return None
+    columns = min(len(images) for _, images in rows)
+    scale = max(1, 40 // rows[0][1].shape[1])
+    pixels = steps_grid([(label, images[: min(columns, 16)]) for label, images in rows], scale)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _steps(count: int) -> str:
+    return f"{count} step" if count == 1 else f"{count} steps"
+
+
+def _rows(teacher: Stage | None, students: list[Stage]) -> list[dict[str, Any]]:
+    """The headline table: one row a step count, from many to few."""
+    if teacher is None:
+        return []
+    evaluation = teacher.metrics["evaluation"]
+    start = evaluation[0]
+    ddim = {row["steps"]: row for row in evaluation}
+    by_steps = {s.steps: s for s in students}
+    rows = []
+    for steps in sorted(ddim.keys() | by_steps.keys(), reverse=True):
+        student = by_steps.get(steps)
+        measured = student.metrics["evaluation"][0] if student else None
+        shown = measured or (start if steps == start["steps"] else None)
+        real = teacher.metrics["real"]
+        rows.append(
+            {
+                "steps": steps,
+                "student": measured,
+                "training": student.metrics["training"] if student else None,
+                "ratio": measured["fd"] / start["fd"] if measured else None,
+                "ddim": ddim.get(steps),
+                "shift": _shift(shown, real, "channel_mean") if shown else None,
+                "spread": _shift(shown, real, "channel_std") if shown else None,
+            }
+        )
+    return rows
+
+
+def _shift(row: dict[str, Any], real: dict[str, Any], key: str) -> str:
+    return ", ".join(f"{a - b:+.3f}" for a, b in zip(row[key], real[key], strict=True))
+
+
+def _headline(teacher: Stage | None, students: list[Stage], rounds: int | None) -> str:
+    if teacher is None:
+        return "The teacher is being trained."
+    start = teacher.metrics["evaluation"][0]
+    space = teacher.metrics["feature_space"]
+    if not students:
+        return f"The teacher reaches {space} {start['fd']:.2f} in {_steps(start['steps'])}; the first round is under way."
+    last = students[-1]
+    fd = last.metrics["evaluation"][0]["fd"]
+    text = (
+        f"In {_steps(last.steps)} the student reaches {space} {fd:.2f}, {fd / start['fd']:.2f} times its teacher's "
+        f"{start['fd']:.2f} in {_steps(start['steps'])}, with 1/{start['steps'] // last.steps} of the network evaluations."
+    )
+    ddim = next((row["fd"] for row in teacher.metrics["evaluation"] if row["steps"] == last.steps), None)
+    if ddim is not None:
+        text += f" The teacher's own DDIM has {ddim:.1f} there."
+    if rounds and len(students) < rounds:
+        text += f" {len(students)} of {rounds} rounds are done."
+    return text
+
+
+def build_report(run: Path) -> Path:
+    """Write run/report.html from what the run's folder holds so far; returns its path."""
+    import jinja2
+    import yaml
+
+    teacher = _read_stage(run / "teacher", None)
+    folders = sorted((run / "students").glob("[0-9]*"), key=lambda f: -int(f.name)) if (run / "students").exists() else []
+    students = [stage for f in folders if (stage := _read_stage(f, int(f.name)))]
+    log = _read_log(run / "log.jsonl")
+    config_text = (run / "config.yaml").read_text() if (run / "config.yaml").exists() else ""
+    config = yaml.safe_load(config_text) or {}
+
+    quality = None
+    if teacher:
+        judged = [(s.steps, s.metrics["evaluation"][0]["fd"]) for s in students]
+        ddim = [(row["steps"], row["fd"]) for row in teacher.metrics["evaluation"]]
+        quality = quality_plot(teacher.metrics["feature_space"], judged, ddim, teacher.metrics["floor"])
+    rounds, training = _loss_curves(log, "distill"), _loss_curves(log, "teacher")
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("pdfast.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    page = environment.get_template("report.html.jinja").render(
+        name=config.get("data", run.name),
+        headline=_headline(teacher, students, config.get("rounds")),
+        facts=teacher.metrics if teacher else None,
+        rows=_rows(teacher, students),
+        quality=quality,
+        round_losses=loss_plot(rounds) if rounds else None,
+        teacher_loss=loss_plot(training) if training else None,
+        grid=_grid(teacher, students, _read_images(run / "teacher" / "real.npy")),
+        stages=[s for s in (teacher, *students) if s and s.metrics["training"]],
+        warnings=[entry["message"] for entry in log if entry.get("event") == "warning"],
+        config=config_text,
+        command=config.get("command"),
+    )
+    path = run / "report.html"
+    write_file(path, page)
+    return path

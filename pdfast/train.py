@@ -1,0 +1,191 @@
+"""Train a teacher by Algorithm 1 of Salimans & Ho 2022.
+
+    python -m pdfast.train --preset digits --run runs/my-teacher
+
+The same command run again resumes. The result, runs/my-teacher/teacher, is what `pdfast.distill --teacher` takes.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from pdfast.cli import Interrupted, run_command
+from pdfast.commands import train_arguments
+from pdfast.config import RunConfig
+from pdfast.data import ImageSource, load_source
+from pdfast.diffusion import check_start
+from pdfast.engine import interrupt
+from pdfast.engine.checkpoint import Checkpoints
+from pdfast.engine.device import open_device
+from pdfast.engine.files import write_folder, write_json
+from pdfast.engine.log import Progress, RunLog
+from pdfast.engine.model_folder import SavedModel, fill_model_folder, load_model
+from pdfast.engine.optimizer import Optimizer, linear_decay, linear_warmup
+from pdfast.engine.run import open_run
+from pdfast.engine.step import Draws, teacher_loss
+from pdfast.errors import UsageError
+from pdfast.networks import UNet
+from pdfast.report.evaluator import Evaluator, shown
+from pdfast.report.grids import image_grid, write_png
+from pdfast.report.plan import print_training_plan
+
+HINT = "the same command goes on from here"
+
+
+def stop_if_asked() -> None:
+    """Raise Interrupted where the run was asked to stop; what is not in a checkpoint is made again."""
+    if interrupt.requested():
+        raise Interrupted(f"stopped; {HINT}")
+
+
+def train_teacher(config: RunConfig, source: ImageSource, log: RunLog, device: torch.device) -> tuple[UNet, dict]:
+    """Train (or go on training) the teacher; returns its network, with the averaged weights, and the training's figures."""
+    settings = config.train
+    schedule = config.schedule.build()
+    # The weights' initial values are a function of the seed; dropout of the seed and the update.
+    torch.manual_seed(config.seed)
+    network = UNet(config.network, settings.dropout).to(device)
+    optimizer = Optimizer(network, clip=settings.clip, ema=settings.ema, weight_decay=settings.weight_decay)
+    draws = Draws(source, config.seed, 0, settings.batch_size, config.flip, device)
+    conditional = config.network.num_classes > 0
+
+    checkpoints = Checkpoints(config.run, "teacher")
+    checkpoint = checkpoints.latest()
+    start, seconds = 0, 0.0
+    if checkpoint:
+        optimizer.load_state(checkpoint.tensors)
+        start, seconds = checkpoint.update, checkpoint.extra["seconds"]
+        log.say(f"resuming the teacher at update {start}")
+    log.forget_after(None, start)
+
+    progress = Progress(
+        log,
+        phase="teacher",
+        steps=None,
+        start=start,
+        updates=settings.updates,
+        seconds=seconds,
+        batch_size=settings.batch_size,
+        every=config.log_every,
+    )
+    network.train()
+    for update in range(start, settings.updates):
+        factor = linear_warmup(update, settings.warmup) * linear_decay(update, settings.updates, settings.decay)
+        torch.manual_seed(config.seed << 32 | update)
+        loss = teacher_loss(network, draws, update, schedule, settings.weighting, conditional)
+        norm = optimizer.step(loss, settings.learning_rate * factor, update, "teacher")
+        progress.update(update + 1, loss, norm, settings.learning_rate * factor)
+        stopping = interrupt.requested()
+        if stopping or (update + 1) % config.checkpoint_every == 0 or update + 1 == settings.updates:
+            checkpoints.save(update + 1, optimizer.state(), {"seconds": progress.seconds})
+        if stopping:
+            progress.close()
+            raise Interrupted(f"stopped at update {update + 1} of the teacher and saved it; {HINT}")
+    progress.close()
+
+    network.load_state_dict(optimizer.weights())
+    images = settings.updates * settings.batch_size
+    training = {
+        "updates": settings.updates,
+        "images": images,
+        "seconds": progress.seconds,
+        "images_per_second": images / max(progress.seconds, 1e-9),
+        "network_evaluations": images,
+    }
+    return network.eval().requires_grad_(False), training
+
+
+def write_teacher(
+    config: RunConfig,
+    network: UNet,
+    training: dict | None,
+    evaluator: Evaluator,
+    step_counts: Sequence[int],
+    log: RunLog,
+) -> None:
+    """Judge the teacher by DDIM at the step counts and write runs/NAME/teacher, whole or not at all.
+
+    What it draws at the first count is the reference that all later images are compared with.
+    """
+    rows, samples, reference = [], None, None
+    for steps in step_counts:
+        images, seconds = evaluator.draw(network, steps)
+        if reference is None:
+            reference, samples = images, shown(images)
+            evaluator.set_reference(images)
+        rows.append(evaluator.measure(images, steps, seconds))
+        log.say(f"teacher, DDIM at {steps} steps: {evaluator.feature_space} {rows[-1]['fd']:.3f}")
+
+    def fill(folder):
+        fill_model_folder(folder, network.state_dict(), config.network, config.schedule, None)
+        write_json(folder / "metrics.json", evaluator.metrics(rows, training))
+        np.save(folder / "samples.npy", samples)
+        np.save(folder / "real.npy", evaluator.real_samples)
+        np.save(folder / "reference.npy", reference.numpy())
+        write_png(folder / "grid.png", image_grid(samples, columns=4, scale=4))
+
+    write_folder(config.run / "teacher", fill)
+    Checkpoints(config.run, "teacher").clear()
+
+
+def open_evaluator(config: RunConfig, source: ImageSource, device: torch.device) -> Evaluator:
+    """The run's evaluator; it stops between batches where the run was asked to."""
+    return Evaluator(
+        config.evaluation,
+        source,
+        config.schedule.build(),
+        seed=config.seed,
+        num_classes=config.network.num_classes,
+        device=device,
+        between=stop_if_asked,
+    )
+
+
+def open_data(config: RunConfig, device: torch.device) -> ImageSource:
+    """The run's images on the device. UsageError where they do not fit the network."""
+    network = config.network
+    source = load_source(config.data, image_size=network.image_size, channels=network.image_channels, device=device)
+    if network.num_classes and source.num_classes != network.num_classes:
+        raise UsageError(
+            f"the network is conditioned on {network.num_classes} classes, {config.data} has "
+            f"{source.num_classes or 'no labels'}: set --network.num-classes {source.num_classes}"
+        )
+    return source
+
+
+def refuse_eps_at_the_start(config: RunConfig) -> None:
+    """UsageError for a network that predicts eps where sampling starts from pure noise."""
+    schedule = config.schedule.build()
+    try:
+        check_start(config.network.prediction, float(schedule.phi(torch.ones((), dtype=torch.float64))))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def main() -> None:
+    config, extra = train_arguments()
+    device = open_device(config.device)
+    refuse_eps_at_the_start(config)
+    if extra.dry_run:
+        print_training_plan(config, device)
+        return
+    source = open_data(config, device)
+    lock = open_run(config)
+    interrupt.install()
+    log = RunLog(config.run)
+    if (config.run / "teacher").exists():
+        saved: SavedModel = load_model(config.run / "teacher", device)
+        log.say(f"already finished: {saved.folder}")
+        return
+    log.say(f"{source.name}: {source.num_images} images of {source.shape}; run folder {config.run}")
+    network, training = train_teacher(config, source, log, device)
+    write_teacher(config, network, training, open_evaluator(config, source, device), config.evaluation_steps, log)
+    log.say(f"wrote {config.run / 'teacher'}; distill it with: python -m pdfast.distill --teacher {config.run / 'teacher'}")
+    log.close()
+    lock.close()
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -17,6 +17,7 @@ from pdfast.networks import NetworkConfig
 
 
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT")]
+OptionalString = Annotated[str | None, tyro.conf.arg(metavar="STR")]
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
 
 

@@ -74,10 +74,11 @@ def build_step_table(
         raise ValueError(f"the number of steps must be at least 1, got {steps}")
     k = torch.arange(1, steps + 1, dtype=torch.float64)
     half = torch.tensor(0.5 / steps, dtype=torch.float64)
-    u, u_mid, u_next = k / steps, (k - 0.5) / steps, (k - 1) / steps
-    phi, phi_mid, phi_next = schedule.phi(u), schedule.phi(u_mid), schedule.phi(u_next)
-    d1, d2 = schedule.delta(u, half), schedule.delta(u_mid, half)
-    phi_next[0], d2[0] = 0, phi_mid[0]
+    u, u_mid = k / steps, (k - 0.5) / steps
+    phi, phi_mid = schedule.phi(u), schedule.phi(u_mid)
+    phi_next = torch.cat([torch.zeros(1, dtype=torch.float64), phi[:-1]])
+    d1 = schedule.delta(u, half)
+    d2 = torch.cat([phi_mid[:1], schedule.delta(u_mid[1:], half)])
     check_start(prediction, float(phi[-1]))
 
     sin_d = torch.sin(d1 + d2)

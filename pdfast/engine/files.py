@@ -17,7 +17,7 @@ _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, remedy: str = "choose another folder with --run") -> Iterator[None]:
     """Turn an OSError while writing `path` into one line: RunError for a full disk, UsageError for a forbidden folder.
 
     Other libraries report a full disk in exceptions of their own, so the errno is looked for in the message as well.
@@ -35,7 +35,7 @@ def writing(path: Path) -> Iterator[None]:
                 "free some space and run the same command again"
             ) from None
         if number in _FORBIDDEN or "os error 13" in text or "os error 30" in text:
-            raise UsageError(f"cannot write {path} ({os.strerror(number or errno.EACCES)}); choose another folder with --run") from None
+            raise UsageError(f"cannot write {path} ({os.strerror(number or errno.EACCES)}); {remedy}") from None
         if isinstance(error, OSError):
             raise RunError(f"could not write {path}: {error.strerror or error}; what was saved before is kept") from None
         raise

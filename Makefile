@@ -1,0 +1,30 @@
+# make distill   the main job on the built-in data, ending with a report
+# make test      all tests that need no GPU and are quick
+# make test-all  those that take longer as well
+#
+# Variables: PYTHON (interpreter, 3.11 or newer), TORCH (such as torch==2.12.0) and TORCH_INDEX (such as
+# https://download.pytorch.org/whl/cpu) choose the environment when it is first made; ARGS are further flags of the command.
+
+VENV := .venv
+STAMP := $(VENV)/installed
+export PYTHON TORCH TORCH_INDEX
+
+.PHONY: help environment distill test test-all
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile
+
+environment: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@.ci/environment
+	@touch $@
+
+distill: $(STAMP)
+	$(VENV)/bin/torchrun --standalone -m pdfast.distill --rounds 8 $(ARGS)
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest -q $(ARGS)
+
+test-all: $(STAMP)
+	$(VENV)/bin/python -m pytest -q -m "not gpu" $(ARGS)

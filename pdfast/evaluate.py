@@ -1,0 +1,120 @@
+"""Judge a run's models, or one model's folder, at given step counts.
+
+    python -m pdfast.evaluate runs/digits --steps 4 2 1
+    python -m pdfast.evaluate runs/digits/teacher --steps 256 16 --data digits --json out.json
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+
+from pdfast.cli import run_command
+from pdfast.config import EvaluationConfig, OptionalInt, OptionalPath, OptionalString, from_plain, load_yaml
+from pdfast.data import load_source
+from pdfast.engine.device import open_device
+from pdfast.engine.files import write_json, writing
+from pdfast.engine.model_folder import SavedModel, load_model
+from pdfast.errors import UsageError
+from pdfast.report.evaluator import Evaluator
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Judge a run's models, or one model's folder, at given step counts."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """A run's folder (its teacher and its students are judged), or a teacher's or student's folder."""
+    steps: tuple[int, ...] = ()
+    """Step counts; unless said those of the run's students, or the student's own."""
+    data: OptionalString = None
+    """The real images; unless said those of the run."""
+    features: OptionalString = None
+    """digits, mobilenet or a path to Inception weights; unless said as in the run."""
+    num_samples: OptionalInt = None
+    """Images to draw, and real images to compare with; unless said as in the run."""
+    clip: bool | None = None
+    """Clip each x-prediction to [-1, 1]; unless said as in the run."""
+    seed: OptionalInt = None
+    """Seed of the noise that all models draw from; unless said that of the run, which gives its numbers again."""
+    json: OptionalPath = None
+    """Write the figures here as well."""
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu, cuda or cuda:N."""
+
+
+def run_of(folder: Path) -> dict[str, Any]:
+    """The saved configuration of the run that `folder` is or lies in, {} where there is none."""
+    for candidate in (folder, *folder.resolve().parents[:2]):
+        if (candidate / "config.yaml").exists():
+            return load_yaml(candidate / "config.yaml")
+    return {}
+
+
+def evaluation_settings(arguments: Arguments, run: dict[str, Any]) -> EvaluationConfig:
+    """The run's settings, overridden by flags. UsageError where neither says what features to use."""
+    saved = run.get("evaluation", {})
+    flags = {"features": arguments.features, "num_samples": arguments.num_samples, "clip": arguments.clip}
+    return from_plain(EvaluationConfig, saved | {k: v for k, v in flags.items() if v is not None}, "evaluation")
+
+
+def models_to_judge(arguments: Arguments, device: torch.device) -> list[tuple[str, SavedModel, int]]:
+    """(name, model, steps) of everything to measure. UsageError where there is nothing."""
+    folder = arguments.model
+    if (folder / "config.json").exists() or not folder.is_dir():
+        saved = load_model(folder, device)
+        name = "teacher" if saved.steps is None else f"student of {saved.steps}"
+        counts = arguments.steps or ((saved.steps,) if saved.steps else (256, 16))
+        return [(name, saved, n) for n in counts]
+    students = {int(f.name): load_model(f, device) for f in (folder / "students").glob("[0-9]*")}
+    teacher = load_model(folder / "teacher", device) if (folder / "teacher").is_dir() else None
+    counts = arguments.steps or tuple(sorted(students, reverse=True))
+    wanted = [("student", students[n], n) for n in counts if n in students]
+    wanted += [("teacher, DDIM", teacher, n) for n in counts if teacher]
+    if not wanted:
+        raise UsageError(
+            f"nothing to judge in {folder}: it has students of {sorted(students) or 'no'} steps and "
+            f"{'a' if teacher else 'no'} teacher; give --steps"
+        )
+    return wanted
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments, prog="python -m pdfast.evaluate", description=__doc__)
+    device = open_device(arguments.device)
+    wanted = models_to_judge(arguments, device)
+    run = run_of(arguments.model)
+    data = arguments.data or run.get("data")
+    if data is None:
+        raise UsageError(f"{arguments.model} is not in a run's folder: say what to compare with, --data and --features")
+    for _, _, steps in wanted:
+        if steps < 1:
+            raise UsageError(f"--steps must be at least 1, got {steps}")
+    first = wanted[0][1]
+    network = first.network.config
+    evaluator = Evaluator(
+        evaluation_settings(arguments, run),
+        load_source(data, image_size=network.image_size, channels=network.image_channels, device=device),
+        first.schedule.build(),
+        seed=run.get("seed", 0) if arguments.seed is None else arguments.seed,
+        num_classes=network.num_classes,
+        device=device,
+    )
+    rows = []
+    print(f"{'':<16} {'steps':>6} {evaluator.feature_space:>14} {'ms a sample':>12}")
+    for name, saved, steps in wanted:
+        images, seconds = evaluator.draw(saved.network, steps)
+        row = {"model": name} | evaluator.measure(images, steps, seconds)
+        rows.append(row)
+        print(f"{name:<16} {steps:>6} {row['fd']:>14.4f} {1000 * seconds:>12.3g}", flush=True)
+    metrics = evaluator.metrics(rows, None)
+    print(f"real against real {metrics['floor']:.4f}, n = {metrics['num_samples']}, {metrics['device']}")
+    if arguments.json is not None:
+        with writing(arguments.json, remedy="choose another file with --json"):
+            write_json(arguments.json, metrics)
+
+
+if __name__ == "__main__":
+    run_command(main)

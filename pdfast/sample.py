@@ -1,0 +1,127 @@
+"""Draw images from a run, one of its rounds, or a model's folder.
+
+    python -m pdfast.sample runs/digits --steps 4 --out samples.png
+    python -m pdfast.sample runs/digits/students/0001 --count 1000 --out samples.npz
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import tyro
+
+from pdfast.cli import run_command
+from pdfast.config import OptionalInt
+from pdfast.diffusion import ancestral, angles, noise, sample
+from pdfast.diffusion.noise import Stream
+from pdfast.engine.device import open_device
+from pdfast.engine.files import writing
+from pdfast.engine.model_folder import SavedModel, load_model
+from pdfast.errors import UsageError
+from pdfast.report.evaluator import to_uint8
+from pdfast.report.grids import image_grid, write_png
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Draw images from a run, one of its rounds, or a model's folder."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """A run's folder (then --steps chooses the student; without it the one of fewest steps), or a teacher's or student's."""
+    steps: OptionalInt = None
+    """Sampling steps; a student takes its own unless said."""
+    count: int = 64
+    """How many images."""
+    out: Path = Path("samples.png")
+    """Where to: .png for a grid, .npz for the arrays (`images` uint8 [N, H, W, C], and `labels`)."""
+    seed: int = 0
+    """Image i depends on the seed and i alone."""
+    classes: tuple[int, ...] = ()
+    """Classes to draw, in turn (class-conditional models); all of them unless said."""
+    sampler: Literal["ddim", "ancestral"] = "ddim"
+    """ddim is what students are distilled for; ancestral adds noise at each step, for teachers at many steps."""
+    variance: float = 0.0
+    """ancestral: 0 for the smaller variance, 1 for the larger, between them their geometric interpolation."""
+    clip: bool = False
+    """Clip each x-prediction to [-1, 1]."""
+    batch_size: int = 256
+    """Images drawn at once."""
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu, cuda or cuda:N."""
+
+
+def find_model(folder: Path, steps: int | None, device: torch.device) -> SavedModel:
+    """The model in a model's folder, or in a run's: the student of `steps` steps, or of fewest; else the teacher.
+
+    UsageError where there is none.
+    """
+    if (folder / "config.json").exists() or not folder.is_dir():
+        return load_model(folder, device)
+    students = {int(f.name): f for f in (folder / "students").glob("[0-9]*")}
+    if steps in students:
+        return load_model(students[steps], device)
+    if steps is None and students:
+        return load_model(students[min(students)], device)
+    if (folder / "teacher").is_dir():
+        return load_model(folder / "teacher", device)
+    raise UsageError(f"{folder} is neither a run with a teacher or students nor a model's folder")
+
+
+def draw(arguments: Arguments, saved: SavedModel, device: torch.device) -> tuple[np.ndarray, np.ndarray | None, int]:
+    """Images uint8 [N, H, W, C], labels int64 [N] or None, and the number of steps."""
+    config = saved.network.config
+    steps = arguments.steps or saved.steps or 256
+    for c in arguments.classes:
+        if not 0 <= c < config.num_classes:
+            raise UsageError(f"--classes {c}: this model has {config.num_classes or 'no'} classes")
+    classes = torch.tensor(arguments.classes or range(config.num_classes), device=device)
+    phi = angles(saved.schedule.build(), steps)
+    images, labels = [], []
+    for start in range(0, arguments.count, arguments.batch_size):
+        index = torch.arange(start, min(start + arguments.batch_size, arguments.count), device=device)
+        z = noise.normal(arguments.seed, Stream.SAMPLE, 0, 0, index, config.image_shape)
+        cond = classes[index % len(classes)] if config.num_classes else None
+        if arguments.sampler == "ddim":
+            x = sample(saved.network, z, saved.schedule.build(), steps, cond=cond, clip=arguments.clip)
+        else:
+
+            def step_noise(i: int, index: torch.Tensor = index) -> torch.Tensor:
+                return noise.normal(arguments.seed, Stream.ANCESTRAL, 0, i, index, config.image_shape)
+
+            x = ancestral(
+                saved.network, z, phi, step_noise, variance=arguments.variance, cond=cond, clip=arguments.clip
+            )
+        images.append(to_uint8(x).permute(0, 2, 3, 1).cpu().numpy())
+        if cond is not None:
+            labels.append(cond.cpu().numpy())
+    return np.concatenate(images), np.concatenate(labels) if labels else None, steps
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments, prog="python -m pdfast.sample", description=__doc__)
+    for flag, value in (("steps", arguments.steps), ("count", arguments.count), ("batch-size", arguments.batch_size)):
+        if value is not None and value < 1:
+            raise UsageError(f"--{flag} must be at least 1, got {value}")
+    if not 0 <= arguments.variance <= 1:
+        raise UsageError(f"--variance must be in [0, 1], got {arguments.variance}")
+    if not 0 <= arguments.seed < 1 << 64:
+        raise UsageError(f"--seed must be in [0, 2^64), got {arguments.seed}")
+    if arguments.out.suffix not in (".png", ".npz"):
+        raise UsageError(f"--out {arguments.out}: end it in .png for a grid or .npz for the arrays")
+    device = open_device(arguments.device)
+    saved = find_model(arguments.model, arguments.steps, device)
+    images, labels, steps = draw(arguments, saved, device)
+    with writing(arguments.out, remedy="choose another file with --out"):
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        if arguments.out.suffix == ".npz":
+            np.savez(arguments.out, images=images, **({} if labels is None else {"labels": labels}))
+        else:
+            columns = max(1, round(len(images) ** 0.5))
+            write_png(arguments.out, image_grid(images, columns, scale=max(1, 64 // images.shape[1])))
+    print(f"{len(images)} images in {steps} steps ({arguments.sampler}) from {saved.folder} -> {arguments.out}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -13,7 +13,10 @@ class FrechetDistance:
     """The Frechet distance of Heusel et al. 2017 to one set of real images, by torchmetrics, which keeps its sums in float64."""
 
     def __init__(self, features: nn.Module, real: Tensor, batch_size: int = 256) -> None:
-        """real: uint8 [n, C, H, W], on the features' device; its statistics are computed once."""
+        """features: uint8 [n, C, H, W] -> float [n, num_features], with `name` and `num_features`.
+        real: uint8 [n, C, H, W], on the features' device; its statistics are computed once. Warns where n <= num_features.
+        """
+        # A second and a half to import, which a command that measures nothing should not wait for.
         from torchmetrics.image.fid import FrechetInceptionDistance
 
         if len(real) <= features.num_features:
@@ -22,13 +25,15 @@ class FrechetDistance:
                 "covariance is singular, take the distance as a trend",
                 stacklevel=2,
             )
-        self._metric = FrechetInceptionDistance(features, reset_real_features=False).to(real.device)
+        # Without sync_on_compute=False a distance measured by one process of several would wait for the others.
+        metric = FrechetInceptionDistance(features, reset_real_features=False, sync_on_compute=False)
+        self._metric = metric.to(real.device)
         self._batch_size = batch_size
         for batch in real.split(batch_size):
             self._metric.update(batch, real=True)
 
     def distance(self, generated: Tensor) -> float:
-        """The distance of uint8 images [m, C, H, W] to the real ones."""
+        """The squared distance d^2 of the paper, of uint8 images [m, C, H, W] to the real ones, in this process alone."""
         self._metric.reset()
         for batch in generated.split(self._batch_size):
             self._metric.update(batch, real=False)
@@ -55,12 +60,12 @@ def mean_squared_distance(a: Tensor, b: Tensor) -> float:
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio of uint8 images in dB, peak 255; infinite for equal ones."""
+    """Peak signal-to-noise ratio of uint8 images in dB, peak 255, of the error over all of them; infinite for equal ones."""
     error = mean_squared_distance(a, b) * 127.5**2
     return 10 * math.log10(255**2 / error) if error else math.inf
 
 
 def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel over uint8 images [n, C, H, W], in [0, 1]: where colours shift, these do."""
+    """Mean and standard deviation (not Bessel's) of each channel over uint8 images [n, C, H, W], in [0, 1]: where colours shift, these do."""
     values = images.double() / 255
     return values.mean((0, 2, 3)).tolist(), values.std((0, 2, 3), correction=0).tolist()

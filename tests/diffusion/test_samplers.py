@@ -1,0 +1,134 @@
+"""Samplers against closed forms: a Gaussian whose exact predictions are known, and the paper's transition densities."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pdfast.diffusion import (
+    PREDICTIONS,
+    Cosine,
+    StartingAt,
+    ancestral,
+    angles,
+    build_step_table,
+    ddim,
+    sample,
+)
+
+MEAN, STD = 0.3, 0.5
+
+
+class Gaussian:
+    """The exact prediction for data N(MEAN, STD^2), every pixel by itself."""
+
+    def __init__(self, prediction):
+        self.prediction = prediction
+
+    def __call__(self, z, phi, cond=None):
+        cos, sin = (f(phi.double())[:, None, None, None] for f in (torch.cos, torch.sin))
+        variance = cos**2 * STD**2 + sin**2
+        x = MEAN + cos * STD**2 / variance * (z - cos * MEAN)
+        eps = sin / variance * (z - cos * MEAN)
+        return {"x": x, "eps": eps, "v": cos * eps - sin * x, "both": torch.cat([x, eps], 1)}[self.prediction]
+
+
+def draw(n=64):
+    return torch.randn(n, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_ddim_solves_the_probability_flow(prediction):
+    """From any angle down to any other: the exact flow of a Gaussian is a map of standard scores, met to O(1/steps)."""
+    z = draw()
+    for start, end in [(1.3, 0.0), (0.9, 0.2)]:
+        ours = ddim(Gaussian(prediction), z, torch.linspace(start, end, 4001, dtype=torch.float64))
+
+        def moments(phi):
+            return math.cos(phi) * MEAN, math.sqrt((math.cos(phi) * STD) ** 2 + math.sin(phi) ** 2)
+
+        (m0, s0), (m1, s1) = moments(start), moments(end)
+        torch.testing.assert_close(ours, m1 + s1 * (z - m0) / s0, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_perfect_student_is_two_steps_of_its_teacher(prediction):
+    """A network that puts out the step table's target lands in one step where the teacher lands in two."""
+    schedule = StartingAt(Cosine(), 0.9)
+    teacher, z, N, k = Gaussian(prediction), draw(8), 5, 3
+    rows = build_step_table(schedule, N, prediction, "snr_plus_one", dtype=torch.float64).rows(torch.full((8,), k))
+    fine, coarse = angles(schedule, 2 * N), angles(schedule, N)
+    two = ddim(teacher, z, fine[2 * (N - k) : 2 * (N - k) + 3])
+
+    def column(c):
+        return c.view(-1, *(1,) * 3)
+
+    def mix(output, coefficient):
+        return sum(column(coefficient[:, p]) * part for p, part in enumerate(output.chunk(coefficient.shape[1], 1)))
+
+    def network(state, phi):
+        return teacher(state, phi.float())  # as the sampler hands angles on
+
+    first = network(z, rows.phi)
+    z_mid = column(rows.ddim_z) * z + mix(first, rows.ddim_output)
+    target = column(rows.target_z) * z + mix(first, rows.target_output)
+    target = target + mix(network(z_mid, rows.phi_mid), rows.target_output_mid)
+
+    class Student:
+        def __init__(self):
+            self.prediction = "v" if prediction == "both" else prediction
+
+        def __call__(self, z, phi, cond=None):
+            return target
+
+    torch.testing.assert_close(ddim(Student(), z, coarse[N - k : N - k + 2]), two, atol=1e-12, rtol=0)
+
+
+def test_clipping():
+    """x-predictions are clipped to [-1, 1] and eps follows, as written in the authors' sampler."""
+    z, phi = 3 * draw(), angles(Cosine(), 6)
+    ours = ddim(Gaussian("v"), z, phi, clip=True)
+    state = z.numpy()
+    for here, there in zip(phi[:-1].tolist(), phi[1:].tolist(), strict=True):
+        out = Gaussian("x")(torch.from_numpy(state), torch.full((len(z),), here)).numpy()
+        x = np.clip(out, -1, 1)
+        eps = (state - math.cos(here) * x) / math.sin(here)
+        state = math.cos(there) * x + math.sin(there) * eps
+    np.testing.assert_allclose(ours.numpy(), state, atol=1e-6)
+    assert not torch.allclose(ours, ddim(Gaussian("v"), z, phi))
+
+
+@pytest.mark.parametrize("variance", [0.0, 0.4, 1.0])
+def test_ancestral_steps(variance):
+    """Mean and variance of q(z_s | z_t, x) as the paper's code writes them in log-SNR; the last step returns its mean."""
+    z, phi = draw(), torch.tensor([1.2, 0.8], dtype=torch.float64)
+    noises = draw(64).flip(0)
+    t, s = phi.tolist()
+    snr_t, snr_s = (1 / math.tan(a) ** 2 for a in (t, s))
+    r = snr_t / snr_s
+    x = Gaussian("x")(z, torch.full((64,), t, dtype=torch.float32))
+    mean = r * (math.cos(s) / math.cos(t)) * z + (1 - r) * math.cos(s) * x
+    low, high = (1 - r) * math.sin(s) ** 2, (1 - r) * math.sin(t) ** 2
+    expected = mean + math.exp(0.5 * (variance * math.log(high) + (1 - variance) * math.log(low))) * noises
+    ours = ancestral(Gaussian("x"), z, phi, lambda i: noises, variance=variance)
+    torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
+    last = torch.tensor([0.8, 0.0], dtype=torch.float64)
+    x = Gaussian("x")(z, torch.full((64,), 0.8, dtype=torch.float64).float())
+    torch.testing.assert_close(ancestral(Gaussian("v"), z, last, lambda i: noises), x, atol=1e-6, rtol=0)
+
+
+def test_ancestral_draws_the_data():
+    z = draw(4000)
+    generator = torch.Generator().manual_seed(1)
+    x = ancestral(
+        Gaussian("both"), z, angles(Cosine(), 200), lambda i: torch.randn(z.shape, dtype=z.dtype, generator=generator)
+    )
+    assert abs(float(x.mean()) - MEAN) < 0.02 and abs(float(x.std()) - STD) < 0.02
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="eps-prediction"):
+        sample(Gaussian("eps"), draw(), Cosine(), 4)
+    with pytest.raises(ValueError, match="variance"):
+        ancestral(Gaussian("x"), draw(), angles(Cosine(), 4), lambda i: draw(), variance=2.0)

@@ -1,0 +1,67 @@
+"""Schedules: their ends, order and differences, against 60 digits."""
+
+import mpmath as mp
+import pytest
+import torch
+
+from pdfast.diffusion import AlphaBars, ClippedCosine, Cosine, LinearBeta, StartingAt, angles, logsnr
+
+from .test_golden import SCHEDULES
+
+
+@pytest.mark.parametrize("N", [1000, 4096])
+@pytest.mark.parametrize("u_start", [1.0, 0.9])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_angles_and_their_differences(name, u_start, N):
+    ours, theirs = SCHEDULES[name]
+    ours = StartingAt(ours, u_start)
+    k = torch.tensor([1, 2, 3, N // 3, N // 2, N - 1, N], dtype=torch.float64)
+    du = torch.tensor(1 / N, dtype=torch.float64)
+    delta, phi = ours.delta(k / N, du), ours.phi(k / N)
+    for i, j in enumerate(k.int().tolist()):
+        high, low = (mp.atan2(*reversed(theirs(mp.mpf(n) / N * mp.mpf(u_start)))) for n in (j, j - 1))
+        assert abs(mp.mpf(float(phi[i])) - high) < 1e-15 * 4
+        assert abs(mp.mpf(float(delta[i])) / (high - low) - 1) < 5e-14
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_monotone_from_data_to_noise(name):
+    phi = SCHEDULES[name][0].phi(torch.linspace(0, 1, 1001, dtype=torch.float64))
+    assert bool((phi.diff() > 0).all()) and phi[0] < 1e-4 and phi[-1] > 1.5
+
+
+def test_cosine_ends_exactly():
+    phi = Cosine().phi(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    assert phi[0] == 0 and torch.cos(phi[1]) < 1e-16
+
+
+def test_clipped_logsnr():
+    u = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(logsnr(ClippedCosine().phi(u)), torch.tensor([20.0, 0.0, -20.0], dtype=torch.float64), atol=1e-10, rtol=0)
+
+
+def test_a_sampler_ends_at_exactly_zero():
+    for ours, _ in SCHEDULES.values():
+        phi = angles(ours, 7)
+        assert len(phi) == 8 and phi[-1] == 0 and phi.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ClippedCosine(3.0, 3.0),
+        lambda: LinearBeta(2.0, 1.0),
+        lambda: LinearBeta(0.0, 0.0),
+        lambda: AlphaBars(torch.tensor([])),
+        lambda: AlphaBars(torch.tensor([0.9, 0.9])),
+        lambda: AlphaBars(torch.tensor([1.0, 0.5])),
+        lambda: AlphaBars(torch.tensor([0.5, -0.1])),
+        lambda: AlphaBars(torch.tensor([float("nan")])),
+        lambda: StartingAt(Cosine(), 0.0),
+        lambda: StartingAt(Cosine(), 1.1),
+        lambda: angles(Cosine(), 0),
+    ],
+)
+def test_bad_arguments(make):
+    with pytest.raises(ValueError):
+        make()

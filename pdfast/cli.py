@@ -1,12 +1,15 @@
 """How every command ends: a person's mistake is one line and exit code 2, a failure in the middle one line and 1."""
 
+import contextlib
+import io
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from pdfast.errors import RunError, UsageError
 
@@ -17,6 +20,27 @@ class Interrupted(Exception):
     """The run was asked to stop and has saved its state; the message says how to go on."""
 
     exit_code = INTERRUPTED
+
+
+T = TypeVar("T")
+
+
+def parse(arguments: type[T], *, prog: str, description: str, default: T | None = None) -> T:
+    """The command line as an `arguments` dataclass, by tyro. UsageError, in one line, where it does not parse."""
+    import tyro
+
+    options: dict[str, Any] = {} if default is None else {"default": default}
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(arguments, prog=prog, description=description, **options)
+    except SystemExit as end:
+        if not end.code:
+            raise
+    # tyro draws a box: its frame, its title, and after a rule the flag's help, which --help shows as well.
+    body = [line.strip("│| ") for line in said.getvalue().splitlines() if line.startswith(("│", "|"))]
+    message = re.sub(r"\s+", " ", " ".join(body)).split(" For full helptext")[0].split(" Argument helptext")[0]
+    raise UsageError(f"{re.sub("[─-]{4,}", ";", message).strip(' ;')}; see {prog} --help")
 
 
 def _tell_torchrun(message: str) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
+from pdfast.cli import parse
 from pdfast.config import DistillConfig, OptionalPath, TrainConfig, from_plain, load_yaml, resolve_steps, to_plain
 from pdfast.errors import UsageError
 from pdfast.presets import preset
@@ -46,13 +47,6 @@ def _names(cls: type) -> set[str]:
     return {f.name for f in dataclasses.fields(cls)}
 
 
-def _parse(arguments_class: type, default: Any, prog: str, description: str) -> Any:
-    try:
-        return tyro.cli(arguments_class, default=default, prog=prog, description=description)
-    except ValueError as error:  # from a __post_init__ check
-        raise UsageError(str(error)) from None
-
-
 def _fields(config: Any) -> dict[str, Any]:
     return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
 
@@ -66,12 +60,12 @@ def distill_arguments() -> tuple[DistillConfig, Extra]:
 
     base = _defaults(DistillConfig, sys.argv[1:])
     unset = dataclasses.replace(base, rounds=None, start_steps=None, end_steps=None)
-    parsed = _parse(
+    parsed = parse(
         Arguments,
-        Arguments(**_fields(unset)),
-        "python -m pdfast.distill",
-        "Distill a diffusion model to few steps (Salimans & Ho 2022). Without --teacher the preset's teacher is trained "
-        "first. The same command run again resumes.",
+        default=Arguments(**_fields(unset)),
+        prog="python -m pdfast.distill",
+        description="Distill a diffusion model to few steps (Salimans & Ho 2022). Without --teacher the preset's teacher is "
+        "trained first. The same command run again resumes.",
     )
     rounds, start, end = resolve_steps(
         (parsed.rounds, parsed.start_steps, parsed.end_steps), (base.rounds, base.start_steps, base.end_steps)
@@ -93,11 +87,11 @@ def train_arguments() -> tuple[TrainConfig, Extra]:
     base = _defaults(TrainConfig, sys.argv[1:])
     if _peek("--config", sys.argv[1:]) is None:
         base = dataclasses.replace(base, run=Path(f"{base.run}-teacher"))
-    parsed = _parse(
+    parsed = parse(
         Arguments,
-        Arguments(**_fields(base)),
-        "python -m pdfast.train",
-        "Train a teacher (Algorithm 1 of Salimans & Ho 2022). The same command run again resumes.",
+        default=Arguments(**_fields(base)),
+        prog="python -m pdfast.train",
+        description="Train a teacher (Algorithm 1 of Salimans & Ho 2022). The same command run again resumes.",
     )
     config = TrainConfig(**{name: getattr(parsed, name) for name in _names(TrainConfig)})
     check(config)

@@ -113,8 +113,9 @@ class RunConfig:
     """Starting point that every other flag overrides: digits, cifar10-fast, cifar10, imagenet64, lsun128."""
     data: str = "digits"
     """Images: digits (built in), a .npy or .npz file of uint8 images, or a folder of image files."""
-    run: Path = Path("runs/digits")
-    """Folder of the run; the same command resumes what it finds there."""
+    run: Annotated[Path, tyro.conf.arg(aliases=["--run-dir"])] = Path("runs/digits")
+    """Folder of the run; the same command resumes what it finds there. (Under torchrun say --run-dir: it takes --run for an
+    abbreviation of an option of its own.)"""
     seed: int = 0
     """Seed of everything random."""
     device: str = "auto"

@@ -13,7 +13,7 @@ import torch
 
 from pdfast.cli import Interrupted, run_command
 from pdfast.commands import distill_arguments
-from pdfast.config import DistillConfig, to_plain
+from pdfast.config import DistillConfig
 from pdfast.data import ImageSource
 from pdfast.diffusion import build_step_table
 from pdfast.engine import interrupt
@@ -140,21 +140,10 @@ def with_teachers_network(config: DistillConfig, device: torch.device) -> tuple[
     return dataclasses.replace(config, network=saved.network.config, schedule=saved.schedule), saved.network
 
 
-def main() -> None:
-    config, extra = distill_arguments()
-    device = open_device(config.device)
-    config, given_teacher = with_teachers_network(config, device)
-    refuse_eps_at_the_start(config)
-    if extra.dry_run:
-        print_distillation_plan(config, device)
-        return
-    source = open_data(config, device)
-    lock = open_run(config)
-    interrupt.install()
-    log = RunLog(config.run)
-    log.board.add_text("config", str(to_plain(config)))
-    log.say(f"{source.name}: {source.num_images} images of {source.shape}; run folder {config.run}")
-
+def distill(
+    config: DistillConfig, given_teacher: UNet | None, source: ImageSource, log: RunLog, device: torch.device
+) -> None:
+    """All of a run: the teacher, then round after round, each stage skipped where its folder is already there."""
     teacher_folder = config.run / "teacher"
     evaluator: Evaluator | None = None
     if not teacher_folder.exists():
@@ -179,9 +168,7 @@ def main() -> None:
             build_report(config.run)
         teacher = load_model(folder, device).network
 
-    log.say(f"finished in {clock(total_seconds(config))}; open {build_report(config.run)}")
-    log.close()
-    lock.close()
+    log.say(f"finished, {clock(total_seconds(config))} of training; open {build_report(config.run)}")
 
 
 def total_seconds(config: DistillConfig) -> float:
@@ -189,6 +176,21 @@ def total_seconds(config: DistillConfig) -> float:
     folders = [config.run / "teacher", *(config.run / "students" / f"{n:04d}" for n in config.round_steps)]
     trainings = [read_json(folder / "metrics.json")["training"] for folder in folders]
     return sum(training["seconds"] for training in trainings if training)
+
+
+def main() -> None:
+    config, extra = distill_arguments()
+    device = open_device(config.device)
+    config, given_teacher = with_teachers_network(config, device)
+    refuse_eps_at_the_start(config)
+    if extra.dry_run:
+        print_distillation_plan(config, device)
+        return
+    source = open_data(config, device)
+    with open_run(config), RunLog(config.run) as log:
+        interrupt.install()
+        log.say(f"{source.name}: {source.num_images} images of {source.shape}; run folder {config.run}")
+        distill(config, given_teacher, source, log, device)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from pdfast.cli import run_command
+from pdfast.cli import parse, run_command
 from pdfast.config import EvaluationConfig, OptionalInt, OptionalPath, OptionalString, from_plain, load_yaml
 from pdfast.data import load_source
 from pdfast.engine.device import open_device
@@ -82,7 +82,7 @@ def models_to_judge(arguments: Arguments, device: torch.device) -> list[tuple[st
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, prog="python -m pdfast.evaluate", description=__doc__)
+    arguments = parse(Arguments, prog="python -m pdfast.evaluate", description=__doc__)
     device = open_device(arguments.device)
     wanted = models_to_judge(arguments, device)
     run = run_of(arguments.model)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import tyro
 
-from pdfast.cli import run_command
+from pdfast.cli import parse, run_command
 from pdfast.config import OptionalInt
 from pdfast.diffusion import ancestral, angles, noise, sample
 from pdfast.diffusion.noise import Stream
@@ -100,7 +100,7 @@ def draw(arguments: Arguments, saved: SavedModel, device: torch.device) -> tuple
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, prog="python -m pdfast.sample", description=__doc__)
+    arguments = parse(Arguments, prog="python -m pdfast.sample", description=__doc__)
     for flag, value in (("steps", arguments.steps), ("count", arguments.count), ("batch-size", arguments.batch_size)):
         if value is not None and value < 1:
             raise UsageError(f"--{flag} must be at least 1, got {value}")

@@ -21,7 +21,7 @@ from pdfast.engine.checkpoint import Checkpoints
 from pdfast.engine.device import open_device
 from pdfast.engine.files import write_folder, write_json
 from pdfast.engine.log import Progress, RunLog
-from pdfast.engine.model_folder import SavedModel, fill_model_folder, load_model
+from pdfast.engine.model_folder import fill_model_folder, load_model
 from pdfast.engine.optimizer import Optimizer, linear_decay, linear_warmup
 from pdfast.engine.run import open_run
 from pdfast.engine.step import Draws, teacher_loss
@@ -172,19 +172,16 @@ def main() -> None:
         print_training_plan(config, device)
         return
     source = open_data(config, device)
-    lock = open_run(config)
-    interrupt.install()
-    log = RunLog(config.run)
-    if (config.run / "teacher").exists():
-        saved: SavedModel = load_model(config.run / "teacher", device)
-        log.say(f"already finished: {saved.folder}")
-        return
-    log.say(f"{source.name}: {source.num_images} images of {source.shape}; run folder {config.run}")
-    network, training = train_teacher(config, source, log, device)
-    write_teacher(config, network, training, open_evaluator(config, source, device), config.evaluation_steps, log)
-    log.say(f"wrote {config.run / 'teacher'}; distill it with: python -m pdfast.distill --teacher {config.run / 'teacher'}")
-    log.close()
-    lock.close()
+    with open_run(config), RunLog(config.run) as log:
+        interrupt.install()
+        if (config.run / "teacher").exists():
+            log.say(f"already finished: {load_model(config.run / 'teacher', device).folder}")
+            return
+        log.say(f"{source.name}: {source.num_images} images of {source.shape}; run folder {config.run}")
+        network, training = train_teacher(config, source, log, device)
+        write_teacher(config, network, training, open_evaluator(config, source, device), config.evaluation_steps, log)
+        teacher = config.run / "teacher"
+        log.say(f"wrote {teacher}; distill it with: python -m pdfast.distill --preset {config.preset} --teacher {teacher}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class ImageSource(Protocol):
     num_images: int
     shape: tuple[int, int, int]  # (H, W, C)
     num_classes: int  # 0 without labels
-    fingerprint: str  # SHA-256 of images and labels
+    fingerprint: str  # SHA-256, in hexadecimal, of shape, images and labels
 
     def batch(self, samples: Tensor, seed: int) -> Batch:
         """The images of global sample indices, int64 [n], in the order that the seed gives each epoch."""
@@ -47,9 +47,9 @@ class ResidentImages:
 
     def __init__(self, name: str, images: Tensor, labels: Tensor | None = None, device: torch.device | str = "cpu") -> None:
         """images: uint8 [N, H, W, C]; labels: int64 [N] or None."""
-        digest = hashlib.sha256(images.numpy().tobytes())
-        if labels is not None:
-            digest.update(labels.numpy().tobytes())
+        digest = hashlib.sha256(str(tuple(images.shape)).encode())
+        for tensor in (images,) if labels is None else (images, labels):
+            digest.update(tensor.cpu().contiguous().numpy())
         self.name = name
         self.fingerprint = digest.hexdigest()
         self.num_images = len(images)
@@ -59,6 +59,7 @@ class ResidentImages:
         self._labels = labels.to(device) if labels is not None else None
 
     def batch(self, samples: Tensor, seed: int) -> Batch:
+        samples = samples.cpu()  # where the permutation is
         epoch, place = samples // self.num_images, samples % self.num_images
         indices = torch.empty_like(samples)
         for e in epoch.unique().tolist():
@@ -72,28 +73,28 @@ class ResidentImages:
 
 
 def load_source(spec: str, *, image_size: int, channels: int, device: torch.device | str = "cpu") -> ImageSource:
-    """`digits`, a .npy or .npz file of uint8 images, or a folder of image files.
+    """The built-in `digits`, a .npy or .npz file of uint8 images, or a folder of image files (one named digits: ./digits).
 
     UsageError, in one line that names the path, for data that are missing, damaged, or not image_size x image_size x channels.
     """
     path = Path(spec)
+    kinds = "give `digits`, a .npy or .npz file, or a folder of image files"
     if spec == "digits":
         with resources.as_file(resources.files("pdfast.data") / "digits.npz") as file:
             images, labels = load_array_file(file)
     elif path.is_dir():
         images, labels = load_image_folder(path, image_size, channels)
+    elif not path.exists():
+        raise UsageError(f"there are no data at {spec}: {kinds}")
     elif path.suffix in (".npy", ".npz"):
         images, labels = load_array_file(path)
-    elif path.exists():
-        raise UsageError(f"{path} is not data pdfast reads: give `digits`, a .npy or .npz file, or a folder of image files")
     else:
-        raise UsageError(f"there are no data at {path}: give `digits`, a .npy or .npz file, or a folder of image files")
+        raise UsageError(f"{spec} is not data that pdfast reads: {kinds}")
     expected = (image_size, image_size, channels)
     if images.shape[1:] != expected:
         raise UsageError(
             f"{spec} has images of (height, width, channels) {images.shape[1:]}, the network takes {expected}: "
             "set --network.image-size and --network.image-channels, or prepare the data at that size"
         )
-    return ResidentImages(
-        path.name, torch.from_numpy(images), torch.from_numpy(labels) if labels is not None else None, device
-    )
+    tensors = torch.from_numpy(images), None if labels is None else torch.from_numpy(labels)
+    return ResidentImages(path.absolute().name, *tensors, device)

@@ -13,7 +13,7 @@ from typing import Any
 from pdfast.errors import RunError, UsageError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def writing(path: Path, remedy: str = "choose another folder with --run") -> Ite
     except Exception as error:
         number = getattr(error, "errno", None)
         text = str(error)
-        if number in _FULL or "No space left" in text or "os error 28" in text:
+        if number in _FULL or "os error 28" in text or "os error 27" in text:
             raise RunError(
                 f"the disk is full: could not write {path}; what was saved before is kept, "
                 "free some space and run the same command again"

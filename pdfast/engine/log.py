@@ -58,7 +58,10 @@ class RunLog:
         with writing(self.path):
             self._file = open(self.path, "a")
 
-    def close(self) -> None:
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self._file.close()
         self.board.close()
 

@@ -4,9 +4,12 @@ runs/NAME/{config.yaml, log.jsonl, tb/, checkpoints/, teacher/, students/NNNN/, 
 """
 
 import fcntl
+import shlex
 import sys
 from pathlib import Path
 from typing import IO
+
+import yaml
 
 from pdfast.config import RunConfig, load_yaml, to_plain, to_yaml
 from pdfast.engine.files import write_file, writing
@@ -25,23 +28,33 @@ def open_run(config: RunConfig) -> IO[str]:
         run.mkdir(parents=True, exist_ok=True)
         lock = open(run / ".lock", "w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UsageError(f"another process is working in {run}; wait for it, or choose another folder with --run") from None
-    saved = run / "config.yaml"
-    if saved.exists():
-        before = load_yaml(saved)
-        before.pop("command", None)
-        _refuse_changes(before, to_plain(config), run)
-    else:
-        write_file(saved, to_yaml(config) + f"command: {' '.join(_command())!r}\n")
+        _begin_or_resume(config, lock)
+    except BaseException:
+        lock.close()
+        raise
     return lock
 
 
-def _command() -> list[str]:
+def _begin_or_resume(config: RunConfig, lock: IO[str]) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UsageError(
+            f"another process is working in {config.run}; wait for it, or choose another folder with --run"
+        ) from None
+    saved = config.run / "config.yaml"
+    if saved.exists():
+        before = load_yaml(saved)
+        before.pop("command", None)
+        _refuse_changes(before, to_plain(config), config.run)
+    else:
+        write_file(saved, to_yaml(config) + yaml.safe_dump({"command": _command()}, width=10_000))
+
+
+def _command() -> str:
     """The command line as a person would type it."""
     main = sys.modules["__main__"].__spec__
-    return ["python", "-m", main.name, *sys.argv[1:]] if main else ["python", *sys.argv]
+    return shlex.join(["python", "-m", main.name, *sys.argv[1:]] if main else ["python", *sys.argv])
 
 
 def _refuse_changes(before: dict, now: dict, run: Path, prefix: str = "") -> None:

@@ -1,7 +1,8 @@
 """Named feature spaces for the Frechet distance.
 
-Each is a module in eval mode with `name` and `num_features`: uint8 images [n, C, H, W] -> float32 [n, num_features], without
-gradients. A distance is only comparable within one space, and is called FID in that of the published Inception weights alone.
+Each is a module in eval mode with `name` and `num_features`: uint8 images [n, C, H, W] -> float32 [n, num_features],
+without gradients. A distance is only comparable within one space, and is called FID in that of the published Inception
+weights alone.
 """
 
 from pathlib import Path
@@ -52,8 +53,8 @@ class DigitsFeatures(nn.Module):
         """uint8 [n, 1, 8, 8] -> float32 [n, 32]. UsageError for images of another shape."""
         if images.shape[1:] != (1, 8, 8):
             raise UsageError(
-                f"the feature space digits takes images of (channels, height, width) (1, 8, 8), not {tuple(images.shape[1:])}: "
-                "set --evaluation.features to mobilenet"
+                "the feature space digits takes images of (channels, height, width) (1, 8, 8), "
+                f"not {tuple(images.shape[1:])}: set --evaluation.features to mobilenet"
             )
         return (self.hidden(images.float() / 127.5 - 1) - self.mean) @ self.whitening
 
@@ -68,7 +69,7 @@ class DigitsFeatures(nn.Module):
 
 @torch.enable_grad()
 def train_digits_features() -> DigitsFeatures:
-    """The digits' feature space, in a few seconds on a CPU: the same on every call, and no global generator is touched."""
+    """The digits' feature space, in a few seconds on a CPU; the same on every call, global generators left alone."""
     source = load_source("digits", image_size=8, channels=1)
     trained = permutation(SEED, 0, source.num_images)[:NUM_TRAINED]
     with torch.random.fork_rng(devices=[]):
@@ -104,5 +105,6 @@ def load_feature_space(spec: str, *, device: torch.device | str = "cpu") -> nn.M
     if Path(spec).suffix in (".pth", ".pt", ".safetensors"):
         return InceptionFeatures(Path(spec)).to(device)
     raise UsageError(
-        f"unknown feature space {spec!r}: choose digits, mobilenet, or give a .pth or .safetensors file of Inception weights"
+        f"unknown feature space {spec!r}: choose digits, mobilenet, or give a .pth or .safetensors file of "
+        "Inception weights"
     )

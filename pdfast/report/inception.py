@@ -1,10 +1,10 @@
 """FID: the 2048 pooled features of Inception v3 as published for it, from a file of weights that the user gives.
 
-The file is the pytorch-fid project's pt_inception-2015-12-05 (.pth), or the same tensors as safetensors. The network is that of
-Szegedy et al. 2015 (arXiv 1512.00567) with the habits of the TensorFlow graph it was exported from: images resized to
-299 x 299, bilinear without antialias; inputs in [-1, 1]; padding left out of every average; a maximum in place of the average in
-the last block; 1008 classes. Its structure is tested, its values were not compared with published features: check a known FID
-before you quote one.
+The file is the pytorch-fid project's pt_inception-2015-12-05 (.pth), or the same tensors as safetensors. The network is
+that of Szegedy et al. 2015 (arXiv 1512.00567) with the habits of the TensorFlow graph it was exported from: images
+resized to 299 x 299, bilinear without antialias; inputs in [-1, 1]; padding left out of every average; a maximum in
+place of the average in the last block; 1008 classes. Its structure is tested, its values were not compared with
+published features: check a known FID before you quote one.
 """
 
 from pathlib import Path
@@ -21,7 +21,9 @@ Layer = tuple[str, int, Kernel]  # name, output channels, kernel
 
 
 class _Conv(nn.Module):
-    def __init__(self, in_channels: int, out_channels: int, kernel: Kernel, stride: int = 1, padding: str | int = "same") -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: Kernel, stride: int = 1, padding: str | int = "same"
+    ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(out_channels, eps=1e-3)
@@ -36,7 +38,13 @@ class _Mixed(nn.Module):
     A branch whose last layers end in `a` and `b` forks there. pool: (average or maximum, channels of its convolution).
     """
 
-    def __init__(self, in_channels: int, branches: list[list[Layer]], pool: tuple[str, int] | None = None, reduce: bool = False):
+    def __init__(
+        self,
+        in_channels: int,
+        branches: list[list[Layer]],
+        pool: tuple[str, int] | None = None,
+        reduce: bool = False,
+    ) -> None:
         super().__init__()
         self.branches = [[name for name, _, _ in branch] for branch in branches]
         self.pool = pool[0] if pool else None
@@ -114,20 +122,23 @@ def _block_d() -> _Mixed:
 
 def _block_e(in_channels: int, pool: str) -> _Mixed:
     row, column = (1, 3), (3, 1)
-    double = [("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3), ("branch3x3dbl_3a", 384, row), ("branch3x3dbl_3b", 384, column)]
+    double = [("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3)]
     return _Mixed(
         in_channels,
         [
             [("branch1x1", 320, 1)],
             [("branch3x3_1", 384, 1), ("branch3x3_2a", 384, row), ("branch3x3_2b", 384, column)],
-            double,
+            [*double, ("branch3x3dbl_3a", 384, row), ("branch3x3dbl_3b", 384, column)],
         ],
         (pool, 192),
     )
 
 
 class InceptionV3(nn.Module):
-    """The network under the published parameter names: float [n, 3, 299, 299] in [-1, 1] -> [n, 2048]; `fc` gives the logits."""
+    """The network under the published parameter names: float [n, 3, 299, 299] in [-1, 1] -> [n, 2048].
+
+    `fc` is there for the file, which holds it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,7 +170,7 @@ class InceptionV3(nn.Module):
 
 
 class InceptionFeatures(nn.Module):
-    """uint8 images [n, 1 or 3, H, W] -> float32 [n, 2048]. UsageError for a file that does not hold exactly this network."""
+    """uint8 images [n, 1 or 3, H, W] -> float32 [n, 2048]. UsageError for a file that holds any other network."""
 
     name = "FID"
     num_features = 2048
@@ -182,7 +193,10 @@ def _read_weights(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
     if not path.is_file():
         raise UsageError(f"there are no Inception weights at {path}: give pytorch-fid's pt_inception-2015-12-05 file")
     try:
-        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            found = load_file(path)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
         # A count of training batches, which some copies of the file lack, plays no part in evaluation.
         counts = {key: value for key, value in expected.items() if key.endswith("num_batches_tracked")}
         shapes = {key: tuple(value.shape) for key, value in found.items() if not key.endswith("num_batches_tracked")}
@@ -193,7 +207,8 @@ def _read_weights(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
     if different:
         key = different[0]
         raise UsageError(
-            f"{path} does not hold the Inception network of the FID: {len(different)} of its tensors differ, the first {key} "
-            f"(expected {wanted.get(key, 'none')}, found {shapes.get(key, 'none')}); give pytorch-fid's pt_inception-2015-12-05 file"
+            f"{path} does not hold the Inception network of the FID: {len(different)} of its tensors differ, the first "
+            f"{key} (expected {wanted.get(key, 'none')}, found {shapes.get(key, 'none')}); "
+            "give pytorch-fid's pt_inception-2015-12-05 file"
         )
     return {key: found[key] for key in wanted} | counts

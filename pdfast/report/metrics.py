@@ -1,4 +1,4 @@
-"""Distances between sets of images: the Frechet distance in a feature space, and pixel distances from the same noise."""
+"""Distances between sets of images: the Frechet distance in a feature space, and distances in pixels."""
 
 import math
 import warnings
@@ -10,11 +10,15 @@ from pdfast.errors import UsageError
 
 
 class FrechetDistance:
-    """The Frechet distance of Heusel et al. 2017 to one set of real images, by torchmetrics, which keeps its sums in float64."""
+    """The Frechet distance of Heusel et al. 2017 (arXiv 1706.08500) to one set of real images.
+
+    torchmetrics computes it, its sums in float64.
+    """
 
     def __init__(self, features: nn.Module, real: Tensor, batch_size: int = 256) -> None:
         """features: uint8 [n, C, H, W] -> float [n, num_features], with `name` and `num_features`.
-        real: uint8 [n, C, H, W], on the features' device; its statistics are computed once. Warns where n <= num_features.
+        real: uint8 [n, C, H, W], on the features' device; its statistics are computed once.
+        Warns where n <= num_features.
         """
         # A second and a half to import, which a command that measures nothing should not wait for.
         from torchmetrics.image.fid import FrechetInceptionDistance
@@ -33,7 +37,7 @@ class FrechetDistance:
             self._metric.update(batch, real=True)
 
     def distance(self, generated: Tensor) -> float:
-        """The squared distance d^2 of the paper, of uint8 images [m, C, H, W] to the real ones, in this process alone."""
+        """The paper's d^2 between uint8 images [m, C, H, W] and the real ones, in this process alone."""
         self._metric.reset()
         for batch in generated.split(self._batch_size):
             self._metric.update(batch, real=False)
@@ -41,14 +45,14 @@ class FrechetDistance:
 
 
 def split_real(num_images: int, n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Two disjoint sets of n image indices, int64: the reference, and one to measure the distance real images have to it.
+    """Two disjoint sets of n image indices, int64: the reference, and one whose distance to it is real images' own.
 
     UsageError where there are fewer than 2 n images.
     """
     if 2 * n > num_images:
         raise UsageError(
-            f"{n} evaluation samples need {2 * n} real images (a reference and as many held out for the floor), there are "
-            f"{num_images}: set --evaluation.num-samples to at most {num_images // 2}"
+            f"{n} evaluation samples need {2 * n} real images (a reference and as many held out for the floor), "
+            f"there are {num_images}: set --evaluation.num-samples to at most {num_images // 2}"
         )
     order = permutation(seed, 0, num_images)
     return order[:n], order[n : 2 * n]
@@ -60,12 +64,15 @@ def mean_squared_distance(a: Tensor, b: Tensor) -> float:
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio of uint8 images in dB, peak 255, of the error over all of them; infinite for equal ones."""
+    """Peak signal-to-noise ratio of uint8 images, all taken together, in dB; peak 255, infinite for equal ones."""
     error = mean_squared_distance(a, b) * 127.5**2
     return 10 * math.log10(255**2 / error) if error else math.inf
 
 
 def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation (not Bessel's) of each channel over uint8 images [n, C, H, W], in [0, 1]: where colours shift, these do."""
+    """Mean and population standard deviation of each channel over uint8 images [n, C, H, W], in [0, 1].
+
+    Where colours shift, these do.
+    """
     values = images.double() / 255
     return values.mean((0, 2, 3)).tolist(), values.std((0, 2, 3), correction=0).tolist()

@@ -146,8 +146,29 @@ def test_mobilenet_is_a_feature_space():
     check_space(space, "FD-MobileNetV2", 1280, images(4, 3, 32))
     grey = images(2, 1, 28)
     torch.testing.assert_close(space(grey), space(grey.repeat(1, 3, 1, 1)))
-    features = space(images(4, 3, 64))
-    assert features.min() >= 0 and features.max() <= 6 and features.std() > 0.1
+
+
+@needs_mobilenet
+def test_mobilenet_resizes_normalises_and_pools_as_documented():
+    space = load_feature_space("mobilenet")
+    batch = images(2, 3, 256)
+    maps: list[Tensor] = []
+    layers = space.network.features
+    layers[1].conv[0].register_forward_hook(lambda module, inputs, output: maps.append(output))
+    layers.register_forward_hook(lambda module, inputs, output: maps.extend([*inputs, output]))
+    features = space(batch)
+    depthwise, seen, last = maps
+    # Half the size with antialias: a triangle four pixels wide.
+    weights = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=torch.float64) / 8
+    kernel = weights.outer(weights).expand(3, 1, 4, 4)
+    mean = torch.tensor([0.485, 0.456, 0.406], dtype=torch.float64).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225], dtype=torch.float64).view(3, 1, 1)
+    expected = (F.conv2d(batch.double() / 255, kernel, stride=2, padding=1, groups=3) - mean) / std
+    assert seen.shape == (2, 3, 128, 128)
+    torch.testing.assert_close(seen[..., 1:-1, 1:-1].double(), expected[..., 1:-1, 1:-1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(features, last.mean((2, 3)))
+    # Activations end at 6, where the first depthwise convolution takes some of this noise.
+    assert depthwise.min() == 0 and depthwise.max() == 6
 
 
 @needs_mobilenet
@@ -157,7 +178,7 @@ def test_mobilenet_names_a_photograph():
     photograph = torch.from_numpy(datasets.load_sample_image("china.jpg").copy()).permute(2, 0, 1)[None]
     space = load_feature_space("mobilenet")
     palace = 698
-    assert space.network.classifier(space(photograph[..., :427])).argmax() == palace
+    assert space.network.classifier(space(photograph[..., 106:533])).argmax() == palace
 
 
 def test_mobilenet_without_its_package_says_how_to_install_it(monkeypatch):
@@ -179,8 +200,11 @@ def test_inception_has_the_published_names_and_sizes():
     # 94 convolutions, four tensors of each one's normalisation, and the classifier.
     assert len(shapes) == 94 * 5 + 2
     with torch.device("meta"):
-        # torchvision's count without the auxiliary classifier, 23,834,568, and eight classes more.
-        assert sum(parameter.numel() for parameter in InceptionV3().parameters()) == 23_834_568 + 8 * 2049
+        network = InceptionV3()
+    # torchvision's count without the auxiliary classifier, 23,834,568, and eight classes more.
+    assert sum(parameter.numel() for parameter in network.parameters()) == 23_834_568 + 8 * 2049
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert len(norms) == 94 and {norm.eps for norm in norms} == {1e-3}
     expected = {
         "Conv2d_1a_3x3.conv.weight": (32, 3, 3, 3),
         "Conv2d_4a_3x3.bn.running_mean": (192,),

@@ -1,0 +1,42 @@
+"""One part of a published data set, and whether all of it is there."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pdfast.errors import UsageError
+
+
+class Split(NamedTuple):
+    """images: uint8 [N, H, W, C]; labels: int64 [N]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each channel, float64 [C], of uint8 images [N, H, W, C] taken as 0 to 1."""
+    values = np.arange(256) / 255
+    # Counts of the 256 values are exact, and a chunk at a time keeps their int64 copies small.
+    counts = np.zeros((images.shape[3], 256), dtype=np.int64)
+    for start in range(0, len(images), 4096):
+        for channel, count in enumerate(counts):
+            count += np.bincount(images[start : start + 4096, ..., channel].ravel(), minlength=256)
+    share = counts / counts.sum(axis=1, keepdims=True)
+    mean = share @ values
+    return mean, np.sqrt((share * (values - mean[:, None]) ** 2).sum(axis=1))
+
+
+def check_split(split: Split, where: str | Path, *, per_class: int, mean: tuple[float, ...] | None = None) -> None:
+    """UsageError unless there are 10 classes of `per_class` images each, with channel means within 0.002 of `mean`."""
+    counts = np.bincount(split.labels, minlength=10)
+    remedy = "it is damaged or another data set, download it again"
+    if len(split.labels) != 10 * per_class:
+        raise UsageError(f"{where} has {len(split.labels)} images, expected {10 * per_class}: {remedy}")
+    if not np.array_equal(counts, [per_class] * 10):
+        raise UsageError(f"{where} has classes of {counts.tolist()} images, expected 10 classes of {per_class}: {remedy}")
+    if mean is not None:
+        found = channel_statistics(split.images)[0]
+        if np.abs(found - mean).max() > 0.002:
+            raise UsageError(f"{where} has channel means {found.round(4).tolist()}, expected {list(mean)}: {remedy}")

@@ -1,0 +1,33 @@
+"""What tests share: one thread (bit-exact wherever they run), and one finished tiny run."""
+
+import functools
+import signal
+
+import pytest
+import torch
+
+from pdfast.engine import interrupt
+from pdfast.report import features
+from tests.commands import TINY_DISTILL, call
+
+torch.set_num_threads(1)
+# The digits' feature space is the same on every call; commands called in this process need not train it each time.
+features.train_digits_features = functools.cache(features.train_digits_features)
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """Commands called in this process install handlers; give the test runner its own back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    interrupt._stop_requested = False
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """A finished tiny run: teacher, students of 2 steps and 1, report. Not to be changed."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    assert call("distill", *TINY_DISTILL, "--run", str(run)) == 0
+    return run

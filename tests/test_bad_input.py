@@ -1,0 +1,220 @@
+"""A person's mistake is one line that says what and what to do, exit code 2 (1 for a failure in the middle), nothing lost."""
+
+import os
+import re
+import resource
+import shutil
+import stat
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from pdfast.config import parse_updates, resolve_steps
+from pdfast.errors import UsageError
+from tests.commands import TINY_DISTILL, TINY_RUN, call, environment
+
+
+def one_line(capsys, code, expected_code, *words):
+    """The command ended with the code, and its last line on stderr, the only one, says the words."""
+    error = capsys.readouterr().err
+    assert code == expected_code, error
+    assert "Traceback" not in error
+    (line,) = [text for text in error.splitlines() if text.startswith("pdfast: error:")]
+    for word in words:
+        assert word in line, line
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--data", "nowhere.npz"], ["nowhere.npz"]),
+        (["--preset", "cifar11"], ["unknown preset 'cifar11'", "cifar10-fast"]),
+        (["--rounds", "3", "--start-steps", "12"], ["3 rounds do not lead from 12"]),
+        (["--rounds", "3", "--start-steps", "16", "--end-steps", "4"], ["3 rounds do not lead from 16 to 4"]),
+        (["--start-steps", "24", "--end-steps", "1"], ["do not lead from 24"]),
+        (["--rounds", "0"], ["--rounds must be at least 1"]),
+        (["--updates", "many"], ["'many'", "50000,2:100000"]),
+        (["--learning-rate", "-1"], ["--learning-rate must be above 0"]),
+        (["--ema", "1"], ["--ema must be in [0, 1)"]),
+        (["--seed", "-1"], ["--seed must be in"]),
+        (["--network.prediction", "eps"], ["eps-prediction is singular", "u-start"]),
+        (["--network.num-groups", "3"], ["num_groups = 3"]),
+        (["--network.image-size", "9", "--network.channel-mult", "1", "1"], ["image_size 9"]),
+        (["--network.image-size", "16"], ["digits", "(8, 8, 1)", "(16, 16, 1)"]),
+        (["--network.num-classes", "4"], ["4 classes", "--network.num-classes 10"]),
+        (["--evaluation.num-samples", "2000"], ["--evaluation.num-samples", "898"]),
+        (["--evaluation.features", "vgg"], ["vgg", "mobilenet"]),
+        (["--schedule.name", "alpha_bars"], ["--schedule.alpha-bars FILE.npy"]),
+        (["--schedule.u-start", "2"], ["u_start"]),
+        (["--device", "tpu9"], ["unknown device 'tpu9'"]),
+        (["--device", "cuda:77"], ["GPUs"]),
+        (["--teacher", "nowhere"], ["there is no folder nowhere"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+    ],
+)
+def test_flags(flags, words, tmp_path, capsys):
+    arguments = [*TINY_RUN, "--updates", "2", "--batch-size", "4", "--run", str(tmp_path / "run")]
+    one_line(capsys, call("distill", *arguments, *flags), 2, *words)
+
+
+@pytest.mark.parametrize(
+    "command, flags, words",
+    [
+        ("distill", ["--roundz", "3"], ["Unrecognized options: --roundz", "--rounds", "--help"]),
+        ("distill", ["--rounds", "three"], ["--rounds", "three"]),
+        ("train", ["--network.prediction", "y"], ["--network.prediction", "'y'", "both"]),
+        ("sample", [], ["PATH"]),
+    ],
+)
+def test_flags_that_do_not_parse(command, flags, words, capsys):
+    one_line(capsys, call(command, *flags), 2, *words)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("preset: digits\nlerning_rate: 1.0\n", ["unknown field 'lerning_rate'"]),
+        ("preset: digits\nbatch_size: lots\n", ["batch_size", "'lots'"]),
+        ("preset: digits\nnetwork: {image_size: 8}\n", ["network", "'image_channels' is missing"]),
+        ("just text", ["not a configuration"]),
+        ("a: [", ["cannot read the configuration"]),
+    ],
+)
+def test_a_bad_configuration_file(text, words, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(text)
+    one_line(capsys, call("distill", "--config", str(tmp_path / "c.yaml"), "--run", str(tmp_path / "run")), 2, *words)
+
+
+@pytest.mark.parametrize(
+    "flags, field",
+    [(["--seed", "5"], "seed"), (["--learning-rate", "0.1"], "learning_rate"), (["--train.updates", "13"], "train.updates")],
+)
+def test_a_changed_configuration_is_refused(flags, field, finished_run, capsys):
+    code = call("distill", *TINY_DISTILL, "--run", str(finished_run), *flags)
+    one_line(capsys, code, 2, f"was begun with {field} =", "--run")
+
+
+def test_a_teacher_of_another_shape(finished_run, tmp_path, capsys):
+    np.save(tmp_path / "rgb.npy", np.zeros((200, 8, 8, 3), np.uint8))
+    flags = ["--data", str(tmp_path / "rgb.npy"), "--network.image-channels", "3", "--run", str(tmp_path / "run")]
+    code = call("distill", *TINY_DISTILL, "--teacher", str(finished_run / "teacher"), *flags)
+    one_line(capsys, code, 2, "(1, 8, 8)", "(3, 8, 8)")
+
+
+def test_a_student_as_teacher_starts_at_its_own_steps(finished_run, tmp_path, capsys):
+    code = call("distill", *TINY_DISTILL, "--teacher", str(finished_run / "students/0002"), "--run", str(tmp_path / "run"))
+    one_line(capsys, code, 2, "--start-steps 2")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "tampered", "missing", "foreign"])
+def test_a_damaged_teacher(damage, finished_run, tmp_path, capsys):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(finished_run / "teacher", teacher)
+    weights = teacher / "teacher.safetensors"
+    content = weights.read_bytes()
+    if damage == "truncated":
+        weights.write_bytes(content[:100])
+    elif damage == "tampered":
+        weights.write_bytes(content[:-1] + b"\x00" if content[-1] else content[:-1] + b"\x01")
+    elif damage == "missing":
+        weights.unlink()
+    else:
+        (teacher / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    code = call("distill", *TINY_DISTILL, "--teacher", str(teacher), "--run", str(tmp_path / "run"))
+    one_line(capsys, code, 2, str(teacher))
+
+
+def test_two_processes_in_one_run(finished_run, capsys):
+    from pdfast.engine.run import open_run
+    from pdfast.config import DistillConfig, from_plain, load_yaml
+
+    plain = load_yaml(finished_run / "config.yaml")
+    plain.pop("command")
+    with open_run(from_plain(DistillConfig, plain, "")):
+        code = call("distill", *TINY_DISTILL, "--run", str(finished_run))
+    one_line(capsys, code, 2, "another process is working in")
+
+
+def test_a_run_folder_that_is_a_file(tmp_path, capsys):
+    (tmp_path / "run").write_text("")
+    one_line(capsys, call("distill", *TINY_DISTILL, "--run", str(tmp_path / "run")), 2, str(tmp_path / "run"), "--run")
+
+
+def test_a_read_only_run_folder(tmp_path, capsys):
+    """Root may write everywhere, so that root's tests give the right up meanwhile."""
+    run = tmp_path / "run"
+    run.mkdir()
+    run.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        code = call("distill", *TINY_DISTILL, "--run", str(run))
+    finally:
+        if root:
+            os.seteuid(0)
+    one_line(capsys, code, 2, str(run), "choose another folder with --run")
+
+
+def test_a_full_disk_in_the_middle(tmp_path):
+    """Files may grow to 40 kB and no more, as on a full disk: one line, exit code 1; with space it ends well."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "pdfast.distill", *TINY_DISTILL, "--run", str(run)]
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
+
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, preexec_fn=limit)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("pdfast: error: the disk is full") and "run the same command again" in line
+    assert not list(run.rglob("*.tmp"))
+    assert subprocess.run(command, env=environment(), capture_output=True, check=False).returncode == 0
+
+
+def test_a_loss_that_is_not_finite(tmp_path, capsys, monkeypatch):
+    """Ten in a row end the run; the weights never see one, and what was saved before stays."""
+    import pdfast.distill
+
+    original = pdfast.distill.distillation_loss
+
+    def poisoned(student, teacher, draws, update, *rest):
+        loss = original(student, teacher, draws, update, *rest)
+        return loss * float("nan") if update >= 4 else loss
+
+    monkeypatch.setattr(pdfast.distill, "distillation_loss", poisoned)
+    code = call("distill", *TINY_DISTILL, "--updates", "20", "--run", str(tmp_path / "run"))
+    one_line(capsys, code, 1, "the round to 2 steps", "not finite", "10 updates in a row", "update 13")
+    from pdfast.engine.checkpoint import Checkpoints
+
+    saved = Checkpoints(tmp_path / "run", "student-0002").latest()
+    assert saved.update == 12 and all(bool(torch.isfinite(t).all()) for t in saved.tensors.values())
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ((8, None, None), (8, 256, 1)),
+        ((4, None, None), (4, 16, 1)),
+        ((None, 64, None), (6, 64, 1)),
+        ((None, 64, 4), (4, 64, 4)),
+        ((2, None, 8), (2, 32, 8)),
+        ((3, 64, None), (3, 64, 8)),
+        ((None, None, None), (13, 8192, 1)),
+        ((None, None, 4), (13, 32768, 4)),
+        ((3, 8, 1), (3, 8, 1)),
+    ],
+)
+def test_any_two_of_rounds_start_and_end_fix_the_third(given, expected):
+    assert resolve_steps(given, (13, None, None)) == expected
+
+
+def test_updates_by_step_count():
+    assert parse_updates("500") == (500, {})
+    assert parse_updates("500,2:900,1:1000") == (500, {2: 900, 1: 1000})
+    for bad in ("", "a", "500,", "2:900", "500;2:900", "-5"):
+        with pytest.raises(UsageError, match=re.escape(repr(bad))):
+            parse_updates(bad)

@@ -1,0 +1,181 @@
+"""The main job as a user meets it, on a tiny network: what it leaves behind, and that this is what the paper says."""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pdfast.config import from_plain, load_yaml
+from pdfast.config import DistillConfig
+from pdfast.engine.model_folder import load_model
+from tests.commands import TINY_DISTILL, TINY_RUN, call, environment, spawn
+
+
+def test_what_a_run_leaves(finished_run):
+    names = {p.relative_to(finished_run).as_posix() for p in finished_run.rglob("*") if p.is_file()}
+    for folder, kind in [("teacher", "teacher"), ("students/0002", "student"), ("students/0001", "student")]:
+        for file in (f"{kind}.safetensors", "config.json", "metrics.json", "grid.png", "samples.npy"):
+            assert f"{folder}/{file}" in names
+    assert {"config.yaml", "log.jsonl", "report.html"} <= names
+    assert not [n for n in names if "checkpoints/" in n or n.endswith(".tmp")]
+    assert any(n.startswith("tb/events") for n in names)
+
+
+def test_metrics(finished_run):
+    teacher = json.loads((finished_run / "teacher/metrics.json").read_text())
+    assert [row["steps"] for row in teacher["evaluation"]] == [4, 2, 1]
+    assert teacher["evaluation"][0]["mse"] == 0 and teacher["evaluation"][0]["psnr"] is None
+    student = json.loads((finished_run / "students/0001/metrics.json").read_text())
+    (row,) = student["evaluation"]
+    assert row["steps"] == 1 and row["fd"] > 0 and row["mse"] > 0
+    assert math.isclose(row["psnr"], 10 * math.log10(4 / row["mse"]), rel_tol=1e-9)
+    assert student["training"]["updates"] == 12 and student["training"]["network_evaluations"] == 3 * 12 * 16
+
+
+def test_log_has_a_line_for_every_logged_update(finished_run):
+    entries = [json.loads(line) for line in (finished_run / "log.jsonl").read_text().splitlines()]
+    seen = {(e["steps"], e["update"]) for e in entries if "update" in e}
+    assert seen == {(s, u) for s, n in [(None, 12), (2, 10), (1, 12)] for u in range(2, n + 1, 2)}
+
+
+def test_the_saved_configuration_gives_the_same_run(finished_run, tmp_path):
+    plain = load_yaml(finished_run / "config.yaml")
+    command = plain.pop("command")
+    assert "--rounds 2" in command
+    config = from_plain(DistillConfig, plain, "config.yaml")
+    assert (config.rounds, config.start_steps, config.end_steps) == (2, 4, 1)
+    again = tmp_path / "again"
+    assert call("distill", "--config", str(finished_run / "config.yaml"), "--run", str(again)) == 0
+    for name in ("teacher/teacher.safetensors", "students/0001/student.safetensors"):
+        assert (again / name).read_bytes() == (finished_run / name).read_bytes()
+
+
+def test_students_load_without_pickle_and_are_float32(finished_run):
+    weights = load_file(finished_run / "students/0001/student.safetensors")
+    saved = load_model(finished_run / "students/0001", torch.device("cpu"))
+    assert saved.steps == 1 and all(w.dtype == torch.float32 for w in weights.values())
+    assert set(weights) == set(saved.network.state_dict())
+
+
+def test_run_again_it_says_that_it_is_finished(finished_run, capsys):
+    before = (finished_run / "students/0001/student.safetensors").stat().st_mtime_ns
+    assert call("distill", *TINY_DISTILL, "--run", str(finished_run)) == 0
+    assert "finished" in capsys.readouterr().out
+    assert (finished_run / "students/0001/student.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_round_without_updates_is_its_teacher(finished_run, tmp_path):
+    """The student starts as its teacher: with no update the weights are equal, bit for bit."""
+    teacher = str(finished_run / "teacher")
+    assert call("distill", *TINY_RUN, "--teacher", teacher, "--rounds", "1", "--updates", "0", "--run", str(tmp_path / "r")) == 0
+    a = load_file(finished_run / "teacher/teacher.safetensors")
+    b = load_file(tmp_path / "r/students/0001/student.safetensors")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("prediction", ["x", "both", "eps"])
+def test_other_predictions(prediction, tmp_path):
+    start = ["--schedule.u-start", "0.95"] if prediction == "eps" else []
+    run = str(tmp_path / "run")
+    assert call("distill", *TINY_DISTILL, "--network.prediction", prediction, *start, "--ema", "0.9", "--run", run) == 0
+    samples = np.load(tmp_path / "run/students/0001/samples.npy")
+    assert samples.shape == (16, 8, 8, 1) and samples.std() > 0
+
+
+def test_conditional_and_flipped(tmp_path):
+    run = str(tmp_path / "run")
+    assert call("distill", *TINY_DISTILL, "--network.num-classes", "10", "--flip", "--run", run) == 0
+    out = tmp_path / "drawn.npz"
+    assert call("sample", run, "--classes", "3", "7", "--count", "5", "--out", str(out), "--device", "cpu") == 0
+    assert np.load(out)["labels"].tolist() == [3, 7, 3, 7, 3]
+
+
+def test_train_then_distill(tmp_path):
+    """A teacher from pdfast.train, distilled from its folder; its student distilled further."""
+    run = tmp_path / "teacher-run"
+    assert call("train", *TINY_RUN, "--run", str(run), "--evaluation-steps", "4") == 0
+    first = tmp_path / "first"
+    distill = [*TINY_RUN, "--updates", "2"]
+    assert call("distill", *distill, "--teacher", str(run / "teacher"), "--start-steps", "8", "--rounds", "1", "--run", str(first)) == 0
+    assert [p.name for p in (first / "students").iterdir()] == ["0004"]
+    second = tmp_path / "second"
+    given = str(first / "students/0004")
+    assert call("distill", *distill, "--teacher", given, "--start-steps", "4", "--end-steps", "2", "--run", str(second)) == 0
+    assert [p.name for p in (second / "students").iterdir()] == ["0002"]
+
+
+def test_sampling_from_a_run(finished_run, tmp_path):
+    """A student draws the images its metrics were taken of; the grid is a PNG; ancestral sampling is seeded."""
+    out = tmp_path / "a.npz"
+    assert call("sample", str(finished_run), "--count", "16", "--out", str(out), "--device", "cpu") == 0
+    assert np.array_equal(np.load(out)["images"], np.load(finished_run / "students/0001/samples.npy"))
+    assert call("sample", str(finished_run), "--steps", "2", "--out", str(tmp_path / "b.png"), "--device", "cpu") == 0
+    assert (tmp_path / "b.png").read_bytes()[:4] == b"\x89PNG"
+    drawn = []
+    for batch_size in ("3", "8"):
+        flags = ["--sampler", "ancestral", "--steps", "6", "--count", "8", "--batch-size", batch_size, "--variance", "0.5"]
+        assert call("sample", str(finished_run / "teacher"), *flags, "--out", str(out), "--device", "cpu") == 0
+        drawn.append(np.load(out)["images"].astype(int))
+    assert np.abs(drawn[0] - drawn[1]).max() <= 1
+
+
+def test_evaluating_a_run_gives_its_numbers_again(finished_run, tmp_path, capsys):
+    assert call("evaluate", str(finished_run), "--json", str(tmp_path / "m.json"), "--device", "cpu") == 0
+    rows = {(r["model"], r["steps"]): r["fd"] for r in json.loads((tmp_path / "m.json").read_text())["evaluation"]}
+    for steps in (2, 1):
+        (row,) = json.loads((finished_run / f"students/{steps:04d}/metrics.json").read_text())["evaluation"]
+        assert rows["student", steps] == row["fd"]
+    assert ("teacher, DDIM", 1) in rows and "FD-digits" in capsys.readouterr().out
+
+
+def test_dry_run(tmp_path, capsys):
+    assert call("distill", *TINY_DISTILL, "--dry-run", "--run", str(tmp_path / "none")) == 0
+    text = capsys.readouterr().out
+    assert "2 rounds, 4 -> 1 steps" in text and re.search(r"2 steps +10 +160 +480", text)
+    assert "parameters" in text and "GFLOP" in text and "memory" in text and "expected time" in text
+    assert not (tmp_path / "none").exists()
+
+
+def test_help_is_readable():
+    for command in ("train", "distill", "sample", "evaluate"):
+        process = spawn(command, "--help")
+        text, _ = process.communicate(timeout=60)
+        assert process.returncode == 0 and "--device" in text and "type: ignore" not in text
+
+
+def test_import_is_light():
+    code = "import sys, pdfast; sys.exit(any(m in sys.modules for m in ('torch', 'matplotlib', 'torchmetrics', 'tensorboard')))"
+    assert subprocess.run([sys.executable, "-c", code], env=environment(), check=False).returncode == 0
+
+
+@pytest.mark.slow
+def test_the_literal_torchrun_command(tmp_path):
+    """`torchrun -m pdfast.distill --rounds 8`, with no other flag, plans, starts and logs the built-in job."""
+    torchrun = shutil.which("torchrun", path=os.path.dirname(sys.executable))
+    process = subprocess.Popen(
+        [torchrun, "-m", "pdfast.distill", "--rounds", "8"],
+        cwd=tmp_path, env=environment() | {"OMP_NUM_THREADS": "2"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    text, _ = process.communicate(timeout=1500)
+    assert process.returncode == 0, text[-2000:]
+    students = sorted(p.name for p in (tmp_path / "runs/digits/students").iterdir())
+    assert students == [f"{2**r:04d}" for r in range(8)]
+    assert (tmp_path / "runs/digits/report.html").exists()
+
+
+def test_torchrun_with_one_process(tmp_path):
+    torchrun = shutil.which("torchrun", path=os.path.dirname(sys.executable))
+    base = [torchrun, "--standalone", "-m", "pdfast.distill", *TINY_DISTILL]
+    done = subprocess.run([*base, "--run-dir", str(tmp_path / "r")], env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    several = [torchrun, "--standalone", "--nproc-per-node", "2", *base[2:], "--run-dir", str(tmp_path / "s")]
+    done = subprocess.run(several, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "runs in one process" in done.stderr

@@ -1,0 +1,174 @@
+"""Nothing is lost: killed at any instant, interrupted, or with a damaged checkpoint, the same command ends with the same bytes."""
+
+import json
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+
+from pdfast.engine.checkpoint import Checkpoints
+from tests.commands import TINY_DISTILL, call, spawn
+
+RESULTS = ["teacher/teacher.safetensors", "students/0002/student.safetensors", "students/0001/student.safetensors"]
+# Long enough to be killed in its middle: some seconds of training in each stage.
+LONGER = [*TINY_DISTILL, "--train.updates", "250", "--updates", "150", "--checkpoint-every", "20"]
+
+
+def results(run):
+    return [(run / name).read_bytes() for name in RESULTS]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    began = time.monotonic()
+    process = spawn("distill", *LONGER, "--run", str(run))
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return results(run), time.monotonic() - began
+
+
+def kill_at_random(run, seed, kills, duration):
+    """SIGKILL the command at `kills` seeded moments of its life, then let it end; returns how often it was really killed."""
+    moments = random.Random(seed)
+    killed = 0
+    for _ in range(kills):
+        process = spawn("distill", *LONGER, "--run", str(run))
+        try:
+            process.communicate(timeout=moments.uniform(0.3, 0.9) * duration)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            killed += 1
+    process = spawn("distill", *LONGER, "--run", str(run))
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return killed
+
+
+def test_killed_at_random_moments(undisturbed, tmp_path):
+    expected, duration = undisturbed
+    assert kill_at_random(tmp_path / "run", 0, 2, duration) > 0
+    assert results(tmp_path / "run") == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 7))
+def test_killed_many_times(undisturbed, tmp_path, seed):
+    expected, duration = undisturbed
+    assert kill_at_random(tmp_path / "run", seed, 5, duration) > 0
+    assert results(tmp_path / "run") == expected
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL at an exact place: nothing between there and the top of the process handles it."""
+
+
+def crash(monkeypatch, target, after):
+    """Make the function `target` ("module.name") end the process at its `after`-th call."""
+    import importlib
+
+    module, name = target.rsplit(".", 1)
+    module = importlib.import_module(module)
+    original, calls = getattr(module, name), []
+
+    def wrapper(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == after:
+            raise Killed
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, wrapper)
+
+
+@pytest.mark.parametrize(
+    "target, after",
+    [
+        ("pdfast.train.teacher_loss", 8),  # in the teacher's training
+        ("pdfast.report.evaluator.sample", 2),  # in the teacher's evaluation
+        ("pdfast.train.write_folder", 1),  # before the teacher is written
+        ("pdfast.distill.distillation_loss", 1),  # before the first update of a round
+        ("pdfast.distill.distillation_loss", 15),  # in the middle of the last round
+        ("pdfast.distill.write_folder", 2),  # before the last student is written
+        ("pdfast.distill.build_report", 2),  # between two rounds
+        ("pdfast.engine.files.os.rename", 4),  # while a checkpoint becomes visible
+    ],
+)
+def test_stopped_at_every_stage(finished_run, tmp_path, monkeypatch, target, after):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        crash(patch, target, after)
+        with pytest.raises(Killed):
+            call("distill", *TINY_DISTILL, "--run", str(run))
+    assert call("distill", *TINY_DISTILL, "--run", str(run)) == 0
+    assert results(run) == results(finished_run)
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    updates = [(line["steps"], line["update"]) for line in lines if "update" in line]
+    assert len(updates) == len(set(updates)) == len((finished_run / "log.jsonl").read_text().splitlines())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_it_saves_and_says_how_to_go_on(number, undisturbed, tmp_path):
+    expected, _ = undisturbed
+    run = tmp_path / "run"
+    process = spawn("distill", *LONGER, "--log-every", "1", "--run", str(run))
+    log = run / "log.jsonl"
+    while not (log.exists() and log.read_text().count("\n") > 30):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    last = errors.strip().splitlines()[-1]
+    assert process.returncode == 130 and "the same command goes on" in last and "Traceback" not in errors
+    assert Checkpoints(run, "teacher").latest().update > 20
+    again = spawn("distill", *LONGER, "--run", str(run))
+    out, errors = again.communicate(timeout=300)
+    assert again.returncode == 0 and "resuming the teacher at update" in out, errors
+    assert results(run) == expected
+
+
+def stopped_in_the_round(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        crash(patch, "pdfast.distill.distillation_loss", 9)
+        with pytest.raises(Killed):
+            call("distill", *TINY_DISTILL, "--run", str(run))
+    folders = sorted((run / "checkpoints").glob("student-0002-*"))
+    assert [f.name[-2:] for f in folders] == ["03", "06"]
+    return run, folders
+
+
+@pytest.mark.parametrize("damage", ["truncated", "tampered", "no-meta", "half-json"])
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(damage, finished_run, tmp_path, monkeypatch, capsys):
+    run, (_, newest) = stopped_in_the_round(tmp_path, monkeypatch)
+    break_checkpoint(newest, damage)
+    assert call("distill", *TINY_DISTILL, "--run", str(run)) == 0
+    captured = capsys.readouterr()
+    assert f"{newest} is damaged" in captured.err and "resuming the round to 2 steps at update 3" in captured.out
+    assert results(run) == results(finished_run)
+
+
+def break_checkpoint(folder, damage):
+    weights, meta = folder / "state.safetensors", folder / "state.json"
+    content = weights.read_bytes()
+    if damage == "truncated":
+        weights.write_bytes(content[: len(content) // 2])
+    elif damage == "tampered":
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "no-meta":
+        meta.unlink()
+    else:
+        meta.write_text(meta.read_text()[:20])
+
+
+def test_with_every_checkpoint_damaged_it_stops_and_says_so(tmp_path, monkeypatch, capsys):
+    run, folders = stopped_in_the_round(tmp_path, monkeypatch)
+    for folder in folders:
+        break_checkpoint(folder, "truncated")
+    capsys.readouterr()
+    assert call("distill", *TINY_DISTILL, "--run", str(run)) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "every checkpoint of this stage is damaged" in last and "delete them" in last
+    assert (run / "teacher/teacher.safetensors").exists()

@@ -37,10 +37,11 @@ def parse(arguments: type[T], *, prog: str, description: str, default: T | None 
     except SystemExit as end:
         if not end.code:
             raise
-    # tyro draws a box: its frame, its title, and after a rule the flag's help, which --help shows as well.
-    body = [line.strip("│| ") for line in said.getvalue().splitlines() if line.startswith(("│", "|"))]
-    message = re.sub(r"\s+", " ", " ".join(body)).split(" For full helptext")[0].split(" Argument helptext")[0]
-    raise UsageError(f"{re.sub("[─-]{4,}", ";", message).strip(' ;')}; see {prog} --help")
+    # tyro frames a title and text, with rules between its parts (blanks and hyphens where the terminal has no box characters).
+    lines = [line.strip(" │╭╮╰╯") for line in said.getvalue().splitlines()[1:]]
+    message = re.sub(r"[─-]{4,}", ";", " ".join(line for line in lines if line))
+    message = re.split(r" (?:For full helptext|Argument helptext)", message)[0]
+    raise UsageError(f"{message.strip(' ;')}; see {prog} --help")
 
 
 def _tell_torchrun(message: str) -> None:

@@ -93,7 +93,7 @@ def crash(monkeypatch, target, after):
         ("pdfast.distill.distillation_loss", 15),  # in the middle of the last round
         ("pdfast.distill.write_folder", 2),  # before the last student is written
         ("pdfast.distill.build_report", 2),  # between two rounds
-        ("pdfast.engine.files.os.rename", 4),  # while a checkpoint becomes visible
+        ("os.rename", 4),  # while a checkpoint becomes visible
     ],
 )
 def test_stopped_at_every_stage(finished_run, tmp_path, monkeypatch, target, after):

@@ -10,16 +10,13 @@ from pdfast.errors import UsageError
 def load_array_file(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """uint8 images [N, H, W, C] and int64 labels [N] (None where there are none) of a .npy or .npz file.
 
-    A .npz holds `images` and optionally `labels`, or a single array of images under any name. UsageError, in one line that
-    names the path, for anything else. Nothing is unpickled.
+    A .npz holds `images` and optionally `labels`, or a single array of images under any name. UsageError, in one line
+    that names the path, for anything else. Nothing is unpickled.
     """
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            images, labels = loaded, None
-        else:
-            with loaded:
-                images, labels = _members(loaded, path)
+        with open(path, "rb") as file:  # given the path, NumPy leaves a damaged file open
+            loaded = np.load(file, allow_pickle=False)
+            images, labels = (loaded, None) if isinstance(loaded, np.ndarray) else _members(loaded, path)
     except UsageError:
         raise
     except Exception as error:  # a damaged header or archive makes NumPy raise almost anything
@@ -47,7 +44,7 @@ def _checked_images(images: np.ndarray, path: Path) -> np.ndarray:
     if images.dtype != np.uint8:
         raise UsageError(f"{path} holds images of dtype {images.dtype}: convert them to uint8, 0 to 255")
     if images.ndim not in (3, 4):
-        raise UsageError(f"{path} holds an array of shape {images.shape}: make it [N, H, W, C], or [N, H, W] for one channel")
+        raise UsageError(f"{path} holds an array of shape {images.shape}: make it [N, H, W, C] or [N, H, W]")
     if images.size == 0:
         raise UsageError(f"{path} holds no images (shape {images.shape}): save some")
     return np.ascontiguousarray(images if images.ndim == 4 else images[..., None])

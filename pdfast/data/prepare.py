@@ -71,7 +71,7 @@ def _save(out: Path, train: Split, test: Split, options: str) -> None:
 
 
 def write_npz(path: Path, **arrays: np.ndarray) -> None:
-    """Write an uncompressed .npz atomically; a full disk or a forbidden folder is one line, and leaves nothing behind."""
+    """Write an uncompressed .npz atomically; a full disk or a forbidden folder is one line and leaves nothing."""
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path, "choose another OUT"):
         path.parent.mkdir(parents=True, exist_ok=True)

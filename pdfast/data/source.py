@@ -1,7 +1,8 @@
 """Sources of images: uint8 NHWC batches by global sample index.
 
-A global sample index counts the samples of a round without end; epoch e of N images is [e N, (e + 1) N). The order within
-an epoch is a stateless permutation, so that a batch depends on its indices and the seed alone: on any rank, after any stop.
+A global sample index counts the samples of a round without end; epoch e of N images is [e N, (e + 1) N). The order
+within an epoch is a stateless permutation, so that a batch depends on its indices and the seed alone: on any rank and
+after any stop.
 """
 
 import hashlib
@@ -10,7 +11,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,7 +45,9 @@ class ImageSource(Protocol):
 class ResidentImages:
     """A whole data set held as uint8 on one device."""
 
-    def __init__(self, name: str, images: Tensor, labels: Tensor | None = None, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, name: str, images: Tensor, labels: Tensor | None = None, device: torch.device | str = "cpu"
+    ) -> None:
         """images: uint8 [N, H, W, C]; labels: int64 [N] or None."""
         digest = hashlib.sha256(str(tuple(images.shape)).encode())
         for tensor in (images,) if labels is None else (images, labels):
@@ -73,9 +75,10 @@ class ResidentImages:
 
 
 def load_source(spec: str, *, image_size: int, channels: int, device: torch.device | str = "cpu") -> ImageSource:
-    """The built-in `digits`, a .npy or .npz file of uint8 images, or a folder of image files (one named digits: ./digits).
+    """The built-in `digits`, a .npy or .npz file of uint8 images, or a folder of image files (`./digits` if so named).
 
-    UsageError, in one line that names the path, for data that are missing, damaged, or not image_size x image_size x channels.
+    UsageError, in one line that names the path, for data that are missing, damaged, or of images that are not
+    [image_size, image_size, channels].
     """
     path = Path(spec)
     kinds = "give `digits`, a .npy or .npz file, or a folder of image files"

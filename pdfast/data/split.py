@@ -35,7 +35,7 @@ def check_split(split: Split, where: str | Path, *, per_class: int, mean: tuple[
     if len(split.labels) != 10 * per_class:
         raise UsageError(f"{where} has {len(split.labels)} images, expected {10 * per_class}: {remedy}")
     if not np.array_equal(counts, [per_class] * 10):
-        raise UsageError(f"{where} has classes of {counts.tolist()} images, expected 10 classes of {per_class}: {remedy}")
+        raise UsageError(f"{where} has classes of {counts.tolist()} images, expected 10 of {per_class}: {remedy}")
     if mean is not None:
         found = channel_statistics(split.images)[0]
         if np.abs(found - mean).max() > 0.002:

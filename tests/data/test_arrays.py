@@ -36,7 +36,8 @@ def test_npy_in_another_memory_order(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["u1", "<i4", ">i8", "u8"])
 def test_npz_with_labels(tmp_path, dtype):
-    images, labels = load_array_file(saved(tmp_path / "a.npz", images=IMAGES, labels=LABELS.astype(dtype), other=LABELS))
+    path = saved(tmp_path / "a.npz", images=IMAGES, labels=LABELS.astype(dtype), other=LABELS)
+    images, labels = load_array_file(path)
     assert np.array_equal(images, IMAGES)
     assert np.array_equal(labels, LABELS) and labels.dtype == np.int64 and labels.dtype.isnative
 
@@ -96,7 +97,9 @@ def whole(suffix: str) -> bytes:
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz"])
-@pytest.mark.parametrize("damage", [lambda c: b"", lambda c: c[:50], lambda c: c[:-20], lambda c: b"no array, but text\n" * 9])
+@pytest.mark.parametrize(
+    "damage", [lambda c: b"", lambda c: c[:50], lambda c: c[:-20], lambda c: b"no array, but text\n" * 9]
+)
 def test_damaged_files_are_refused(tmp_path, suffix, damage):
     path = tmp_path / f"a{suffix}"
     path.write_bytes(damage(whole(suffix)))

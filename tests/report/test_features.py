@@ -95,9 +95,15 @@ def test_digits_is_the_same_space_every_time_and_leaves_the_global_generator_alo
     assert all(torch.equal(value, again[key]) for key, value in digits.state_dict().items())
 
 
-def test_digits_trains_where_gradients_are_off(digits):
-    with torch.no_grad():
-        again = load_feature_space("digits").state_dict()
+def test_digits_is_the_same_with_gradients_off_and_another_number_of_threads(digits):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        with torch.no_grad():
+            again = load_feature_space("digits").state_dict()
+        assert torch.get_num_threads() == threads + 1
+    finally:
+        torch.set_num_threads(threads)
     assert all(torch.equal(value, again[key]) for key, value in digits.state_dict().items())
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pdfast.data import load_source
 from pdfast.diffusion.noise import permutation
 from pdfast.errors import UsageError
-from pdfast.report import mobilenet
+from pdfast.report import features, mobilenet
 from pdfast.report.features import NUM_TRAINED, SEED, load_feature_space
 from pdfast.report.inception import InceptionFeatures, InceptionV3
 from pdfast.report.metrics import FrechetDistance, split_real
@@ -87,10 +87,18 @@ def test_digits_classifier_knows_digits_it_was_not_trained_on(digits, real):
     assert (logits.argmax(1) == labels).float().mean() >= 0.97
 
 
+def trained_again(digits: nn.Module) -> dict[str, Tensor]:
+    """The space trained anew: conftest.py keeps the first for all other tests."""
+    features.train_digits_features.cache_clear()
+    again = load_feature_space("digits")
+    assert again is not digits
+    return again.state_dict()
+
+
 def test_digits_is_the_same_space_every_time_and_leaves_the_global_generator_alone(digits):
     torch.manual_seed(1234)
     before = torch.get_rng_state()
-    again = load_feature_space("digits").state_dict()
+    again = trained_again(digits)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(value, again[key]) for key, value in digits.state_dict().items())
 
@@ -100,7 +108,7 @@ def test_digits_is_the_same_with_gradients_off_and_another_number_of_threads(dig
     torch.set_num_threads(threads + 1)
     try:
         with torch.no_grad():
-            again = load_feature_space("digits").state_dict()
+            again = trained_again(digits)
         assert torch.get_num_threads() == threads + 1
     finally:
         torch.set_num_threads(threads)

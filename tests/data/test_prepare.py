@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from pdfast.commands import distill_arguments
-from pdfast.data import load_source
+from pdfast.data import cifar10, load_source
+from pdfast.data.cifar10 import load_cifar10
 from pdfast.data.prepare import write_npz
 from pdfast.errors import UsageError
 from tests.commands import call, spawn
 from tests.data.archives import PARTS, npm_members, write_fashion, write_tar
+from tests.data.errors import refusal
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def test_fashion_mnist_from_the_command_line(tmp_path, fashion):
     assert (source.num_images, source.num_classes) == (60000, 10)
 
 
-def test_a_whole_cifar10_in_this_process(tmp_path, capsys):
+def test_a_whole_cifar10_in_this_process(tmp_path, capsys, monkeypatch):
     """Plain images of nearly the true means: all that is checked of an archive without the known hash."""
     planes = np.repeat(np.array([125, 123, 114], dtype=np.uint8), 1024)
     records = np.empty((10000, 3073), dtype=np.uint8)
@@ -79,6 +81,16 @@ def test_a_whole_cifar10_in_this_process(tmp_path, capsys):
         assert arrays["images"].shape == (50000, 32, 32, 3) and arrays["test_images"].shape == (10000, 32, 32, 3)
         assert (arrays["images"][::1000] == (125, 123, 114)).all()
         assert np.bincount(arrays["test_labels"]).tolist() == [1000] * 10
+    monkeypatch.setattr(cifar10, "MEAN", (0.4935, 0.4822, 0.4465))
+    message = refusal(load_cifar10, archive, names=archive)
+    assert "(training part) has channel means [0.4902, 0.4824, 0.4471], expected [0.4935, 0.4822, 0.4465]" in message
+
+
+def test_handwritten_digits_are_not_fashion(tmp_path, capsys):
+    write_fashion(tmp_path / "mnist", 60000, 10000, grey=33)
+    assert call("data.prepare", "fashion-mnist", str(tmp_path / "mnist"), str(tmp_path / "a.npz")) == 2
+    assert "(training part) has channel means [0.1294], expected [0.286]" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["mnist"]
 
 
 def test_other_data_end_with_2_and_one_line(tmp_path, capsys):

@@ -99,7 +99,6 @@ def _rows(teacher: Stage | None, students: list[Stage]) -> list[dict[str, Any]]:
             {
                 "steps": steps,
                 "student": measured,
-                "training": student.metrics["training"] if student else None,
                 "ratio": measured["fd"] / start["fd"] if measured else None,
                 "ddim": ddim.get(steps),
                 "shift": _shift(shown, real, "channel_mean") if shown else None,

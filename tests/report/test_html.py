@@ -1,0 +1,167 @@
+"""report.html: what it says, that it stands alone, and how a real browser shows it."""
+
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from pdfast.report.grids import image_grid, steps_grid
+from pdfast.report.html import build_report
+
+BROWSER = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
+TEACHER_FD = {256: 4.4, 2: 185.75, 1: 1223.25}
+STUDENT_FD = {2: 5.5, 1: 6.6}
+
+
+def metrics(rows, training):
+    return {
+        "feature_space": "FD-digits",
+        "num_samples": 898,
+        "floor": 3.73,
+        "sampler": "ddim",
+        "clip": False,
+        "device": "a <machine>",
+        "versions": {"pdfast": "0.1.0", "torch": "2.13.0"},
+        "commit": "abc1234",
+        "data": {"name": "digits", "num_images": 1797, "shape": [8, 8, 1]},
+        "real": {"channel_mean": [0.3], "channel_std": [0.37]},
+        "training": training,
+        "evaluation": [
+            {"steps": n, "fd": fd, "mse": 0.01, "psnr": None if n == 256 else 26.0, "channel_mean": [0.31], "channel_std": [0.36],
+             "seconds_per_sample": 1e-4 * n}
+            for n, fd in rows.items()
+        ],
+    }  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run's folder as two rounds leave it."""
+    training = {"updates": 100, "images": 12800, "seconds": 12.5, "images_per_second": 1024.0, "network_evaluations": 38400}
+    rng = np.random.default_rng(0)
+    for name, rows in [("teacher", TEACHER_FD), *((f"students/{n:04d}", {n: fd}) for n, fd in STUDENT_FD.items())]:
+        folder = tmp_path / "run" / name
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps(metrics(rows, training)))
+        np.save(folder / "samples.npy", rng.integers(0, 256, (16, 8, 8, 1), dtype=np.uint8))
+    np.save(tmp_path / "run/teacher/real.npy", rng.integers(0, 256, (16, 8, 8, 1), dtype=np.uint8))
+    (tmp_path / "run/config.yaml").write_text("data: <script>alert(1)</script>\nrounds: 2\ncommand: python -m pdfast.distill --rounds 2\n")
+    lines = [{"phase": "teacher", "steps": None, "update": u, "loss": 1 / u} for u in (50, 100)]
+    lines += [{"phase": "distill", "steps": n, "update": u, "loss": 1 / u} for n in (2, 1) for u in (50, 100)]
+    lines += [{"event": "warning", "message": "a <warning>"}]
+    (tmp_path / "run/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut off')
+    return tmp_path / "run"
+
+
+class Page(html.parser.HTMLParser):
+    """Rows of tables as text, links, and all text."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.rows, self.links, self.text, self.tags = [], [], "", set()
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href", "xlink:href")]
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_data(self, data):
+        self.text += data
+        if self.rows and self.rows[-1]:
+            self.rows[-1][-1] += data.strip()
+
+
+def test_the_numbers(run):
+    page = Page(build_report(run))
+    table = {row[0]: row for row in page.rows if row and row[0].isdigit()}
+    assert [int(steps) for steps in table] == [256, 2, 1]
+    assert table["1"][1:4] == ["6.600", "1.50", "1223.250"]
+    assert table["2"][1:4] == ["5.500", "1.25", "185.750"]
+    assert table["2"][4:9] == ["0.0100", "26.0", "+0.010", "-0.010", "0.2"]
+    cost = {row[0]: row for row in page.rows if row and row[0].endswith("steps") and len(row) == 6}
+    assert cost["2 steps"] == ["2 steps", "100", "12,800", "38,400", "12.5", "1,024"]
+    assert "In 1 step the student reaches FD-digits 6.60, 1.50 times its teacher's 4.40 in 256 steps" in page.text
+    assert "1/256 of the network evaluations" in page.text and "it is not the FID" in page.text and "3.730" in page.text
+    assert "python -m pdfast.distill --rounds 2" in page.text and "commit abc1234" in page.text and "a <warning>" in page.text
+
+
+def test_it_stands_alone_and_escapes(run):
+    path = build_report(run)
+    page = Page(path)
+    assert all(link.startswith(("data:", "#")) for link in page.links)
+    assert "<script>alert(1)</script>" in page.text and "script" not in page.tags
+
+
+def test_same_run_same_bytes(run):
+    first = build_report(run).read_bytes()
+    assert build_report(run).read_bytes() == first
+
+
+@pytest.mark.parametrize("missing", ["students/0001", "students", "teacher", "log.jsonl", "config.yaml", "teacher/real.npy"])
+def test_a_run_under_way(run, missing):
+    path = run / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    text = Page(build_report(run)).text
+    if missing == "students/0001":
+        assert "1 of 2 rounds are done" in text
+    if missing == "students":
+        assert "the first round is under way" in text
+    if missing == "teacher":
+        assert "The teacher is being trained" in text
+
+
+def test_an_empty_folder(tmp_path):
+    assert "being trained" in Page(build_report(tmp_path)).text
+
+
+def test_grids():
+    images = np.arange(2 * 2 * 3 * 1, dtype=np.uint8).reshape(2, 2, 3, 1)
+    grid = image_grid(images, columns=2, scale=2, gap=1)
+    assert grid.shape == (4, 13, 3)
+    assert grid[0, 0, 0] == grid[1, 1, 2] == images[0, 0, 0, 0] and grid[3, 12, 0] == images[1, 1, 2, 0] and grid[0, 6, 0] == 255
+    assert image_grid(np.zeros((3, 2, 2, 3), np.uint8), columns=2).shape == (5, 5, 3)
+    labelled = steps_grid([("a", images), ("b", images)], scale=4)
+    assert labelled.ndim == 3 and (labelled != 255).any()
+
+
+def chromium(page, profile, *flags):
+    quiet = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync --hide-scrollbars --enable-logging=stderr --v=0"
+    ).split()
+    return subprocess.run(
+        [BROWSER, *quiet, f"--user-data-dir={profile}", *flags, page.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [500, 1280])  # 500 is the narrowest window that Chromium makes
+def test_in_a_browser(run, tmp_path, width):
+    """Every picture is drawn, nothing runs over the side, and the browser has nothing to complain of."""
+    page = build_report(run)
+    probe = """<script>addEventListener("load", () => { document.body.dataset.seen = JSON.stringify({
+        images: [...document.images].map(i => i.naturalWidth), plots: [...document.querySelectorAll("svg")].map(
+        s => s.getBoundingClientRect().height), wide: document.documentElement.scrollWidth, window: innerWidth }) })</script>"""
+    probed = tmp_path / "probed.html"
+    probed.write_text(page.read_text().replace("</body>", probe + "</body>"))
+    size = f"--window-size={width},2400"
+    done = chromium(probed, tmp_path / "profile", size, "--dump-dom")
+    seen = json.loads(re.search(r'data-seen="([^"]*)"', done.stdout)[1].replace("&quot;", '"'))
+    assert seen["images"] and min(seen["images"]) > 100 and len(seen["plots"]) == 3 and min(seen["plots"]) > 100
+    assert seen["wide"] <= seen["window"] == width
+    assert "CONSOLE" not in done.stderr
+    shot = tmp_path / "shot.png"
+    chromium(page, tmp_path / "profile2", size, f"--screenshot={shot}")
+    from PIL import Image
+
+    with Image.open(shot) as picture:
+        assert picture.width == width and len(picture.convert("L").getcolors(256)) > 50

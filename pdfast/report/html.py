@@ -59,8 +59,8 @@ def _loss_curves(log: list[dict[str, Any]], phase: str) -> list[tuple[str, list[
     return [("teacher" if steps is None else f"{steps} steps", *curve) for steps, curve in curves.items()]
 
 
-def _grid(teacher: Stage | None, students: list[Stage], real: np.ndarray | None) -> str | None:
-    """The sample grid as a data URL: real images, the teacher, then students downwards; columns share their noise."""
+def _grid(teacher: Stage | None, students: list[Stage], real: np.ndarray | None) -> bytes | None:
+    """The sample grid as PNG: real images, the teacher, then students downwards; columns share their noise."""
     from PIL import Image
 
     rows = [("real", real)] if real is not None else []
@@ -74,7 +74,7 @@ def _grid(teacher: Stage | None, students: list[Stage], real: np.ndarray | None)
     pixels = steps_grid([(label, images[: min(columns, 16)]) for label, images in rows], scale)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
 
 
 def _steps(count: int) -> str:
@@ -134,7 +134,7 @@ def _headline(teacher: Stage | None, students: list[Stage], rounds: int | None) 
 
 
 def build_report(run: Path) -> Path:
-    """Write run/report.html from what the run's folder holds so far; returns its path."""
+    """Write run/report.html, and run/grid.png, from what the run's folder holds so far; returns the report's path."""
     import jinja2
     import yaml
 
@@ -150,6 +150,9 @@ def build_report(run: Path) -> Path:
         judged = [(s.steps, s.metrics["evaluation"][0]["fd"]) for s in students]
         ddim = [(row["steps"], row["fd"]) for row in teacher.metrics["evaluation"]]
         quality = quality_plot(teacher.metrics["feature_space"], judged, ddim, teacher.metrics["floor"])
+    grid = _grid(teacher, students, _read_images(run / "teacher" / "real.npy"))
+    if grid:
+        write_file(run / "grid.png", grid)
     rounds, training = _loss_curves(log, "distill"), _loss_curves(log, "teacher")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pdfast.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -162,7 +165,7 @@ def build_report(run: Path) -> Path:
         quality=quality,
         round_losses=loss_plot(rounds) if rounds else None,
         teacher_loss=loss_plot(training) if training else None,
-        grid=_grid(teacher, students, _read_images(run / "teacher" / "real.npy")),
+        grid="data:image/png;base64," + base64.b64encode(grid).decode() if grid else None,
         stages=[s for s in (teacher, *students) if s and s.metrics["training"]],
         warnings=[entry["message"] for entry in log if entry.get("event") == "warning"],
         config=config_text,

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from pdfast.cli import parse
-from pdfast.config import DistillConfig, OptionalPath, TrainConfig, from_plain, load_yaml, resolve_steps, to_plain
+from pdfast.config import FACTS, DistillConfig, OptionalPath, TrainConfig, from_plain, load_yaml, resolve_steps, to_plain
 from pdfast.errors import UsageError
 from pdfast.presets import preset
 
@@ -39,7 +39,7 @@ def _defaults(cls: type[C], arguments: list[str]) -> C:
     file, name = _peek("--config", arguments), _peek("--preset", arguments)
     plain = load_yaml(Path(file)) if file else {}
     base = to_plain(preset(name or plain.get("preset", "digits"))) | plain
-    known, other = _names(cls), _names(DistillConfig) | _names(TrainConfig) | {"command"}
+    known, other = _names(cls), _names(DistillConfig) | _names(TrainConfig) | FACTS
     return from_plain(cls, {k: v for k, v in base.items() if k in known or k not in other}, file or f"preset {name}")
 
 

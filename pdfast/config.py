@@ -226,6 +226,7 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 
 T = TypeVar("T")
+FACTS = {"command", "data_sha256"}  # in a saved configuration beside its fields
 
 
 def from_plain(cls: type[T], plain: dict[str, Any], where: str) -> T:

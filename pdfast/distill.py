@@ -187,7 +187,7 @@ def main() -> None:
         print_distillation_plan(config, device)
         return
     source = open_data(config, device)
-    with open_run(config), RunLog(config.run) as log:
+    with open_run(config, source), RunLog(config.run) as log:
         interrupt.install()
         log.say(f"{source.name}: {source.num_images} images of {source.shape}; run folder {config.run}")
         distill(config, given_teacher, source, log, device)

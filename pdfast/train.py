@@ -127,6 +127,7 @@ def write_teacher(
         write_png(folder / "grid.png", image_grid(samples, columns=4, scale=4))
 
     write_folder(config.run / "teacher", fill)
+    log.board.add_images("samples", samples, step_counts[0], dataformats="NHWC")
     Checkpoints(config.run, "teacher").clear()
 
 
@@ -172,7 +173,7 @@ def main() -> None:
         print_training_plan(config, device)
         return
     source = open_data(config, device)
-    with open_run(config), RunLog(config.run) as log:
+    with open_run(config, source), RunLog(config.run) as log:
         interrupt.install()
         if (config.run / "teacher").exists():
             log.say(f"already finished: {load_model(config.run / 'teacher', device).folder}")

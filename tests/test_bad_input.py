@@ -1,5 +1,6 @@
 """A person's mistake is one line that says what and what to do, exit code 2 (1 for a failure in the middle), nothing lost."""
 
+import fcntl
 import os
 import re
 import resource
@@ -127,13 +128,19 @@ def test_a_damaged_teacher(damage, finished_run, tmp_path, capsys):
     one_line(capsys, code, 2, str(teacher))
 
 
-def test_two_processes_in_one_run(finished_run, capsys):
-    from pdfast.engine.run import open_run
-    from pdfast.config import DistillConfig, from_plain, load_yaml
+def test_changed_data_are_refused(tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (200, 8, 8), dtype=np.uint8)
+    flags = [*TINY_DISTILL, "--rounds", "1", "--data", str(tmp_path / "images.npy"), "--run", str(tmp_path / "run")]
+    np.save(tmp_path / "images.npy", images)
+    assert call("distill", *flags) == 0
+    capsys.readouterr()
+    np.save(tmp_path / "images.npy", images + 1)
+    one_line(capsys, call("distill", *flags), 2, "was begun with data_sha256 =")
 
-    plain = load_yaml(finished_run / "config.yaml")
-    plain.pop("command")
-    with open_run(from_plain(DistillConfig, plain, "")):
+
+def test_two_processes_in_one_run(finished_run, capsys):
+    with open(finished_run / ".lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         code = call("distill", *TINY_DISTILL, "--run", str(finished_run))
     one_line(capsys, code, 2, "another process is working in")
 

@@ -12,14 +12,16 @@ from typing import IO
 import yaml
 
 from pdfast.config import RunConfig, load_yaml, to_plain, to_yaml
+from pdfast.data import ImageSource
 from pdfast.engine.files import write_file, writing
 from pdfast.errors import UsageError
 
 MAY_CHANGE = {"run", "device", "log_every", "checkpoint_every"}
 
 
-def open_run(config: RunConfig) -> IO[str]:
-    """Create the run's folder or check that it was begun with this configuration; returns a lock to hold until the end.
+def open_run(config: RunConfig, source: ImageSource) -> IO[str]:
+    """Create the run's folder, or check that it was begun with this configuration and these images; returns a lock to hold
+    until the end.
 
     UsageError where the folder can't be written, another process works in it, or a field differs (it is named).
     """
@@ -28,14 +30,14 @@ def open_run(config: RunConfig) -> IO[str]:
         run.mkdir(parents=True, exist_ok=True)
         lock = open(run / ".lock", "w")
     try:
-        _begin_or_resume(config, lock)
+        _begin_or_resume(config, source, lock)
     except BaseException:
         lock.close()
         raise
     return lock
 
 
-def _begin_or_resume(config: RunConfig, lock: IO[str]) -> None:
+def _begin_or_resume(config: RunConfig, source: ImageSource, lock: IO[str]) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -46,9 +48,10 @@ def _begin_or_resume(config: RunConfig, lock: IO[str]) -> None:
     if saved.exists():
         before = load_yaml(saved)
         before.pop("command", None)
-        _refuse_changes(before, to_plain(config), config.run)
+        _refuse_changes(before, to_plain(config) | {"data_sha256": source.fingerprint}, config.run)
     else:
-        write_file(saved, to_yaml(config) + yaml.safe_dump({"command": _command()}, width=10_000))
+        facts = {"command": _command(), "data_sha256": source.fingerprint}
+        write_file(saved, to_yaml(config) + yaml.safe_dump(facts, width=10_000))
 
 
 def _command() -> str:
@@ -58,7 +61,7 @@ def _command() -> str:
 
 
 def _refuse_changes(before: dict, now: dict, run: Path, prefix: str = "") -> None:
-    for name in before.keys() | now.keys():
+    for name in sorted(before.keys() | now.keys()):
         path = f"{prefix}{name}"
         old, new = before.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):

@@ -57,7 +57,13 @@ def _tell_torchrun(message: str) -> None:
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Run a command's main function and exit with its code: 0, 1 (failed in the middle), 2 (bad input), 130 (stopped)."""
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (UsageError, RunError, Interrupted) as error:
         message = " ".join(str(error).split())
         prefix = "pdfast: " if isinstance(error, Interrupted) else "pdfast: error: "

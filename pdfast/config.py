@@ -143,7 +143,8 @@ class DistillConfig(RunConfig):
     teacher: OptionalPath = None
     """Folder of a trained teacher (or student); without one the preset's teacher is trained first."""
     rounds: OptionalInt = None
-    """Halvings of the number of steps."""
+    """Halvings of the number of steps. Any two of rounds, start-steps and end-steps give the third; without any, the
+    preset's."""
     start_steps: OptionalInt = None
     """Steps of the teacher that is distilled first: 2^rounds * end_steps."""
     end_steps: OptionalInt = None

@@ -149,6 +149,12 @@ def test_help_is_readable():
         assert process.returncode == 0 and "--device" in text and "type: ignore" not in text
 
 
+def test_a_reader_that_goes_away():
+    with spawn("distill", "--help") as process:
+        process.stdout.close()  # as `| head` does
+        assert process.stderr.read() == "" and process.wait(timeout=60) == 1
+
+
 def test_import_is_light():
     code = "import sys, pdfast; sys.exit(any(m in sys.modules for m in ('torch', 'matplotlib', 'torchmetrics', 'tensorboard')))"
     assert subprocess.run([sys.executable, "-c", code], env=environment(), check=False).returncode == 0

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -14,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 from pdfast.errors import RunError, UsageError
 
 INTERRUPTED = 130
+_FORMAT_WARNING = warnings.formatwarning
 
 
 class Interrupted(Exception):
@@ -54,8 +56,16 @@ def _tell_torchrun(message: str) -> None:
             pass  # torchrun's summary is a courtesy; the line itself was printed
 
 
+def _format_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """Warnings of our own in one line, without their place in the code; others as ever."""
+    if Path(filename).is_relative_to(Path(__file__).parent):
+        return f"pdfast: warning: {message}\n"
+    return _FORMAT_WARNING(message, category, filename, lineno, line)
+
+
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Run a command's main function and exit with its code: 0, 1 (failed in the middle), 2 (bad input), 130 (stopped)."""
+    warnings.formatwarning = _format_warning
     try:
         try:
             main()

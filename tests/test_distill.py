@@ -160,9 +160,14 @@ def test_import_is_light():
     assert subprocess.run([sys.executable, "-c", code], env=environment(), check=False).returncode == 0
 
 
+def evaluations(folder):
+    """Step count -> Frechet distance."""
+    return {row["steps"]: row["fd"] for row in json.loads((folder / "metrics.json").read_text())["evaluation"]}
+
+
 @pytest.mark.slow
 def test_the_literal_torchrun_command(tmp_path):
-    """`torchrun -m pdfast.distill --rounds 8`, with no other flag, plans, starts and logs the built-in job."""
+    """`torchrun -m pdfast.distill --rounds 8`, with no other flag, does the built-in job, and as well as the README says."""
     torchrun = shutil.which("torchrun", path=os.path.dirname(sys.executable))
     process = subprocess.Popen(
         [torchrun, "-m", "pdfast.distill", "--rounds", "8"],
@@ -170,9 +175,16 @@ def test_the_literal_torchrun_command(tmp_path):
     )  # fmt: skip
     text, _ = process.communicate(timeout=1500)
     assert process.returncode == 0, text[-2000:]
-    students = sorted(p.name for p in (tmp_path / "runs/digits/students").iterdir())
-    assert students == [f"{2**r:04d}" for r in range(8)]
-    assert (tmp_path / "runs/digits/report.html").exists()
+    run = tmp_path / "runs/digits"
+    assert (run / "report.html").exists()
+    students = {folder.name: evaluations(folder) for folder in sorted((run / "students").iterdir())}
+    assert list(students) == [f"{2**r:04d}" for r in range(8)]
+    ddim = evaluations(run / "teacher")
+    for student in students.values():
+        ((steps, fd),) = student.items()
+        assert fd <= ddim[steps], f"{steps} steps"
+        assert steps > 2 or 20 * fd <= ddim[steps], f"{steps} steps"
+    assert students["0001"][1] <= 2.5 * ddim[256]
 
 
 def test_torchrun_with_one_process(tmp_path):

@@ -1,0 +1,73 @@
+"""Every preset at its full size, on an image or two: an update of the teacher, then of its student."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+
+from pdfast.data import ResidentImages
+from pdfast.diffusion import build_step_table
+from pdfast.engine.model_folder import load_model
+from pdfast.engine.optimizer import Optimizer
+from pdfast.engine.step import Draws, distillation_loss, teacher_loss
+from pdfast.networks import UNet
+from pdfast.presets import PRESETS
+from pdfast.report import mobilenet
+from tests.commands import call
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_an_update_of_teacher_and_student(name):
+    config = PRESETS[name]
+    channels, height, width = config.network.image_shape
+    images = np.random.default_rng(0).integers(0, 256, (2, height, width, channels), dtype=np.uint8)
+    labels = torch.tensor([3, 1]) if config.network.num_classes else None
+    draws = Draws(ResidentImages("noise", torch.from_numpy(images), labels), 0, 1, 2, config.flip, torch.device("cpu"))
+    schedule, conditional = config.schedule.build(), labels is not None
+
+    torch.manual_seed(0)
+    network = UNet(config.network, dropout=config.train.dropout).train()
+    optimizer = Optimizer(network, clip=config.train.clip, weight_decay=config.train.weight_decay)
+    losses = []
+    for update in (0, 0):
+        loss = teacher_loss(network, draws, update, schedule, config.train.weighting, conditional)
+        assert optimizer.step(loss, 1e-3, update, name).isfinite()
+        losses.append(float(loss.detach()))
+    assert losses[1] < losses[0]
+
+    del optimizer
+    # A student that equals its teacher already does, but for the curvature, what two of the teacher's steps do; of many
+    # steps there is little curvature, of one a lot.
+    network.eval()
+    with torch.no_grad():
+        many, one = (
+            distillation_loss(
+                network,
+                network,
+                draws,
+                0,
+                build_step_table(schedule, steps, config.network.prediction, config.weighting),
+                conditional,
+            )
+            for steps in (1 << 16, 1)
+        )
+    assert 0 < many < 0.01 * one
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec(mobilenet.PACKAGE) is None, reason=f"no MobileNetV2 weights: {mobilenet.INSTALL}"
+)
+@pytest.mark.filterwarnings("ignore:16 images are too few")
+def test_cifar10_fast_from_nothing_to_one_step(tmp_path, capsys):
+    """The command, on images of the shape of CIFAR-10."""
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8))
+    command = (
+        f"--preset cifar10-fast --data {tmp_path}/images.npy --device cpu --rounds 1 --updates 2 --batch-size 2 --train.updates 2 "
+        f"--train.batch-size 2 --checkpoint-every 1 --evaluation.num-samples 16 --run {tmp_path}/run"
+    ).split()
+    assert call("distill", *command) == 0
+    assert "FD-MobileNetV2" in capsys.readouterr().out
+    assert load_model(tmp_path / "run/students/0001", torch.device("cpu")).steps == 1

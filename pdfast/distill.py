@@ -20,7 +20,7 @@ from pdfast.engine import interrupt
 from pdfast.engine.checkpoint import Checkpoints
 from pdfast.engine.device import open_device
 from pdfast.engine.files import write_folder, write_json
-from pdfast.engine.log import Progress, RunLog, clock
+from pdfast.engine.log import Progress, RunLog, clock, count_steps
 from pdfast.engine.model_folder import fill_model_folder, load_model, read_json
 from pdfast.engine.optimizer import Optimizer, linear_decay
 from pdfast.engine.run import open_run
@@ -61,7 +61,7 @@ def distill_round(
     if checkpoint:
         optimizer.load_state(checkpoint.tensors)
         start, seconds = checkpoint.update, checkpoint.extra["seconds"]
-        log.say(f"resuming the round to {steps} steps at update {start}")
+        log.say(f"resuming the round to {count_steps(steps)} at update {start}")
     log.forget_after(steps, start)
 
     progress = Progress(
@@ -78,14 +78,14 @@ def distill_round(
     for update in range(start, updates):
         learning_rate = config.learning_rate * linear_decay(update, updates)
         loss = distillation_loss(student, teacher, draws, update, table, conditional)
-        norm = optimizer.step(loss, learning_rate, update, f"the round to {steps} steps")
+        norm = optimizer.step(loss, learning_rate, update, f"the round to {count_steps(steps)}")
         progress.update(update + 1, loss, norm, learning_rate)
         stopping = interrupt.requested()
         if stopping or (update + 1) % config.checkpoint_every == 0 or update + 1 == updates:
             checkpoints.save(update + 1, optimizer.state(), {"seconds": progress.seconds})
         if stopping:
             progress.close()
-            raise Interrupted(f"stopped at update {update + 1} of the round to {steps} steps and saved it; {HINT}")
+            raise Interrupted(f"stopped at update {update + 1} of the round to {count_steps(steps)} and saved it; {HINT}")
     progress.close()
 
     student.load_state_dict(optimizer.weights())
@@ -119,7 +119,7 @@ def write_student(
     log.board.add_images("samples", samples, steps, dataformats="NHWC")
     teacher_rows = read_json(config.run / "teacher" / "metrics.json")["evaluation"]
     ddim = next((f", the teacher's DDIM {r['fd']:.3f}" for r in teacher_rows if r["steps"] == steps), "")
-    log.say(f"student, {steps} steps: {evaluator.feature_space} {row['fd']:.3f}{ddim}")
+    log.say(f"student, {count_steps(steps)}: {evaluator.feature_space} {row['fd']:.3f}{ddim}")
 
 
 def with_teachers_network(config: DistillConfig, device: torch.device) -> tuple[DistillConfig, UNet | None]:

@@ -20,7 +20,7 @@ from pdfast.engine import interrupt
 from pdfast.engine.checkpoint import Checkpoints
 from pdfast.engine.device import open_device
 from pdfast.engine.files import write_folder, write_json
-from pdfast.engine.log import Progress, RunLog
+from pdfast.engine.log import Progress, RunLog, count_steps
 from pdfast.engine.model_folder import fill_model_folder, load_model
 from pdfast.engine.optimizer import Optimizer, linear_decay, linear_warmup
 from pdfast.engine.run import open_run
@@ -116,7 +116,7 @@ def write_teacher(
             reference, samples = images, shown(images)
             evaluator.set_reference(images)
         rows.append(evaluator.measure(images, steps, seconds))
-        log.say(f"teacher, DDIM at {steps} steps: {evaluator.feature_space} {rows[-1]['fd']:.3f}")
+        log.say(f"teacher, DDIM at {count_steps(steps)}: {evaluator.feature_space} {rows[-1]['fd']:.3f}")
 
     def fill(folder):
         fill_model_folder(folder, network.state_dict(), config.network, config.schedule, None)

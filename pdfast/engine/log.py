@@ -76,7 +76,7 @@ class Progress:
         self._first = self._window_start = start
         self._window_began = self._last_line = self._began
         self._losses: list[Tensor] = []
-        name = "teacher" if steps is None else f"{steps:4d} steps"
+        name = "teacher" if steps is None else count_steps(steps)
         self._bar = tqdm(
             total=updates, initial=start, desc=name, unit="update", disable=not sys.stderr.isatty(), dynamic_ncols=True
         )
@@ -114,16 +114,21 @@ class Progress:
         for key in ("loss", "grad_norm", "learning_rate", "images_per_second"):
             if entry[key] is not None:
                 self._log.board.add_scalar(f"{tag}/{key}", entry[key], done)
-        self._bar.set_postfix_str(f"loss {mean:.4f}, {rate:.0f} images/s")
+        self._bar.set_postfix_str(f"loss {mean:.3g}, {rate:.0f} images/s")
         if self._bar.disable and (now - self._last_line > PLAIN_LINE_EVERY_SECONDS or done == self._updates):
             self._log.say(
-                f"{self._name}: update {done}/{self._updates}, loss {mean:.4f}, {rate:.0f} images/s, {clock(left)} left"
+                f"{self._name}: update {done}/{self._updates}, loss {mean:.3g}, {rate:.0f} images/s, {clock(left)} left"
             )
             self._last_line = now
         self._losses, self._window_start, self._window_began = [], done, now
 
     def close(self) -> None:
         self._bar.close()
+
+
+def count_steps(steps: int) -> str:
+    """`1 step`, `2 steps`."""
+    return f"{steps} step{'' if steps == 1 else 's'}"
 
 
 def clock(seconds: float) -> str:

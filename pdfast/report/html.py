@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pdfast.engine.files import write_file
+from pdfast.engine.log import count_steps
 from pdfast.report.grids import steps_grid
 from pdfast.report.plots import loss_plot, quality_plot
 
@@ -56,7 +57,7 @@ def _loss_curves(log: list[dict[str, Any]], phase: str) -> list[tuple[str, list[
             updates, losses = curves.setdefault(entry["steps"], ([], []))
             updates.append(entry["update"])
             losses.append(entry["loss"])
-    return [("teacher" if steps is None else f"{steps} steps", *curve) for steps, curve in curves.items()]
+    return [("teacher" if steps is None else count_steps(steps), *curve) for steps, curve in curves.items()]
 
 
 def _grid(teacher: Stage | None, students: list[Stage], real: np.ndarray | None) -> bytes | None:
@@ -65,8 +66,8 @@ def _grid(teacher: Stage | None, students: list[Stage], real: np.ndarray | None)
 
     rows = [("real", real)] if real is not None else []
     if teacher and teacher.samples is not None:
-        rows.append((_steps(teacher.metrics["evaluation"][0]["steps"]), teacher.samples))
-    rows += [(_steps(s.steps), s.samples) for s in students if s.samples is not None]
+        rows.append((count_steps(teacher.metrics["evaluation"][0]["steps"]), teacher.samples))
+    rows += [(count_steps(s.steps), s.samples) for s in students if s.samples is not None]
     if not rows:
         return None
     columns = min(len(images) for _, images in rows)
@@ -75,10 +76,6 @@ def _grid(teacher: Stage | None, students: list[Stage], real: np.ndarray | None)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def _steps(count: int) -> str:
-    return f"{count} step" if count == 1 else f"{count} steps"
 
 
 def _rows(teacher: Stage | None, students: list[Stage]) -> list[dict[str, Any]]:
@@ -118,12 +115,12 @@ def _headline(teacher: Stage | None, students: list[Stage], rounds: int | None) 
     start = teacher.metrics["evaluation"][0]
     space = teacher.metrics["feature_space"]
     if not students:
-        return f"The teacher reaches {space} {start['fd']:.2f} in {_steps(start['steps'])}; the first round is under way."
+        return f"The teacher reaches {space} {start['fd']:.2f} in {count_steps(start['steps'])}; the first round is under way."
     last = students[-1]
     fd = last.metrics["evaluation"][0]["fd"]
     text = (
-        f"In {_steps(last.steps)} the student reaches {space} {fd:.2f}, {fd / start['fd']:.2f} times its teacher's "
-        f"{start['fd']:.2f} in {_steps(start['steps'])}, with 1/{start['steps'] // last.steps} of the network evaluations."
+        f"In {count_steps(last.steps)} the student reaches {space} {fd:.2f}, {fd / start['fd']:.2f} times its teacher's "
+        f"{start['fd']:.2f} in {count_steps(start['steps'])}, with 1/{start['steps'] // last.steps} of the network evaluations."
     )
     ddim = next((row["fd"] for row in teacher.metrics["evaluation"] if row["steps"] == last.steps), None)
     if ddim is not None:
@@ -170,6 +167,7 @@ def build_report(run: Path) -> Path:
         warnings=[entry["message"] for entry in log if entry.get("event") == "warning"],
         config=config_text,
         command=config.get("command"),
+        count_steps=count_steps,
     )
     path = run / "report.html"
     write_file(path, page)

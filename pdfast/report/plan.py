@@ -7,7 +7,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from pdfast.config import DistillConfig, RunConfig, TrainConfig
-from pdfast.engine.log import clock
+from pdfast.engine.log import clock, count_steps
 from pdfast.networks import NetworkConfig, UNet
 
 TIMED_IMAGES = 8
@@ -100,7 +100,7 @@ def print_distillation_plan(config: DistillConfig, device: torch.device) -> None
         updates = config.updates_at(steps)
         images = updates * config.batch_size
         seconds = 5 * forward * images
-        _row(f"{steps} steps", updates, images, 3 * images, seconds)
+        _row(count_steps(steps), updates, images, 3 * images, seconds)
         total += seconds
     judged = [n for n in config.round_steps if n <= config.evaluation.max_steps]
     draws = (config.start_steps + 2 * sum(config.round_steps if not judged else judged)) * config.evaluation.num_samples

@@ -32,7 +32,7 @@ def check_start(prediction: Prediction, phi_start: float) -> None:
         raise ValueError(
             f"eps-prediction is singular at the start of sampling (cos(phi) = {cosine:.2g} < {SMALLEST_COS_FOR_EPS}): "
             "x = (z - sin eps) / cos is lost there and distillation to few steps fails; "
-            "predict v, x or both instead, or start below with schedule.u-start, e.g. 0.97"
+            "predict v, x or both instead, or start below with schedule.u-start, e.g. 0.95"
         )
 
 

@@ -1,10 +1,14 @@
 """What tests share: one thread (bit-exact wherever they run), and one finished tiny run."""
 
 import functools
+import os
 import signal
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before pdfast_kernels is imported: see tests/kernels
 
 from pdfast.engine import interrupt
 from pdfast.report import features

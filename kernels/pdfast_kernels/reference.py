@@ -31,9 +31,15 @@ def diffuse(images: Tensor, phi: Tensor, noise: Tensor, flip: Tensor | None = No
     return _like(torch.cos(phi), x) * x + _like(torch.sin(phi), x) * noise
 
 
-def ddim_step(z: Tensor, output: Tensor, z_coefficient: Tensor, output_coefficient: Tensor) -> Tensor:
-    """z' = a z + sum_p b_p o_p: one DDIM step with the network's output at z. z is [N, C, ...]; so is the result."""
-    return _like(z_coefficient, z) * z + _combine(output, output_coefficient)
+def _rows(coefficient: Tensor, index: Tensor | None) -> Tensor:
+    return coefficient if index is None else coefficient[index]
+
+
+def ddim_step(
+    z: Tensor, output: Tensor, z_coefficient: Tensor, output_coefficient: Tensor, index: Tensor | None = None
+) -> Tensor:
+    a, b = _rows(z_coefficient, index), _rows(output_coefficient, index)
+    return (_like(a, z) * z + _combine(output, b)).to(z.dtype)
 
 
 def weighted_loss(output: Tensor, target: Tensor, output_coefficient: Tensor, weight: Tensor) -> Tensor:

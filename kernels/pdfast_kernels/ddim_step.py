@@ -1,0 +1,188 @@
+"""`ddim_step`: one DDIM step with the network's output.
+
+    z' = a z + sum_p b_p o_p
+
+z      [N, C, ...] bf16, fp16 or fp32; channels-last or contiguous
+o      [N, P*C, ...] bf16, fp16 or fp32, laid out like z; P = 1, or 2 for a network that predicts x and eps (x first)
+a, b   [R], [R, P]: the coefficients of the R steps of a table, of which `index` (int64 [N]) gives each sample its row;
+       without an index, R = N and row n is sample n's
+z'     like z
+
+Computed in float32. Each element of z and o is read once and each of z' written once, forward; the gradients da and db are
+not computed (the coefficients are the schedule's). Other layouts and dtypes run in PyTorch.
+"""
+
+import torch
+from torch import Tensor
+
+from pdfast_kernels import reference
+from pdfast_kernels._triton import jit, tl
+from pdfast_kernels.dispatch import check_device, check_floating, check_index, check_shape, triton_runs, unsupported_dtype
+from pdfast_kernels.launch import cdiv, launch
+from pdfast_kernels.layout import is_channels_last, run_length, with_layout
+
+# (elements a sample from which on the row holds, BLOCK, num_warps): 16 bytes or more a thread and load.
+CONFIGS = ((1 << 14, 4096, 8), (0, 1024, 4))
+
+
+@jit
+def _forward(
+    z_ptr,  # [N, M]
+    output_ptr,  # [N, P * M]
+    a_ptr,  # [R]
+    b_ptr,  # [R, P]
+    index_ptr,  # [N]
+    result_ptr,  # [N, M]
+    M,
+    RUN: tl.constexpr,
+    P: tl.constexpr,
+    INDEXED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    blocks = tl.cdiv(M, BLOCK)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    e = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = e < M
+    row = tl.load(index_ptr + n) if INDEXED else n
+    z = tl.load(z_ptr + n * M + e, mask=inside).to(tl.float32)
+    result = tl.load(a_ptr + row) * z
+    for p in tl.static_range(P):
+        place = e if P == 1 else (e // RUN) * (P * RUN) + p * RUN + e % RUN
+        output = tl.load(output_ptr + n * M * P + place, mask=inside).to(tl.float32)
+        result += tl.load(b_ptr + row * P + p) * output
+    tl.store(result_ptr + n * M + e, result.to(result_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def _backward(
+    grad_ptr,  # [N, M]
+    a_ptr,  # [R]
+    b_ptr,  # [R, P]
+    index_ptr,  # [N]
+    grad_z_ptr,  # [N, M]
+    grad_output_ptr,  # [N, P * M]
+    M,
+    RUN: tl.constexpr,
+    P: tl.constexpr,
+    INDEXED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    blocks = tl.cdiv(M, BLOCK)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    e = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = e < M
+    row = tl.load(index_ptr + n) if INDEXED else n
+    grad = tl.load(grad_ptr + n * M + e, mask=inside).to(tl.float32)
+    grad_z = tl.load(a_ptr + row) * grad
+    tl.store(grad_z_ptr + n * M + e, grad_z.to(grad_z_ptr.dtype.element_ty), mask=inside)
+    for p in tl.static_range(P):
+        place = e if P == 1 else (e // RUN) * (P * RUN) + p * RUN + e % RUN
+        grad_output = tl.load(b_ptr + row * P + p) * grad
+        tl.store(grad_output_ptr + n * M * P + place, grad_output.to(grad_output_ptr.dtype.element_ty), mask=inside)
+
+
+def _config(elements: int) -> tuple[int, int]:
+    return next((block, warps) for least, block, warps in CONFIGS if elements >= least)
+
+
+def _launch(kernel, z: Tensor, parts: int, index: Tensor | None, run: int, **tensors: Tensor | None) -> None:
+    elements = z.numel() // max(len(z), 1)
+    block, warps = _config(elements)
+    launch(
+        kernel,
+        (len(z) * cdiv(elements, block),),
+        num_warps=warps,
+        **tensors,
+        index_ptr=index,
+        M=elements,
+        RUN=run if parts > 1 else 1,
+        P=parts,
+        INDEXED=index is not None,
+        BLOCK=block,
+    )
+
+
+@torch.library.custom_op("pdfast_kernels::ddim_step", mutates_args=())
+def _ddim_step(z: Tensor, output: Tensor, a: Tensor, b: Tensor, index: Tensor | None) -> Tensor:
+    run, _ = run_length(z, output=output)
+    result = torch.empty_like(z)
+    _launch(_forward, z, b.shape[1], index, run, z_ptr=z, output_ptr=output, a_ptr=a, b_ptr=b, result_ptr=result)
+    return result
+
+
+@_ddim_step.register_fake
+def _(z, output, a, b, index):
+    return torch.empty_like(z)
+
+
+@torch.library.custom_op("pdfast_kernels::ddim_step_backward", mutates_args=())
+def _ddim_step_backward(
+    grad: Tensor, a: Tensor, b: Tensor, index: Tensor | None, output_dtype: torch.dtype, channels_last: bool
+) -> tuple[Tensor, Tensor]:
+    grad = with_layout(grad, channels_last)
+    grad_z, grad_output = _empty_gradients(grad, b, output_dtype, channels_last)
+    run, _ = run_length(grad_z, output=grad_output)
+    tensors = {"grad_ptr": grad, "a_ptr": a, "b_ptr": b, "grad_z_ptr": grad_z, "grad_output_ptr": grad_output}
+    _launch(_backward, grad, b.shape[1], index, run, **tensors)
+    return grad_z, grad_output
+
+
+@_ddim_step_backward.register_fake
+def _(grad, a, b, index, output_dtype, channels_last):
+    return _empty_gradients(grad, b, output_dtype, channels_last)
+
+
+def _empty_gradients(grad: Tensor, b: Tensor, output_dtype: torch.dtype, channels_last: bool) -> tuple[Tensor, Tensor]:
+    n, c, *rest = grad.shape
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    grad_z = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
+    shape = (n, b.shape[1] * c, *rest)
+    return grad_z, torch.empty(shape, dtype=output_dtype, device=grad.device, memory_format=memory_format)
+
+
+def _setup_context(ctx, inputs, output):
+    z, network_output, a, b, index = inputs
+    ctx.save_for_backward(a, b, index)
+    ctx.output_dtype = network_output.dtype
+    ctx.channels_last = is_channels_last(z) and is_channels_last(network_output)
+
+
+def _autograd(ctx, grad):
+    a, b, index = ctx.saved_tensors
+    grad_z, grad_output = _ddim_step_backward(grad, a, b, index, ctx.output_dtype, ctx.channels_last)
+    return grad_z, grad_output, None, None, None
+
+
+_ddim_step.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def ddim_step(
+    z: Tensor, output: Tensor, z_coefficient: Tensor, output_coefficient: Tensor, index: Tensor | None = None
+) -> Tensor:
+    """z' = a z + sum_p b_p o_p: one DDIM step with the network's output at z.
+
+    z: [N, C, ...]. output: [N, P*C, ...]. z_coefficient, output_coefficient: float [R] and [R, P]; index: int64 [N], the
+    row of each sample, or None where R = N. Returns z' like z; see the module for layouts, dtypes and gradients.
+    ValueError where a shape, dtype or device does not fit.
+    """
+    check_step("ddim_step", z, output, z_coefficient, output_coefficient, index)
+    run, unsupported = run_length(z, output=output)
+    unsupported = unsupported_dtype(z=z, output=output) or unsupported
+    if triton_runs("ddim_step", z.device, unsupported):
+        return _ddim_step(z, output, z_coefficient.float().contiguous(), output_coefficient.float().contiguous(), index)
+    return reference.ddim_step(z, output, z_coefficient, output_coefficient, index)
+
+
+def check_step(op: str, z: Tensor, output: Tensor, a: Tensor, b: Tensor, index: Tensor | None) -> None:
+    """ValueError unless the tensors of a DDIM step fit together."""
+    if z.dim() < 2:
+        raise ValueError(f"{op}: z has shape {tuple(z.shape)}, expected [N, C, ...]")
+    if b.dim() != 2 or b.shape[1] not in (1, 2):
+        raise ValueError(f"{op}: output_coefficient has shape {tuple(b.shape)}, expected [R, P] with P = 1 or 2")
+    rows = a.shape[0] if index is not None else z.shape[0]
+    check_shape(op, "z_coefficient", a, (rows,))
+    check_shape(op, "output_coefficient", b, (rows, b.shape[1]))
+    check_shape(op, "output", output, (z.shape[0], b.shape[1] * z.shape[1], *z.shape[2:]))
+    check_floating(op, z=z, output=output, z_coefficient=a, output_coefficient=b)
+    check_index(op, index, z.shape[0])
+    check_device(op, z.device, output=output, z_coefficient=a, output_coefficient=b, index=index)

@@ -1,0 +1,115 @@
+"""Which implementation of an operation runs: its Triton kernels, or the plain PyTorch of `reference.py`.
+
+`PDFAST_KERNELS`, or `use(mode)`, says:
+
+    auto       (the default) Triton on a GPU, PyTorch elsewhere; a case the kernels do not support runs in PyTorch, after
+               one warning that names the reason
+    triton     Triton, also on CPU tensors where TRITON_INTERPRET=1 was set before the first import; a case that is not
+               supported is a ValueError
+    reference  PyTorch
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pdfast_kernels._triton import INTERPRETED, available
+
+Mode = Literal["auto", "triton", "reference"]
+MODES = ("auto", "triton", "reference")
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+OLDEST_CAPABILITY = (8, 0)
+
+_warned: set[str] = set()
+
+_mode = os.environ.get("PDFAST_KERNELS", "auto")
+if _mode not in MODES:
+    raise ValueError(f"PDFAST_KERNELS is {_mode!r}: say one of {', '.join(MODES)}")
+
+
+@contextmanager
+def use(mode: Mode) -> Iterator[None]:
+    """Within it, PDFAST_KERNELS is `mode`. ValueError for an unknown one."""
+    global _mode
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}: say one of {', '.join(MODES)}")
+    before, _mode = _mode, mode
+    try:
+        yield
+    finally:
+        _mode = before
+
+
+def triton_runs(op: str, device: torch.device, unsupported: str | None) -> bool:
+    """Whether `op` runs in Triton for tensors on `device`; `unsupported` is why its kernels cannot take them, or None."""
+    if _mode == "reference" or (_mode == "auto" and device.type != "cuda"):
+        return False
+    reason = _unavailable(device) or unsupported
+    if reason is None:
+        return True
+    if _mode == "triton":
+        raise ValueError(f"{op}: {reason} (PDFAST_KERNELS=triton; `auto` would run it in PyTorch)")
+    _warn_once(f"pdfast_kernels.{op} runs in PyTorch: {reason}")
+    return False
+
+
+@torch.compiler.assume_constant_result
+def _unavailable(device: torch.device) -> str | None:
+    if not available:
+        return "Triton is not installed"
+    if device.type == "cpu":
+        return None if INTERPRETED else "the tensors are on the CPU, where Triton runs only with TRITON_INTERPRET=1"
+    if device.type != "cuda":
+        return f"there are no kernels for {device.type} devices"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]} is older than 8.0"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=3)
+
+
+def unsupported_dtype(**tensors: Tensor | None) -> str | None:
+    """The reason not to run, if one of them is neither bf16, fp16 nor fp32."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in KERNEL_DTYPES:
+            return f"{name} is {tensor.dtype}, not bfloat16, float16 or float32"
+    return None
+
+
+def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """ValueError unless `tensor` has that shape."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+
+
+def check_device(op: str, device: torch.device, **tensors: Tensor | None) -> None:
+    """ValueError unless all of them are on `device`."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, the others are on {device}")
+
+
+def check_floating(op: str, **tensors: Tensor | None) -> None:
+    """ValueError unless all of them are of a floating-point type."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{op}: {name} is {tensor.dtype}, expected a floating-point type")
+
+
+def check_index(op: str, index: Tensor | None, samples: int) -> None:
+    """ValueError unless it is None or int64 [samples]."""
+    if index is not None:
+        check_shape(op, "index", index, (samples,))
+        if index.dtype != torch.int64:
+            raise ValueError(f"{op}: index is {index.dtype}, expected torch.int64")

@@ -1,0 +1,27 @@
+"""Where the elements of images and of network outputs lie in memory."""
+
+import torch
+from torch import Tensor
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether [N, C, H, W] lies dense as [N, H, W, C]."""
+    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def with_layout(tensor: Tensor, channels_last: bool) -> Tensor:
+    """The tensor itself if it lies so, else a copy: gradients arrive with any strides, 0 included."""
+    return tensor.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def run_length(z: Tensor, **others: Tensor) -> tuple[int, str | None]:
+    """How many elements of a sample of z [N, C, ...] lie together before the same place of an output [N, P*C, ...] has its
+    next part: C when all are channels-last, C*H*W when all are contiguous; else 0 and the reason.
+
+    Element e of a sample is then, in part p of an output, number (e // run) * P * run + p * run + e % run.
+    """
+    if is_channels_last(z) and all(is_channels_last(t) for t in others.values()):
+        return z.shape[1], None
+    if z.is_contiguous() and all(t.is_contiguous() for t in others.values()):
+        return z[0].numel() if len(z) else 1, None
+    return 0, f"z and {', '.join(others)} are neither all channels-last nor all contiguous"

@@ -22,7 +22,8 @@ _MASK = 0xFFFFFFFF
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
     """Ten rounds of Philox4x32.
 
-    counter: four int64 tensors of one broadcastable shape, values in [0, 2**32). key: two integers in [0, 2**32).
+    counter: four int64 tensors of one broadcastable shape, values in [0, 2**32). key: two integers in [0, 2**32),
+    or int64 tensors of no dimension.
     Returns four int64 tensors, values in [0, 2**32). The 64-bit products wrap, which leaves both halves right.
     """
     c0, c1, c2, c3 = counter
@@ -39,29 +40,42 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
     return c0, c1, c2, c3
 
 
-def _words(seed: int, stream: int, round_index: int, update: int, index: Tensor, groups: int) -> tuple[Tensor, ...]:
-    """Four int64 tensors [n, groups]: all output words of the samples `index` [n]."""
+def key_words(seed: int, stream: int, round_index: int, update: int) -> tuple[int, int, int, int]:
+    """What the numbers of an update have in common: both words of the key, and words 2 and 3 of the counter.
+
+    ValueError for a field that does not fit its words.
+    """
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed must be in [0, 2**64), got {seed}")
     if not (0 <= stream < 1 << 16 and 0 <= round_index < 1 << 16 and 0 <= update < 1 << 32):
         raise ValueError(f"stream {stream}, round {round_index} or update {update} does not fit its counter field")
+    return seed & _MASK, seed >> 32, update, stream << 16 | round_index
+
+
+def _words(key: tuple[int, int, int, int] | Tensor, index: Tensor, groups: int) -> tuple[Tensor, ...]:
+    """Four int64 tensors [n, groups]: all output words of the samples `index` [n]."""
+    key0, key1, word2, word3 = key
     group = torch.arange(groups, device=index.device)[None, :]
     sample = index[:, None]
     constant = torch.zeros((), dtype=torch.int64, device=index.device)
-    counter = (group, sample, constant + update, constant + (stream << 16 | round_index))
-    words = philox4x32(counter, (seed & _MASK, seed >> 32))
+    words = philox4x32((group, sample, constant + word2, constant + word3), (key0, key1))
     return tuple(w.expand(index.shape[0], groups) for w in words)
 
 
 def integers(seed: int, stream: int, round_index: int, update: int, index: Tensor, count: int) -> Tensor:
     """Uniform integers in [0, 2**32): int64 [n, count] for the int64 sample indices `index` [n]."""
-    words = _words(seed, stream, round_index, update, index, (count + 3) // 4)
+    words = _words(key_words(seed, stream, round_index, update), index, (count + 3) // 4)
     return torch.stack(words, dim=-1).flatten(1)[:, :count]
 
 
 def normals(seed: int, stream: int, round_index: int, update: int, index: Tensor, count: int) -> Tensor:
     """Standard normals: float32 [n, count], by Box-Muller on the word pairs (0, 1) and (2, 3)."""
-    words = _words(seed, stream, round_index, update, index, (count + 3) // 4)
+    return normals_from_key(key_words(seed, stream, round_index, update), index, count)
+
+
+def normals_from_key(key: tuple[int, int, int, int] | Tensor, index: Tensor, count: int) -> Tensor:
+    """`normals` for the words of `key_words`: four integers, or an int64 tensor [4] on the device of `index`."""
+    words = _words(key, index, (count + 3) // 4)
     pairs = []
     for radius_word, angle_word in (words[:2], words[2:]):
         uniform = radius_word.float() * 2.0**-32 + 2.0**-33  # in (0, 1]: the logarithm is finite

@@ -6,6 +6,7 @@ x and eps (x first). Coefficients are [N], those of an output [N, P].
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -66,3 +67,26 @@ def ddim_step_weighted_loss(
     """
     target = ddim_step(z, teacher_output, target_z, target_output) + _combine(teacher_output_mid, target_output_mid)
     return weighted_loss(output, target, output_coefficient, weight)
+
+
+def group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    silu: bool = False,
+) -> Tensor:
+    y = F.group_norm(x, num_groups, weight, bias, eps)
+    if scale is not None:
+        y = y * (1 + _like_channels(scale, x))
+    if shift is not None:
+        y = y + _like_channels(shift, x)
+    return F.silu(y) if silu else y
+
+
+def _like_channels(film: Tensor, x: Tensor) -> Tensor:
+    return film.reshape(*film.shape, *(1,) * (x.dim() - 2))

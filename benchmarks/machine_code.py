@@ -1,0 +1,175 @@
+"""What the compiler made of one launch: its kernel compiled for a GPU that need not be there, and the machine code read.
+
+The launch is specialised by Triton's own binder, as it is at run time: an int of 1 becomes a constant, an int divisible
+by 16 and a pointer to 16 bytes are marked so, None is a constant.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from benchmarks.accesses import BULK, Access, Place, accesses_of
+from pdfast_kernels.launch import Launch
+
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)")
+_LINE = re.compile(r'^\s*//## File "(.*)", line (\d+)')
+LOADS, STORES = ("LDG", "LDGSTS", "UBLKCP", "UTMALDG"), ("STG", "UTMASTG")
+SPILLS = ("LDL", "STL")
+ATOMICS = ("ATOM", "ATOMG", "RED", "REDG", "UTMAREDG")
+_MATRIX = re.compile(r"[HIQBO]G?MMA|UTC\w*MMA")
+_FLOAT64 = re.compile(r"D(ADD|MUL|FMA|SETP|MNMX|MMA)\b|.*\.F64\b|.*64H\b")
+
+
+@dataclass(frozen=True)
+class Code:
+    """A compiled kernel. Instructions are counted as they stand in the code; the dicts go from instruction to count."""
+
+    kernel: str
+    arch: int
+    num_warps: int
+    registers: int
+    stack: int
+    """Bytes of local memory a thread: spilled registers, and arrays that could not be kept in registers."""
+    spills: dict[str, int]
+    shared: int
+    """Bytes a block."""
+    tensor_memory: int
+    """Columns a block, of the 512 that sm_100 has."""
+    instructions: int
+    loads: dict[str, int]
+    stores: dict[str, int]
+    matrix: dict[str, int]
+    float64: dict[str, int]
+    atomics: dict[str, int]
+    multiplies: bool
+    """Whether the source asks for a matrix product (tl.dot)."""
+    accesses: tuple[Access, ...]
+    """The loads and stores of global memory in the PTX, each with the argument that its address comes from."""
+    narrowed: dict[str, str]
+    """Arguments of which the machine code has narrower accesses than the PTX, and where: ptxas loads only what is used."""
+
+
+_codes: dict[Any, Code] = {}
+
+
+def name_of(launch: Launch) -> str:
+    """group_norm._apply: the module and the function."""
+    return f"{launch.kernel.fn.__module__.rpartition('.')[2]}.{launch.kernel.fn.__name__}"
+
+
+def read(launch: Launch, arch: int) -> Code:
+    """The launch compiled for sm_`arch`; once for all launches that come to the same compilation."""
+    target = GPUTarget("cuda", arch, 32)
+    backend, kernel = make_backend(target), launch.kernel
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    keywords = {**launch.arguments, "num_warps": launch.num_warps, "num_stages": launch.num_stages, "debug": False}
+    bound, specialization, options = bind(**keywords)
+    key = kernel.cache_key, arch, str(specialization), str(sorted(options.items()))
+    if key not in _codes:
+        options, signature, constants, attributes = kernel._pack_args(backend, keywords, bound, specialization, options)
+        source = ASTSource(kernel, signature, constants, attributes)
+        compiled = triton.compile(source, target=target, options=options.__dict__)
+        passed = {name: type_ for name, type_ in signature.items() if type_ != "constexpr"}
+        parameters = [name if type_.startswith("*") else None for name, type_ in passed.items()]
+        _codes[key] = _code(name_of(launch), arch, launch.num_warps, compiled, parameters)
+    return _codes[key]
+
+
+def versions() -> dict[str, str]:
+    """Of triton, and of the ptxas it brings for older GPUs and for sm_100."""
+    return {"triton": triton.__version__, "ptxas": get_ptxas(90).version, "ptxas for sm_100": get_ptxas(100).version}
+
+
+def _code(name: str, arch: int, num_warps: int, compiled: Any, parameters: list[str | None]) -> Code:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _run(triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
+        sass = _run(triton.knobs.nvidia.nvdisasm.path, "-c", "-g", "-ndf", file.name)
+    registers, stack = (int(re.search(rf"\b{field}:(\d+)", usage)[1]) for field in ("REG", "STACK"))
+    counts, narrowest = _instructions(sass)
+    accesses, lines = accesses_of(compiled.asm["ptx"], parameters)
+    narrowed = {
+        argument: f"{bits} bits instead of {lines[place].bits} in line {place[1]} of {place[0]}"
+        for place, bits in sorted(narrowest.items(), reverse=True)
+        if place in lines and bits < lines[place].bits
+        for argument in lines[place].arguments
+    }
+
+    def opcodes(*names: str) -> dict[str, int]:
+        return _sorted(Counter({m: n for m, n in counts.items() if _opcode(m) in names}))
+
+    def by_width(*names: str) -> dict[str, int]:
+        total = Counter()
+        for mnemonic, n in opcodes(*names).items():
+            bits = _bits(mnemonic)
+            total[_opcode(mnemonic) if bits == BULK else f"{_opcode(mnemonic)}.{bits}"] += n
+        return _sorted(total)
+
+    matrix = Counter()
+    for mnemonic, n in counts.items():
+        if _MATRIX.fullmatch(_opcode(mnemonic)):
+            matrix[_opcode(mnemonic)] += n
+    return Code(
+        kernel=name,
+        arch=arch,
+        num_warps=num_warps,
+        registers=registers,
+        stack=stack,
+        spills=opcodes(*SPILLS),
+        shared=compiled.metadata.shared,
+        tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
+        instructions=counts.total(),
+        loads=by_width(*LOADS),
+        stores=by_width(*STORES),
+        matrix=_sorted(matrix),
+        float64=_sorted(Counter({m: n for m, n in counts.items() if _FLOAT64.match(m)})),
+        atomics=opcodes(*ATOMICS),
+        multiplies="tt.dot" in compiled.asm["ttir"],
+        accesses=accesses,
+        narrowed=narrowed,
+    )
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _instructions(sass: str) -> tuple[Counter[str], dict[Place, int]]:
+    """How often each instruction stands in the code, and the narrowest access of global memory of each source line."""
+    counts, narrowest = Counter(), {}
+    place = ("", 0)
+    for line in sass.splitlines():
+        if moved := _LINE.match(line):
+            place = moved[1].rpartition("/")[2], int(moved[2])
+        elif instruction := _INSTRUCTION.match(line):
+            mnemonic = instruction[1]
+            counts[mnemonic] += 1
+            if _opcode(mnemonic) in LOADS + STORES:
+                narrowest[place] = min(narrowest.get(place, BULK), _bits(mnemonic))
+    return counts, narrowest
+
+
+def _opcode(mnemonic: str) -> str:
+    return mnemonic.partition(".")[0]
+
+
+def _bits(mnemonic: str) -> int:
+    """LDG.E.128 -> 128, LDG.E.U16 -> 16, LDG.E -> 32."""
+    if _opcode(mnemonic).startswith("U"):
+        return BULK
+    widths = re.findall(r"\.[US]?(8|16|64|128|256)(?=\.|$)", mnemonic)
+    return int(widths[0]) if widths else 32
+
+
+def _sorted(counts: Counter[str]) -> dict[str, int]:
+    return dict(sorted(counts.items()))

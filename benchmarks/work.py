@@ -1,0 +1,203 @@
+"""An operation on given tensors, as a user calls it: with our kernels, in plain PyTorch, and what it must move."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from pdfast_kernels import dispatch, reference, reference_attention, reference_ops, use
+from pdfast_kernels.adam_ema import AdamEma
+from pdfast_kernels.attention import attention, attention_packed
+from pdfast_kernels.ddim_step import ddim_step
+from pdfast_kernels.ddim_step_weighted_loss import ddim_step_weighted_loss, ddim_step_weighted_loss_and_grad
+from pdfast_kernels.diffuse import diffuse
+from pdfast_kernels.group_norm import group_norm
+from pdfast_kernels.group_norm_attention import group_norm_attention
+from pdfast_kernels.launch import Launch, recorded
+
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Work:
+    """One call. `kernels` and `plain` compute the same from the same tensors; their results must be written."""
+
+    kernels: Callable[[], Tensor | tuple[Tensor, ...] | None]
+    plain: Callable[[], Tensor | tuple[Tensor, ...] | None]
+    reads: list[Tensor]
+    """What the forward must read."""
+    writes: list[Tensor] = field(default_factory=list)
+    """What it must write besides its results."""
+    differentiated: list[Tensor] = field(default_factory=list)
+    """What the backward, if there is one, must write the gradients of. It must read the result's gradient."""
+    reads_again: list[Tensor] = field(default_factory=list)
+    """What it must read besides."""
+
+    def gradients(self, result: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(result, self.differentiated, gradient)
+
+
+@contextmanager
+def kernels_wanted() -> Iterator[None]:
+    """Within it, operations on CPU tensors go to their kernels, to be interpreted or, without the interpreter, recorded."""
+    with use("triton"), mock.patch.object(dispatch, "INTERPRETED", True):
+        yield
+
+
+def launches(work: Work, arch: int) -> dict[str, list[Launch]]:
+    """What the forward and the backward launch, configured for sm_`arch`. Nothing is computed."""
+    with kernels_wanted():
+        with recorded(arch) as forward:
+            result = work.kernels()
+        if not work.differentiated:
+            return {"forward": forward}
+        with recorded(arch) as backward:
+            work.gradients(result, torch.empty_like(result))
+    return {"forward": forward, "backward": backward}
+
+
+def ddim_step_work(
+    samples: int, device: str, channels: int, size: int, dtype: torch.dtype, parts: int, channels_last: bool, steps: int
+) -> Work:
+    z = _image(samples, channels, size, dtype, device, channels_last).requires_grad_()
+    output = _image(samples, parts * channels, size, dtype, device, channels_last).requires_grad_()
+    index = torch.zeros(samples, dtype=torch.int64, device=device)
+    table = torch.zeros(steps, device=device), torch.zeros(steps, parts, device=device), index
+    return Work(
+        kernels=lambda: ddim_step(z, output, *table),
+        plain=lambda: reference.ddim_step(z, output, *table),
+        reads=[z, output, index],
+        differentiated=[z, output],
+        reads_again=[index],
+    )
+
+
+def loss_work(
+    samples: int,
+    device: str,
+    channels: int,
+    size: int,
+    dtype: torch.dtype,
+    parts: int,
+    channels_last: bool,
+    steps: int,
+    and_grad: bool,
+) -> Work:
+    """With `and_grad` the function that returns the loss and its gradient at once. Without it nothing need be read again
+    either: one pass over the tensors gives both."""
+    z = _image(samples, channels, size, torch.float32, device, channels_last)
+    output, *teacher = (_image(samples, parts * channels, size, dtype, device, channels_last) for _ in range(3))
+    index = torch.zeros(samples, dtype=torch.int64, device=device)
+    a, weight = (torch.zeros(steps, device=device) for _ in range(2))
+    inputs = output, z, *teacher, a, *(torch.zeros(steps, parts, device=device) for _ in range(3)), weight, index
+    reads = [output, z, *teacher, index]
+    if and_grad:
+        return Work(
+            kernels=lambda: ddim_step_weighted_loss_and_grad(*inputs, grad_scale=1.0),
+            plain=lambda: reference_ops.ddim_step_weighted_loss_and_grad(*inputs, grad_scale=1.0),
+            reads=reads,
+        )
+    return Work(
+        kernels=lambda: ddim_step_weighted_loss(*inputs),
+        plain=lambda: reference_ops.ddim_step_weighted_loss(*inputs),
+        reads=reads,
+        differentiated=[output.requires_grad_()],
+    )
+
+
+def adam_ema_work(samples: int, device: str, sizes: tuple[int, ...], gradient_dtype: torch.dtype) -> Work:
+    """One step on parameters of these sizes; there are no samples."""
+    parameters, means, squares, averages = ([torch.zeros(size, device=device) for size in sizes] for _ in range(4))
+    gradients = [torch.zeros(size, dtype=gradient_dtype, device=device) for size in sizes]
+    scalars = torch.tensor([1e-4, 1.0, 1.0, 1e-4, 0.0])
+    states = (parameters, means, squares, averages)
+    settings = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+    optimizer = AdamEma(*states, **settings) if device == "cpu" else None
+    return Work(
+        kernels=lambda: optimizer.step(gradients, scalars),
+        plain=lambda: reference_ops.adam_ema(*states, gradients, scalars, **settings),
+        reads=[*chain(*states), *gradients],
+        writes=[*chain(*states)],
+    )
+
+
+def group_norm_work(
+    samples: int, device: str, channels: int, size: int, dtype: torch.dtype, groups: int, film: bool, silu: bool
+) -> Work:
+    x = _image(samples, channels, size, dtype, device).requires_grad_()
+    weight, bias = (torch.zeros(channels, device=device, requires_grad=True) for _ in range(2))
+    both = torch.zeros(samples, 2 * channels, dtype=dtype, device=device, requires_grad=True)
+    scale, shift = both.chunk(2, dim=1) if film else (None, None)
+    inputs = [x, weight, bias, *([scale, shift] if film else [])]
+
+    def call(function: Callable[..., Tensor]) -> Tensor:
+        return function(x, groups, weight, bias, EPS, scale=scale, shift=shift, silu=silu)
+
+    return Work(
+        kernels=lambda: call(group_norm),
+        plain=lambda: call(reference.group_norm),
+        reads=inputs,
+        differentiated=inputs,
+        reads_again=inputs if silu else [x, weight, *([scale] if film else [])],
+    )
+
+
+def attention_work(
+    samples: int, device: str, positions: int, heads: int, head_dim: int, dtype: torch.dtype, packed: bool
+) -> Work:
+    shape = (samples, positions, heads, head_dim)
+    if packed:
+        inputs = [torch.zeros(samples, positions, 3, heads, head_dim, dtype=dtype, device=device, requires_grad=True)]
+    else:
+        inputs = [torch.zeros(shape, dtype=dtype, device=device, requires_grad=True) for _ in range(3)]
+    plain = reference_attention.attention_packed if packed else reference_attention.attention
+    return Work(
+        kernels=lambda: attention_packed(*inputs) if packed else attention(*inputs),
+        plain=lambda: plain(*inputs),
+        reads=inputs,
+        differentiated=inputs,
+        reads_again=inputs,
+    )
+
+
+def group_norm_attention_work(
+    samples: int, device: str, channels: int, size: int, dtype: torch.dtype, groups: int, heads: int
+) -> Work:
+    x = _image(samples, channels, size, dtype, device).requires_grad_()
+    shapes = ((channels,), (channels,), (3 * channels, channels), (3 * channels,), (channels, channels), (channels,))
+    parameters = [torch.zeros(shape, device=device, requires_grad=True) for shape in shapes]
+    return Work(
+        kernels=lambda: group_norm_attention(x, groups, *parameters, heads),
+        plain=lambda: reference_attention.group_norm_attention(x, groups, *parameters, heads),
+        reads=[x, *parameters],
+        differentiated=[x, *parameters],
+        reads_again=[x, *parameters],
+    )
+
+
+def diffuse_work(samples: int, device: str, channels: int, size: int, dtype: torch.dtype, flip: bool) -> Work:
+    images = torch.zeros(samples, size, size, channels, dtype=torch.uint8, device=device)
+    phi = torch.zeros(samples, device=device)
+    flips = torch.zeros(samples, dtype=torch.bool, device=device) if flip else None
+    key, index = (torch.zeros(n, dtype=torch.int64, device=device) for n in (4, samples))
+
+    def plain() -> Tensor:  # with PyTorch's own noise: eager Philox in int64 would flatter us
+        noise = torch.randn(samples, size, size, channels, device=device).permute(0, 3, 1, 2)
+        return reference.diffuse(images, phi, noise, flips).to(dtype)
+
+    return Work(
+        kernels=lambda: diffuse(images, phi, key, index, flips, dtype),
+        plain=plain,
+        reads=[images, phi, key, index, *([flips] if flip else [])],
+    )
+
+
+def _image(
+    samples: int, channels: int, size: int, dtype: torch.dtype, device: str, channels_last: bool = True
+) -> Tensor:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.zeros(samples, channels, size, size, dtype=dtype, device=device).contiguous(memory_format=layout)

@@ -1,0 +1,299 @@
+"""`AdamEma`: Adam with decoupled weight decay, a clipped gradient and a moving average of the weights, in one launch.
+
+    g = clip gradient               p = p - learning_rate weight_decay p - learning_rate m_hat / (sqrt(v_hat) + eps)
+    m = beta1 m + (1 - beta1) g     m_hat = m / (1 - beta1^step)
+    v = beta2 v + (1 - beta2) g^2   v_hat = v / (1 - beta2^step)         average = average + average_rate (p - average)
+
+p, m, v, average   float32 of any shapes, all four in one memory order (contiguous, or channels-last)
+gradients          bf16, fp16 or fp32, all of one dtype; those in another memory order are copied first
+scalars            float32 [5] on the device, see `Scalar`: a CUDA graph replays with what is written there. Where the
+                   skip flag is not 0 (NaN is not), nothing changes at all
+
+This is torch.optim.AdamW in float32. Each tensor is read and written once. The kernel finds its place in a table of
+chunks and its tensors in a table of addresses, so that thousands of tensors are one launch; a chunk's accesses are of 4
+elements where its addresses and size allow it. Other dtypes and orders run in PyTorch, where the host waits for the
+scalars. Not for `torch.compile`, which cannot see the addresses.
+"""
+
+import math
+from collections.abc import Sequence
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from pdfast_kernels import reference_ops
+from pdfast_kernels._triton import jit, tl
+from pdfast_kernels.dispatch import KERNEL_DTYPES, check_device, check_floating, check_shape, triton_runs
+from pdfast_kernels.launch import launch
+from pdfast_kernels.layout import is_channels_last
+
+OP = "adam_ema"
+
+# Elements of a chunk, num_warps.
+CONFIGS = (2048, 8)
+WIDE_BYTES = 16
+
+
+class Scalar(IntEnum):
+    """The places of the scalars."""
+
+    LEARNING_RATE = 0
+    STEP = 1  # 1 in the first step
+    CLIP = 2  # the factor of the gradients
+    AVERAGE_RATE = 3  # 1 - decay: as a float32, a decay near 1 would lose it
+    SKIP = 4
+
+
+@jit
+def _one_minus_exp(y):
+    """1 - exp(y) for y <= 0, to a relative 1e-6 also where y is close to 0."""
+    series = 1.0 + y * (1 / 5) * (1.0 + y * (1 / 6) * (1.0 + y * (1 / 7)))
+    series = -y * (1.0 + y * (1 / 2) * (1.0 + y * (1 / 3) * (1.0 + y * (1 / 4) * series)))
+    return tl.where(y > -0.3, series, 1.0 - tl.exp(y))
+
+
+@jit
+def _pointer(address, first, TYPE: tl.constexpr, WIDE: tl.constexpr):
+    pointer = address.to(tl.pointer_type(TYPE))
+    if WIDE:
+        pointer = tl.multiple_of(pointer, TYPE.primitive_bitwidth // 2)  # 4 elements at a time, of any type
+    return pointer + first
+
+
+@jit
+def _update(
+    parameter,  # addresses
+    exp_avg,
+    exp_avg_sq,
+    average,
+    gradient,
+    first,
+    remaining,
+    clip,
+    decay,
+    step_size,
+    root_scale,
+    average_rate,
+    GRADIENT: tl.constexpr,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    EPS: tl.constexpr,
+    AVERAGED: tl.constexpr,
+    WIDE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    parameter_ptr = _pointer(parameter, first, tl.float32, WIDE)
+    exp_avg_ptr = _pointer(exp_avg, first, tl.float32, WIDE)
+    exp_avg_sq_ptr = _pointer(exp_avg_sq, first, tl.float32, WIDE)
+    average_ptr = _pointer(average, first, tl.float32, WIDE)
+    gradient_ptr = _pointer(gradient, first, GRADIENT, WIDE)
+    count = tl.minimum(remaining, CHUNK).to(tl.int32)
+    if WIDE:
+        count = tl.multiple_of(count, 4)
+    e = tl.arange(0, CHUNK)
+    inside = e < count
+    gradient = tl.load(gradient_ptr + e, mask=inside).to(tl.float32) * clip
+    exp_avg = tl.load(exp_avg_ptr + e, mask=inside)
+    exp_avg_sq = tl.load(exp_avg_sq_ptr + e, mask=inside)
+    parameter = tl.load(parameter_ptr + e, mask=inside)
+    exp_avg += (1.0 - BETA1) * (gradient - exp_avg)
+    exp_avg_sq += (1.0 - BETA2) * (gradient * gradient - exp_avg_sq)
+    parameter -= decay * parameter
+    parameter -= step_size * exp_avg / (root_scale * tl.sqrt(exp_avg_sq) + EPS)
+    tl.store(exp_avg_ptr + e, exp_avg, mask=inside)
+    tl.store(exp_avg_sq_ptr + e, exp_avg_sq, mask=inside)
+    tl.store(parameter_ptr + e, parameter, mask=inside)
+    if AVERAGED:
+        average = tl.load(average_ptr + e, mask=inside)
+        tl.store(average_ptr + e, average + average_rate * (parameter - average), mask=inside)
+
+
+@jit
+def _step(
+    chunks_ptr,  # [chunks, 2]: tensor, place in it
+    sizes_ptr,  # [T]
+    addresses_ptr,  # [T, 4]: of parameter, exp_avg, exp_avg_sq, average
+    gradients_ptr,  # [T]: addresses
+    scalars_ptr,  # [5]
+    GRADIENT: tl.constexpr,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    LOG_BETA1: tl.constexpr,
+    LOG_BETA2: tl.constexpr,
+    EPS: tl.constexpr,
+    WEIGHT_DECAY: tl.constexpr,
+    AVERAGED: tl.constexpr,
+    ALL_WIDE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    if tl.load(scalars_ptr + 4) != 0.0:
+        return
+    learning_rate, step, clip = tl.load(scalars_ptr), tl.load(scalars_ptr + 1), tl.load(scalars_ptr + 2)
+    average_rate = tl.load(scalars_ptr + 3)
+    decay = learning_rate * WEIGHT_DECAY
+    step_size = learning_rate / _one_minus_exp(step * LOG_BETA1)
+    root_scale = tl.rsqrt(_one_minus_exp(step * LOG_BETA2))
+
+    tensor = tl.load(chunks_ptr + 2 * tl.program_id(0))
+    first = tl.load(chunks_ptr + 2 * tl.program_id(0) + 1).to(tl.int64) * CHUNK
+    remaining = tl.load(sizes_ptr + tensor) - first
+    parameter, exp_avg = tl.load(addresses_ptr + 4 * tensor), tl.load(addresses_ptr + 4 * tensor + 1)
+    exp_avg_sq, average = tl.load(addresses_ptr + 4 * tensor + 2), tl.load(addresses_ptr + 4 * tensor + 3)
+    gradient = tl.load(gradients_ptr + tensor)
+
+    wide = True
+    if not ALL_WIDE:
+        aligned = (parameter | exp_avg | exp_avg_sq | average | gradient) % 16 == 0
+        wide = aligned & (tl.minimum(remaining, CHUNK) % 4 == 0)
+    if wide:
+        _update(
+            parameter, exp_avg, exp_avg_sq, average, gradient, first, remaining,
+            clip, decay, step_size, root_scale, average_rate, GRADIENT, BETA1, BETA2, EPS, AVERAGED, True, CHUNK,
+        )  # fmt: skip
+    else:
+        _update(
+            parameter, exp_avg, exp_avg_sq, average, gradient, first, remaining,
+            clip, decay, step_size, root_scale, average_rate, GRADIENT, BETA1, BETA2, EPS, AVERAGED, False, CHUNK,
+        )  # fmt: skip
+
+
+class AdamEma:
+    """Adam over `parameters`, in place, with state tensors that the caller made and keeps.
+
+    parameters, exp_avgs, exp_avg_sqs, averages: tensors of the same shapes on one device, which must stay where they
+    are in memory. Without averages there is none. betas in [0, 1), eps and weight_decay at least 0. ValueError where
+    something does not fit.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        averages: Sequence[Tensor] | None = None,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        if not (all(0 <= beta < 1 for beta in betas) and eps >= 0 and weight_decay >= 0):
+            raise ValueError(f"{OP}: betas {betas}, eps {eps} or weight_decay {weight_decay} is out of range")
+        self._parameters, self._exp_avgs, self._exp_avg_sqs = list(parameters), list(exp_avgs), list(exp_avg_sqs)
+        self._averages = None if averages is None else list(averages)
+        self._betas, self._eps, self._weight_decay = betas, eps, weight_decay
+        self._device = self._parameters[0].device if self._parameters else torch.device("cpu")
+        names = {"parameters": self._parameters, "exp_avgs": self._exp_avgs, "exp_avg_sqs": self._exp_avg_sqs}
+        if averages is not None:
+            names["averages"] = self._averages
+        for name, tensors in names.items():
+            self._check(name, tensors)
+        self._unsupported = next(
+            (reason for name, tensors in names.items() if (reason := self._why_not(name, tensors))), None
+        )
+        self._strides = [p.stride() for p in self._parameters]
+        self._gradient_addresses: list[int] | None = None
+        self._captured: list[tuple[Tensor, Tensor]] = []
+        if self._unsupported is None:
+            self._build_tables()
+
+    def step(self, gradients: Sequence[Tensor], scalars: Tensor) -> None:
+        """One step. gradients: of the parameters' shapes; scalars: float32 [5], in the order of `Scalar`."""
+        check_shape(OP, "scalars", scalars, (len(Scalar),))
+        check_device(OP, self._device, scalars=scalars)
+        if scalars.dtype != torch.float32:
+            raise ValueError(f"{OP}: scalars is {scalars.dtype}, expected torch.float32")
+        if len(gradients) != len(self._parameters):
+            raise ValueError(f"{OP}: {len(gradients)} gradients for {len(self._parameters)} parameters")
+        dtypes = {g.dtype for g in gradients}
+        unsupported = self._unsupported
+        if not dtypes <= set(KERNEL_DTYPES) or len(dtypes) > 1:
+            unsupported = f"gradients are of {' and '.join(sorted(map(str, dtypes)))}"
+        if not triton_runs(OP, self._device, unsupported):
+            self._check("gradients", gradients)
+            states = self._parameters, self._exp_avgs, self._exp_avg_sqs, self._averages
+            reference_ops.adam_ema(*states, gradients, scalars, self._betas, self._eps, self._weight_decay)
+        elif gradients:
+            self._launch(gradients, scalars.contiguous())
+
+    def _launch(self, gradients: Sequence[Tensor], scalars: Tensor) -> None:
+        gradients = [
+            g if g.stride() == stride else torch.empty_like(p, dtype=g.dtype).copy_(g)
+            for g, stride, p in zip(gradients, self._strides, self._parameters, strict=True)
+        ]
+        table = self._table(gradients)
+        chunk, warps = CONFIGS
+        launch(
+            _step,
+            (len(self._chunks),),
+            num_warps=warps,
+            chunks_ptr=self._chunks,
+            sizes_ptr=self._sizes,
+            addresses_ptr=self._addresses,
+            gradients_ptr=table,
+            scalars_ptr=scalars,
+            GRADIENT=getattr(tl, str(gradients[0].dtype).removeprefix("torch.")),
+            BETA1=self._betas[0],
+            BETA2=self._betas[1],
+            LOG_BETA1=math.log(max(self._betas[0], 1e-30)),
+            LOG_BETA2=math.log(max(self._betas[1], 1e-30)),
+            EPS=self._eps,
+            WEIGHT_DECAY=self._weight_decay,
+            AVERAGED=self._averages is not None,
+            ALL_WIDE=self._wide and not any(g.data_ptr() % WIDE_BYTES for g in gradients),
+            CHUNK=chunk,
+        )
+        torch.autograd.graph.increment_version(self._parameters)
+
+    def _table(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The gradients' addresses, on the device."""
+        addresses = [g.data_ptr() for g in gradients]
+        capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if addresses == self._gradient_addresses and not capturing:
+            return self._gradient_table
+        self._check("gradients", gradients)
+        page = self._new_page() if self._page is None else self._page
+        page.copy_(torch.tensor(addresses, dtype=torch.int64))
+        table = page.to(self._device, non_blocking=True)
+        if capturing:
+            # A replay copies the page again: both stay, and the steps outside of the graph have others.
+            self._captured.append((page, table))
+            self._page = None
+        else:
+            self._gradient_addresses, self._gradient_table = addresses, table
+            self._page = self._new_page()  # not the same again: the device may still have to copy it
+        return table
+
+    def _new_page(self) -> Tensor:
+        return torch.empty(len(self._parameters), dtype=torch.int64, pin_memory=self._device.type == "cuda")
+
+    def _build_tables(self) -> None:
+        chunk, _ = CONFIGS
+        sizes = torch.tensor([p.numel() for p in self._parameters], dtype=torch.int64)
+        counts = -(-sizes // chunk)
+        tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+        place = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]
+        averages = self._averages or [None] * len(sizes)
+        lists = zip(self._parameters, self._exp_avgs, self._exp_avg_sqs, averages, strict=True)
+        addresses = [[0 if t is None else t.data_ptr() for t in tensors] for tensors in lists]
+        self._wide = not any(a % WIDE_BYTES for row in addresses for a in row) and not bool((sizes % 4).any())
+        self._chunks = torch.stack([tensor, place], dim=1).int().to(self._device)
+        self._sizes = sizes.to(self._device)
+        self._addresses = torch.tensor(addresses, dtype=torch.int64).view(-1, 4).to(self._device)
+        self._page = self._new_page()
+
+    def _check(self, name: str, tensors: Sequence[Tensor]) -> None:
+        if len(tensors) != len(self._parameters):
+            raise ValueError(f"{OP}: {len(tensors)} {name} for {len(self._parameters)} parameters")
+        for i, (tensor, parameter) in enumerate(zip(tensors, self._parameters, strict=True)):
+            check_shape(OP, f"{name}[{i}]", tensor, parameter.shape)
+            check_floating(OP, **{f"{name}[{i}]": tensor})
+            check_device(OP, self._device, **{f"{name}[{i}]": tensor})
+
+    def _why_not(self, name: str, tensors: list[Tensor]) -> str | None:
+        for i, (tensor, parameter) in enumerate(zip(tensors, self._parameters, strict=True)):
+            if tensor.dtype != torch.float32:
+                return f"{name}[{i}] is {tensor.dtype}, not float32"
+            if not (tensor.is_contiguous() or is_channels_last(tensor)) or tensor.stride() != parameter.stride():
+                return f"{name}[{i}] is neither contiguous nor channels-last, or not as its parameter"
+        return None

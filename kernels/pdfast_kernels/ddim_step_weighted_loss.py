@@ -1,0 +1,323 @@
+"""`ddim_step_weighted_loss`: the loss of one student step that spans two DDIM steps of the teacher, with its gradient.
+
+    target = a z + sum_p b_p t_p + sum_p d_p m_p          loss = weight mean (sum_p c_p o_p - target)^2
+
+o, t, m      [N, P*C, ...] bf16, fp16 or fp32: the student's output, the teacher's, and the teacher's in the middle;
+             P = 1, or 2 for networks that predict x and eps (x first)
+z            [N, C, ...] bf16, fp16 or fp32; all four channels-last or all contiguous
+a, weight    [R];  b, d, c [R, P]: the columns of a step table, of which `index` (int64 [N]) gives each sample its row;
+             without an index, R = N and row n is sample n's
+loss         [N] float32, a mean over C, H, W
+
+Computed in float32. Each tensor is read once, and the gradient with respect to o is written in the same pass if it is
+wanted; what needs another gradient runs in PyTorch. Sums in two stages, without atomics: the same bits on every run.
+Other layouts and dtypes run in PyTorch.
+"""
+
+import torch
+from torch import Tensor
+
+from pdfast_kernels import reference_ops
+from pdfast_kernels._triton import jit, tl
+from pdfast_kernels.dispatch import (
+    check_device,
+    check_floating,
+    check_index,
+    check_shape,
+    triton_runs,
+    unsupported_dtype,
+)
+from pdfast_kernels.launch import cdiv, launch
+from pdfast_kernels.layout import run_length
+
+OP = "ddim_step_weighted_loss"
+
+# (elements a sample from which on the row holds, BLOCK, num_warps): 16 bytes or more a thread and load.
+CONFIGS = ((1 << 14, 2048, 8), (0, 1024, 4))
+
+
+@jit
+def _forward(
+    output_ptr,  # [N, P * M]
+    z_ptr,  # [N, M]
+    teacher_ptr,  # [N, P * M]
+    teacher_mid_ptr,  # [N, P * M]
+    target_z_ptr,  # [R]
+    target_output_ptr,  # [R, P]
+    target_output_mid_ptr,  # [R, P]
+    output_coefficient_ptr,  # [R, P]
+    weight_ptr,  # [R]
+    index_ptr,  # [N]
+    partial_ptr,  # [N, blocks]: sums of the loss
+    grad_ptr,  # [N, P * M], or None
+    grad_scale,
+    M,
+    RUN: tl.constexpr,
+    P: tl.constexpr,
+    INDEXED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    blocks = tl.cdiv(M, BLOCK)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    e = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = e < M
+    row = tl.load(index_ptr + n) if INDEXED else n
+    error = -tl.load(target_z_ptr + row) * tl.load(z_ptr + n * M + e, mask=inside, other=0.0).to(tl.float32)
+    for p in tl.static_range(P):
+        place = n * M * P + (e if P == 1 else (e // RUN) * (P * RUN) + p * RUN + e % RUN)
+        output = tl.load(output_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        teacher = tl.load(teacher_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        teacher_mid = tl.load(teacher_mid_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        error += tl.load(output_coefficient_ptr + row * P + p) * output
+        error -= tl.load(target_output_ptr + row * P + p) * teacher
+        error -= tl.load(target_output_mid_ptr + row * P + p) * teacher_mid
+    weight = tl.load(weight_ptr + row)
+    tl.store(partial_ptr + tl.program_id(0), weight / M * tl.sum(error * error, axis=0))
+    if grad_ptr is not None:
+        grad = 2.0 * grad_scale * weight * error
+        for p in tl.static_range(P):
+            place = n * M * P + (e if P == 1 else (e // RUN) * (P * RUN) + p * RUN + e % RUN)
+            grad_p = tl.load(output_coefficient_ptr + row * P + p) * grad
+            tl.store(grad_ptr + place, grad_p.to(grad_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def _backward(
+    grad_loss_ptr,  # [N]
+    saved_ptr,  # [N, M]
+    grad_ptr,  # [N, M]
+    scale,
+    M,
+    BLOCK: tl.constexpr,
+):
+    blocks = tl.cdiv(M, BLOCK)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    e = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    saved = tl.load(saved_ptr + n * M + e, mask=e < M).to(tl.float32)
+    grad = tl.load(grad_loss_ptr + n) * scale * saved
+    tl.store(grad_ptr + n * M + e, grad.to(grad_ptr.dtype.element_ty), mask=e < M)
+
+
+def _config(elements: int) -> tuple[int, int]:
+    return next((block, warps) for least, block, warps in CONFIGS if elements >= least)
+
+
+def _run(tensors: tuple[Tensor | None, ...], grad_scale: float | None) -> tuple[Tensor, Tensor]:
+    """The losses, and grad_scale d(sum of M losses)/d output, M = C H W: empty for None."""
+    output, z, teacher, teacher_mid, target_z, target_output, target_output_mid, coefficient, weight, index = tensors
+    run, _ = run_length(z, output=output)
+    parts, elements = coefficient.shape[1], z.numel() // max(len(z), 1)
+    block, warps = _config(elements)
+    blocks = cdiv(elements, block)
+    partial = torch.empty((len(z), blocks), dtype=torch.float32, device=z.device)
+    grad = None if grad_scale is None else torch.empty_like(output)
+    launch(
+        _forward,
+        (len(z) * blocks,),
+        num_warps=warps,
+        output_ptr=output,
+        z_ptr=z,
+        teacher_ptr=teacher,
+        teacher_mid_ptr=teacher_mid,
+        target_z_ptr=target_z,
+        target_output_ptr=target_output,
+        target_output_mid_ptr=target_output_mid,
+        output_coefficient_ptr=coefficient,
+        weight_ptr=weight,
+        index_ptr=index,
+        partial_ptr=partial,
+        grad_ptr=grad,
+        grad_scale=0.0 if grad_scale is None else grad_scale,
+        M=elements,
+        RUN=run if parts > 1 else 1,
+        P=parts,
+        INDEXED=index is not None,
+        BLOCK=block,
+    )
+    loss = partial.view(-1) if blocks == 1 else partial.sum(1)
+    return loss, output.new_empty(0) if grad is None else grad
+
+
+@torch.library.custom_op("pdfast_kernels::ddim_step_weighted_loss", mutates_args=())
+def _loss(
+    output: Tensor,
+    z: Tensor,
+    teacher_output: Tensor,
+    teacher_output_mid: Tensor,
+    target_z: Tensor,
+    target_output: Tensor,
+    target_output_mid: Tensor,
+    output_coefficient: Tensor,
+    weight: Tensor,
+    index: Tensor | None,
+    differentiable: bool,
+) -> tuple[Tensor, Tensor]:
+    """The losses, and d(M loss)/d output: divided by M = C H W, little would be left of it in fp16."""
+    teachers = teacher_output, teacher_output_mid, target_z, target_output, target_output_mid
+    return _run((output, z, *teachers, output_coefficient, weight, index), 1.0 if differentiable else None)
+
+
+@_loss.register_fake
+def _(output, z, t, m, a, b, d, c, weight, index, differentiable):
+    saved = torch.empty_like(output) if differentiable else output.new_empty(0)
+    return z.new_empty(z.shape[0], dtype=torch.float32), saved
+
+
+@torch.library.custom_op("pdfast_kernels::ddim_step_weighted_loss_backward", mutates_args=())
+def _loss_backward(grad_loss: Tensor, saved: Tensor, mean_of: int) -> Tensor:
+    grad = torch.empty_like(saved)
+    elements = saved.numel() // max(len(saved), 1)
+    block, warps = _config(elements)
+    launch(
+        _backward,
+        (len(saved) * cdiv(elements, block),),
+        num_warps=warps,
+        grad_loss_ptr=grad_loss.contiguous(),
+        saved_ptr=saved,
+        grad_ptr=grad,
+        scale=1 / max(mean_of, 1),
+        M=elements,
+        BLOCK=block,
+    )
+    return grad
+
+
+@_loss_backward.register_fake
+def _(grad_loss, saved, mean_of):
+    return torch.empty_like(saved)
+
+
+def _setup_context(ctx, inputs, output):
+    _, saved = output
+    ctx.mean_of = inputs[1][:1].numel()
+    ctx.mark_non_differentiable(saved)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(saved)
+
+
+def _autograd(ctx, grad_loss, _):
+    grad = None if grad_loss is None else _loss_backward(grad_loss, *ctx.saved_tensors, ctx.mean_of)
+    return grad, *(None,) * 10
+
+
+_loss.register_autograd(_autograd, setup_context=_setup_context)
+
+
+@torch.library.custom_op("pdfast_kernels::ddim_step_weighted_loss_and_grad", mutates_args=())
+def _loss_and_grad(
+    output: Tensor,
+    z: Tensor,
+    teacher_output: Tensor,
+    teacher_output_mid: Tensor,
+    target_z: Tensor,
+    target_output: Tensor,
+    target_output_mid: Tensor,
+    output_coefficient: Tensor,
+    weight: Tensor,
+    index: Tensor | None,
+    grad_scale: float,
+) -> tuple[Tensor, Tensor]:
+    teachers = teacher_output, teacher_output_mid, target_z, target_output, target_output_mid
+    scale = grad_scale / max(z[:1].numel(), 1)
+    return _run((output, z, *teachers, output_coefficient, weight, index), scale)
+
+
+@_loss_and_grad.register_fake
+def _(output, z, t, m, a, b, d, c, weight, index, grad_scale):
+    return z.new_empty(z.shape[0], dtype=torch.float32), torch.empty_like(output)
+
+
+def ddim_step_weighted_loss(
+    output: Tensor,
+    z: Tensor,
+    teacher_output: Tensor,
+    teacher_output_mid: Tensor,
+    target_z: Tensor,
+    target_output: Tensor,
+    target_output_mid: Tensor,
+    output_coefficient: Tensor,
+    weight: Tensor,
+    index: Tensor | None = None,
+) -> Tensor:
+    """weight mean (sum_p c_p o_p - target)^2, target = a z + sum_p b_p t_p + sum_p d_p m_p: the losses, [N].
+
+    output, teacher_output: [N, P*C, ...], at (z, phi); teacher_output_mid: at (z_mid, phi_mid). z: [N, C, ...].
+    target_z, weight: float [R]; target_output, target_output_mid, output_coefficient: [R, P]; index: int64 [N], the row
+    of each sample, or None where R = N. Differentiable with respect to output; see the module for layouts and dtypes.
+    ValueError where a shape, dtype or device does not fit.
+    """
+    tensors = (output, z, teacher_output, teacher_output_mid)
+    columns = (target_z, target_output, target_output_mid, output_coefficient, weight)
+    _check(OP, *tensors, *columns, index)
+    if triton_runs(OP, z.device, _unsupported(*tensors, *columns)):
+        differentiable = torch.is_grad_enabled() and output.requires_grad
+        return _loss(*tensors, *(c.float().contiguous() for c in columns), index, differentiable)[0]
+    return reference_ops.ddim_step_weighted_loss(*tensors, *columns, index)
+
+
+@torch.no_grad()
+def ddim_step_weighted_loss_and_grad(
+    output: Tensor,
+    z: Tensor,
+    teacher_output: Tensor,
+    teacher_output_mid: Tensor,
+    target_z: Tensor,
+    target_output: Tensor,
+    target_output_mid: Tensor,
+    output_coefficient: Tensor,
+    weight: Tensor,
+    index: Tensor | None = None,
+    *,
+    grad_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The losses [N], and grad_scale d(sum of the losses)/d output, like output; neither is differentiable.
+
+    For `torch.autograd.backward(output, grad)`: nothing of the loss is left for the backward to do. The arguments are
+    those of `ddim_step_weighted_loss`.
+    """
+    tensors = (output, z, teacher_output, teacher_output_mid)
+    columns = (target_z, target_output, target_output_mid, output_coefficient, weight)
+    _check(f"{OP}_and_grad", *tensors, *columns, index)
+    if triton_runs(f"{OP}_and_grad", z.device, _unsupported(*tensors)):
+        return _loss_and_grad(*tensors, *(c.float().contiguous() for c in columns), index, grad_scale)
+    return reference_ops.ddim_step_weighted_loss_and_grad(*tensors, *columns, index, grad_scale=grad_scale)
+
+
+def _unsupported(output: Tensor, z: Tensor, teacher_output: Tensor, teacher_output_mid: Tensor, *columns) -> str | None:
+    outputs = {"output": output, "teacher_output": teacher_output, "teacher_output_mid": teacher_output_mid}
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (z, teacher_output, teacher_output_mid, *columns)):
+        return "it has the gradient with respect to output alone"
+    return unsupported_dtype(z=z, **outputs) or run_length(z, **outputs)[1]
+
+
+def _check(
+    op: str,
+    output: Tensor,
+    z: Tensor,
+    teacher_output: Tensor,
+    teacher_output_mid: Tensor,
+    target_z: Tensor,
+    target_output: Tensor,
+    target_output_mid: Tensor,
+    c: Tensor,
+    weight: Tensor,
+    index: Tensor | None,
+) -> None:
+    if z.dim() < 2:
+        raise ValueError(f"{op}: z has shape {tuple(z.shape)}, expected [N, C, ...]")
+    if c.dim() != 2 or c.shape[1] not in (1, 2):
+        raise ValueError(f"{op}: output_coefficient has shape {tuple(c.shape)}, expected [R, P] with P = 1 or 2")
+    rows, parts = z.shape[0] if index is None else c.shape[0], c.shape[1]
+    outputs = {"output": output, "teacher_output": teacher_output, "teacher_output_mid": teacher_output_mid}
+    vectors = {"target_z": target_z, "weight": weight}
+    matrices = {"target_output": target_output, "target_output_mid": target_output_mid, "output_coefficient": c}
+    for tensors, shape in [
+        (outputs, (z.shape[0], parts * z.shape[1], *z.shape[2:])),
+        (vectors, (rows,)),
+        (matrices, (rows, parts)),
+    ]:
+        for name, tensor in tensors.items():
+            check_shape(op, name, tensor, shape)
+    check_floating(op, z=z, **outputs, **vectors, **matrices)
+    check_index(op, index, z.shape[0])
+    check_device(op, z.device, **outputs, **vectors, **matrices, index=index)

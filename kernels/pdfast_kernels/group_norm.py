@@ -1,0 +1,331 @@
+"""`group_norm`: GroupNorm with an optional FiLM and an optional SiLU, on channels-last tensors.
+
+    xhat = (x - mean) rstd          mean and variance over the group's channels and all positions
+    u    = (xhat weight + bias) (1 + scale) + shift
+    y    = silu(u) or u
+
+x               [N, C, ...] bf16, fp16 or fp32, dense with the channels last (channels_last images; [N, C, L] transposed
+                from [N, L, C]); C % num_groups == 0, any sizes, more than 2^31 elements too
+weight, bias    [C] or None;  scale, shift [N, C] or None, any row stride (the halves of one linear layer's output)
+y               like x;  the gradients like what they are of
+
+float32 inside. A sample's groups that fit on chip are read once (`forward_resident`, `backward_resident`), larger ones
+twice: sums of row chunks, `merge`, apply. Moments are of centred values and chunks are merged as such (Chan et al. 1983), so
+that a mean of 1000 standard deviations costs nothing. No atomics: the same bits on every run, and for a sample in any
+batch. Saved for the backward: x, the parameters, and mean and rstd [N, num_groups]. Other layouts and dtypes run in PyTorch.
+"""
+
+from math import lcm, prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pdfast_kernels import reference
+from pdfast_kernels._group_norm_kernels import (
+    apply,
+    apply_gradient,
+    backward_resident,
+    chunk_gradient_sums,
+    chunk_moments,
+    forward_resident,
+    merge_gradient_sums,
+    merge_moments,
+    parameter_gradients,
+)
+from pdfast_kernels.dispatch import check_device, check_floating, check_shape, triton_runs, unsupported_dtype
+from pdfast_kernels.launch import cdiv, launch, next_power_of_2
+
+# In elements. A resident tile has at least RESIDENT_TILE where there are as many; the backward holds two tensors of it.
+RESIDENT_TILE, FORWARD_TILE, BACKWARD_TILE = 4096, 16384, 8192
+RESIDENT_CHANNELS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+# A chunk of the streaming kernels is STREAM_TILES tiles of STREAM_TILE elements, the widest that leaves fewest lanes idle.
+STREAM_TILE, STREAM_TILES, STREAM_CHANNELS = 4096, 4, (256, 128, 64, 32)
+MERGED_ROWS, PARAMETER_CHANNELS = 32, 32
+
+
+class _Shape(NamedTuple):
+    """x as [n, rows, channels] in memory, cpg channels a group."""
+
+    n: int
+    rows: int
+    channels: int
+    cpg: int
+
+    @classmethod
+    def of(cls, x: Tensor, num_groups: int) -> "_Shape":
+        n, channels, *rest = x.shape
+        return cls(n, prod(rest), channels, channels // num_groups)
+
+
+def _resident(shape: _Shape, most: int) -> dict[str, int] | None:
+    """The constants of a resident launch, with at most `most` elements a tile; None where no tile holds whole groups.
+
+    The narrowest tile of enough elements, whose rows are of whole groups and, where the channels allow, of whole 16-byte
+    words; between tiles of one width the one that leaves fewest lanes idle.
+    """
+    unit = lcm(shape.cpg, 8) if shape.channels % 8 == 0 else shape.cpg
+    block_r = next_power_of_2(shape.rows)
+    fitting = []
+    for block_c in RESIDENT_CHANNELS:
+        channels = min(block_c // unit * unit, shape.channels)
+        if channels and block_r * block_c <= most:
+            lanes = cdiv(shape.channels, channels) * block_c
+            fitting.append((block_r * block_c < RESIDENT_TILE and channels < shape.channels, lanes, block_c, channels))
+    if not fitting:
+        return None
+    _, _, block_c, channels = min(fitting)
+    return {
+        "ROWS": shape.rows,
+        "C": shape.channels,
+        "CPG": shape.cpg,
+        "CHANNELS": channels,
+        "BLOCK_R": block_r,
+        "BLOCK_C": block_c,
+        "BLOCK_G": next_power_of_2(channels // shape.cpg),
+        "num_warps": 4 if block_r * block_c <= 4096 else 8,
+    }
+
+
+def _stream(shape: _Shape) -> tuple[tuple[int, int, int], dict[str, int]]:
+    """The grid (row chunks, channel blocks, samples) and the constants of the launches that read all of x."""
+    block_c = min(STREAM_CHANNELS, key=lambda width: cdiv(shape.channels, width) * width)
+    block_r = STREAM_TILE // block_c
+    grid = (cdiv(shape.rows, block_r * STREAM_TILES), cdiv(shape.channels, block_c), shape.n)
+    return grid, {"C": shape.channels, "TILES": STREAM_TILES, "BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": 4}
+
+
+def _merge(shape: _Shape, chunks: int) -> dict[str, int]:
+    return {
+        "chunks": chunks,
+        "C": shape.channels,
+        "CPG": shape.cpg,
+        "BLOCK_K": MERGED_ROWS,
+        "BLOCK_CPG": next_power_of_2(shape.cpg),
+        "num_warps": 4,
+    }
+
+
+def _parameters(weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> dict:
+    return {
+        "weight_ptr": weight,
+        "bias_ptr": bias,
+        "scale_ptr": scale,
+        "shift_ptr": shift,
+        "scale_stride": 0 if scale is None else scale.stride(0),
+        "shift_stride": 0 if shift is None else shift.stride(0),
+    }
+
+
+def forward(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y like x; mean and rstd, float32 [N, num_groups]."""
+    shape = _Shape.of(x, num_groups)
+    y = torch.empty_like(x)
+    mean = torch.empty(shape.n, num_groups, dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
+    tensors = {"x_ptr": x, "mean_ptr": mean, "rstd_ptr": rstd, **_parameters(weight, bias, scale, shift)}
+    if resident := _resident(shape, FORWARD_TILE):
+        grid = (shape.n * cdiv(shape.channels, resident["CHANNELS"]),)
+        launch(forward_resident, grid, **tensors, y_ptr=y, EPS=eps, SILU=silu, **resident)
+        return y, mean, rstd
+    grid, stream = _stream(shape)
+    partial = torch.empty(shape.n, grid[0], 2, shape.channels, dtype=torch.float32, device=x.device)
+    launch(chunk_moments, grid, x_ptr=x, partial_ptr=partial, rows=shape.rows, **stream)
+    launch(
+        merge_moments,
+        (num_groups, shape.n),
+        partial_ptr=partial,
+        mean_ptr=mean,
+        rstd_ptr=rstd,
+        rows=shape.rows,
+        CHUNK_ROWS=stream["BLOCK_R"] * stream["TILES"],
+        EPS=eps,
+        **_merge(shape, grid[0]),
+    )
+    launch(apply, grid, **tensors, y_ptr=y, rows=shape.rows, CPG=shape.cpg, SILU=silu, **stream)
+    return y, mean, rstd
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+    of_parameters: bool = True,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """dx like x, and the gradients of weight, bias, scale and shift: None for what is not there or not asked for."""
+    shape = _Shape.of(x, num_groups)
+    dy = dy.movedim(1, -1).contiguous().movedim(-1, 1)
+    dx = torch.empty_like(x)
+    sums = torch.empty(shape.n, 2, shape.channels, dtype=torch.float32, device=x.device)
+    parameters = _parameters(weight, bias, scale, shift)
+    inputs = {"dy_ptr": dy, "x_ptr": x, "mean_ptr": mean, "rstd_ptr": rstd, "SILU": silu, **parameters}
+    if resident := _resident(shape, BACKWARD_TILE):
+        grid = (shape.n * cdiv(shape.channels, resident["CHANNELS"]),)
+        launch(backward_resident, grid, **inputs, dx_ptr=dx, sums_ptr=sums, **resident)
+    else:
+        grid, stream = _stream(shape)
+        partial = torch.empty(shape.n, grid[0], 2, shape.channels, dtype=torch.float32, device=x.device)
+        group_sums = torch.empty(shape.n, 2, num_groups, dtype=torch.float32, device=x.device)
+        inputs |= {"rows": shape.rows, "CPG": shape.cpg, **stream}
+        launch(chunk_gradient_sums, grid, **inputs, partial_ptr=partial)
+        launch(
+            merge_gradient_sums,
+            (num_groups, shape.n),
+            partial_ptr=partial,
+            weight_ptr=weight,
+            scale_ptr=scale,
+            sums_ptr=sums,
+            group_sums_ptr=group_sums,
+            scale_stride=parameters["scale_stride"],
+            **_merge(shape, grid[0]),
+        )
+        launch(apply_gradient, grid, **inputs, group_sums_ptr=group_sums, dx_ptr=dx)
+    if not of_parameters:
+        return dx, [None] * 4
+    gradients = [None if p is None else p.new_empty(p.shape) for p in (weight, bias, scale, shift)]
+    launch(
+        parameter_gradients,
+        (cdiv(shape.channels, PARAMETER_CHANNELS),),
+        num_warps=4,
+        sums_ptr=sums,
+        weight_ptr=weight,
+        bias_ptr=bias,
+        scale_ptr=scale,
+        dweight_ptr=gradients[0],
+        dbias_ptr=gradients[1],
+        dscale_ptr=gradients[2],
+        dshift_ptr=gradients[3],
+        scale_stride=parameters["scale_stride"],
+        N=shape.n,
+        C=shape.channels,
+        BLOCK_N=MERGED_ROWS,
+        BLOCK_C=PARAMETER_CHANNELS,
+    )
+    return dx, gradients
+
+
+@torch.library.custom_op("pdfast_kernels::group_norm", mutates_args=())
+def _group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return forward(x, num_groups, weight, bias, scale, shift, eps, silu)
+
+
+@_group_norm.register_fake
+def _(x, num_groups, weight, bias, scale, shift, eps, silu):
+    statistic = torch.empty(x.shape[0], num_groups, dtype=torch.float32, device=x.device)
+    return torch.empty_like(x), statistic, torch.empty_like(statistic)
+
+
+@torch.library.custom_op("pdfast_kernels::group_norm_backward", mutates_args=())
+def _group_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+    of_parameters: bool,
+) -> list[Tensor]:
+    """dx, then the gradients of the parameters there are."""
+    dx, gradients = backward(dy, x, mean, rstd, num_groups, weight, bias, scale, shift, silu, of_parameters)
+    return [dx, *(g for g in gradients if g is not None)]
+
+
+@_group_norm_backward.register_fake
+def _(dy, x, mean, rstd, num_groups, weight, bias, scale, shift, silu, of_parameters):
+    there = [p for p in (weight, bias, scale, shift) if p is not None and of_parameters]
+    return [torch.empty_like(x), *(p.new_empty(p.shape) for p in there)]
+
+
+def _setup_context(ctx, inputs, output):
+    x, num_groups, weight, bias, scale, shift, _, silu = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift)
+    ctx.num_groups, ctx.silu = num_groups, silu
+
+
+def _autograd(ctx, dy, _mean, _rstd):
+    x, mean, rstd, *parameters = ctx.saved_tensors
+    wanted = [ctx.needs_input_grad[i] for i in (2, 3, 4, 5)]
+    dx, *there = _group_norm_backward(dy, x, mean, rstd, ctx.num_groups, *parameters, ctx.silu, any(wanted))
+    there = iter(there)
+    gradients = [next(there) if p is not None and any(wanted) else None for p in parameters]
+    return dx, None, *gradients, None, None
+
+
+_group_norm.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    silu: bool = False,
+) -> Tensor:
+    """GroupNorm of x [N, C, ...], then FiLM where scale or shift [N, C] is given, then SiLU if asked for; like x.
+
+    The arguments up to eps are those of torch.nn.functional.group_norm. See the module for layouts and dtypes.
+    ValueError where a shape, dtype, device or the number of groups does not fit.
+    """
+    if x.dim() < 2:
+        raise ValueError(f"group_norm: x has shape {tuple(x.shape)}, expected [N, C, ...]")
+    n, channels = x.shape[:2]
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(f"group_norm: {channels} channels of x {tuple(x.shape)} do not divide into num_groups = {num_groups}")
+    for name, parameter, shape in (
+        ("weight", weight, (channels,)),
+        ("bias", bias, (channels,)),
+        ("scale", scale, (n, channels)),
+        ("shift", shift, (n, channels)),
+    ):
+        if parameter is not None:
+            check_shape("group_norm", name, parameter, shape)
+    tensors = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift}
+    check_floating("group_norm", **tensors)
+    check_device("group_norm", x.device, **{name: t for name, t in tensors.items() if name != "x"})
+    if x.numel() and triton_runs("group_norm", x.device, unsupported_dtype(**tensors) or _unsupported_layout(**tensors)):
+        return _group_norm(x, num_groups, weight, bias, scale, shift, eps, silu)[0]
+    return reference.group_norm(x, num_groups, weight, bias, eps, scale=scale, shift=shift, silu=silu)
+
+
+def _unsupported_layout(x: Tensor, **parameters: Tensor | None) -> str | None:
+    if not x.movedim(1, -1).is_contiguous():
+        return f"x has strides {tuple(x.stride())}, not those of a channels-last tensor"
+    for name, parameter in parameters.items():
+        if parameter is not None and parameter.stride(-1) != 1 and parameter.shape[-1] != 1:
+            return f"{name} has strides {tuple(parameter.stride())}, not 1 between channels"
+    return None

@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from pdfast_kernels import dispatch, reference, reference_attention, reference_ops, use
+from pdfast_kernels import dispatch, reference, use
 from pdfast_kernels.adam_ema import AdamEma
 from pdfast_kernels.attention import attention, attention_packed
 from pdfast_kernels.ddim_step import ddim_step
@@ -98,12 +98,12 @@ def loss_work(
     if and_grad:
         return Work(
             kernels=lambda: ddim_step_weighted_loss_and_grad(*inputs, grad_scale=1.0),
-            plain=lambda: reference_ops.ddim_step_weighted_loss_and_grad(*inputs, grad_scale=1.0),
+            plain=lambda: reference.ddim_step_weighted_loss_and_grad(*inputs, grad_scale=1.0),
             reads=reads,
         )
     return Work(
         kernels=lambda: ddim_step_weighted_loss(*inputs),
-        plain=lambda: reference_ops.ddim_step_weighted_loss(*inputs),
+        plain=lambda: reference.ddim_step_weighted_loss(*inputs),
         reads=reads,
         differentiated=[output.requires_grad_()],
     )
@@ -119,7 +119,7 @@ def adam_ema_work(samples: int, device: str, sizes: tuple[int, ...], gradient_dt
     optimizer = AdamEma(*states, **settings) if device == "cpu" else None
     return Work(
         kernels=lambda: optimizer.step(gradients, scalars),
-        plain=lambda: reference_ops.adam_ema(*states, gradients, scalars, **settings),
+        plain=lambda: reference.adam_ema(*states, gradients, scalars, **settings),
         reads=[*chain(*states), *gradients],
         writes=[*chain(*states)],
     )
@@ -154,7 +154,7 @@ def attention_work(
         inputs = [torch.zeros(samples, positions, 3, heads, head_dim, dtype=dtype, device=device, requires_grad=True)]
     else:
         inputs = [torch.zeros(shape, dtype=dtype, device=device, requires_grad=True) for _ in range(3)]
-    plain = reference_attention.attention_packed if packed else reference_attention.attention
+    plain = reference.attention_packed if packed else reference.attention
     return Work(
         kernels=lambda: attention_packed(*inputs) if packed else attention(*inputs),
         plain=lambda: plain(*inputs),
@@ -172,7 +172,7 @@ def group_norm_attention_work(
     parameters = [torch.zeros(shape, device=device, requires_grad=True) for shape in shapes]
     return Work(
         kernels=lambda: group_norm_attention(x, groups, *parameters, heads),
-        plain=lambda: reference_attention.group_norm_attention(x, groups, *parameters, heads),
+        plain=lambda: reference.group_norm_attention(x, groups, *parameters, heads),
         reads=[x, *parameters],
         differentiated=[x, *parameters],
         reads_again=[x, *parameters],

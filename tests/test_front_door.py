@@ -44,7 +44,7 @@ def fake_python(checkout, version="3.12.1", pip="exit 0"):
 
 
 def make(checkout, target, **variables):
-    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "TORCH", "TORCH_INDEX", "MAKEFLAGS", "MAKELEVEL")}
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "TORCH", "TORCH_INDEX", "ARGS", "MAKEFLAGS", "MAKELEVEL")}
     return subprocess.run(
         ["make", "-s", target], cwd=checkout, env=kept | variables, capture_output=True, text=True, check=False
     )

@@ -22,7 +22,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from pdfast_kernels import reference_ops
+from pdfast_kernels import reference
 from pdfast_kernels._triton import jit, tl
 from pdfast_kernels.dispatch import KERNEL_DTYPES, check_device, check_floating, check_shape, triton_runs
 from pdfast_kernels.launch import launch
@@ -183,6 +183,7 @@ class AdamEma:
         self._averages = None if averages is None else list(averages)
         self._betas, self._eps, self._weight_decay = betas, eps, weight_decay
         self._device = self._parameters[0].device if self._parameters else torch.device("cpu")
+        self._shapes, self._strides = [p.shape for p in self._parameters], [p.stride() for p in self._parameters]
         names = {"parameters": self._parameters, "exp_avgs": self._exp_avgs, "exp_avg_sqs": self._exp_avg_sqs}
         if averages is not None:
             names["averages"] = self._averages
@@ -191,7 +192,6 @@ class AdamEma:
         self._unsupported = next(
             (reason for name, tensors in names.items() if (reason := self._why_not(name, tensors))), None
         )
-        self._strides = [p.stride() for p in self._parameters]
         self._gradient_addresses: list[int] | None = None
         self._captured: list[tuple[Tensor, Tensor]] = []
         if self._unsupported is None:
@@ -212,16 +212,19 @@ class AdamEma:
         if not triton_runs(OP, self._device, unsupported):
             self._check("gradients", gradients)
             states = self._parameters, self._exp_avgs, self._exp_avg_sqs, self._averages
-            reference_ops.adam_ema(*states, gradients, scalars, self._betas, self._eps, self._weight_decay)
+            reference.adam_ema(*states, gradients, scalars, self._betas, self._eps, self._weight_decay)
         elif gradients:
             self._launch(gradients, scalars.contiguous())
 
     def _launch(self, gradients: Sequence[Tensor], scalars: Tensor) -> None:
-        gradients = [
-            g if g.stride() == stride else torch.empty_like(p, dtype=g.dtype).copy_(g)
-            for g, stride, p in zip(gradients, self._strides, self._parameters, strict=True)
-        ]
-        table = self._table(gradients)
+        if any(g.stride() != stride for g, stride in zip(gradients, self._strides, strict=True)):
+            self._check("gradients", gradients)
+            pairs = zip(gradients, self._parameters, strict=True)
+            gradients = [
+                g if g.stride() == p.stride() else torch.empty_like(p, dtype=g.dtype).copy_(g) for g, p in pairs
+            ]
+        addresses = [g.data_ptr() for g in gradients]
+        table = self._table(gradients, addresses)
         chunk, warps = CONFIGS
         launch(
             _step,
@@ -240,14 +243,13 @@ class AdamEma:
             EPS=self._eps,
             WEIGHT_DECAY=self._weight_decay,
             AVERAGED=self._averages is not None,
-            ALL_WIDE=self._wide and not any(g.data_ptr() % WIDE_BYTES for g in gradients),
+            ALL_WIDE=self._wide and not any(a % WIDE_BYTES for a in addresses),
             CHUNK=chunk,
         )
         torch.autograd.graph.increment_version(self._parameters)
 
-    def _table(self, gradients: Sequence[Tensor]) -> Tensor:
+    def _table(self, gradients: Sequence[Tensor], addresses: list[int]) -> Tensor:
         """The gradients' addresses, on the device."""
-        addresses = [g.data_ptr() for g in gradients]
         capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if addresses == self._gradient_addresses and not capturing:
             return self._gradient_table
@@ -285,13 +287,16 @@ class AdamEma:
     def _check(self, name: str, tensors: Sequence[Tensor]) -> None:
         if len(tensors) != len(self._parameters):
             raise ValueError(f"{OP}: {len(tensors)} {name} for {len(self._parameters)} parameters")
-        for i, (tensor, parameter) in enumerate(zip(tensors, self._parameters, strict=True)):
-            check_shape(OP, f"{name}[{i}]", tensor, parameter.shape)
-            check_floating(OP, **{f"{name}[{i}]": tensor})
-            check_device(OP, self._device, **{f"{name}[{i}]": tensor})
+        for i, (tensor, shape) in enumerate(zip(tensors, self._shapes, strict=True)):
+            if tensor.shape != shape or tensor.device != self._device or not tensor.is_floating_point():
+                check_shape(OP, f"{name}[{i}]", tensor, shape)
+                check_floating(OP, **{f"{name}[{i}]": tensor})
+                check_device(OP, self._device, **{f"{name}[{i}]": tensor})
 
     def _why_not(self, name: str, tensors: list[Tensor]) -> str | None:
         for i, (tensor, parameter) in enumerate(zip(tensors, self._parameters, strict=True)):
+            if type(tensor) not in (Tensor, torch.nn.Parameter):
+                return f"{name}[{i}] is a {type(tensor).__name__}, not a plain tensor"
             if tensor.dtype != torch.float32:
                 return f"{name}[{i}] is {tensor.dtype}, not float32"
             if not (tensor.is_contiguous() or is_channels_last(tensor)) or tensor.stride() != parameter.stride():

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pdfast_kernels import reference_attention as reference
+from pdfast_kernels import reference
 from pdfast_kernels._triton import jit, tl
 from pdfast_kernels.dispatch import check_device, check_floating, triton_runs, unsupported_dtype
 from pdfast_kernels.launch import arch_of, cdiv, launch, next_power_of_2
@@ -550,7 +550,7 @@ BACKWARD_FP32 = (
     Config(16, 128, _backward_tile, 16, 16, 4, 1),
     Config(ANY, 32, _backward_stream, 32, 16, 8, 1),
     Config(ANY, 64, _backward_stream, 32, 16, 4, 1),
-    Config(ANY, 128, _backward_stream, 16, 16, 8, 1),
+    Config(ANY, 128, _backward_stream, 8, 16, 8, 1),
 )
 
 

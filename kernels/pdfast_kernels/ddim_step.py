@@ -169,6 +169,7 @@ def ddim_step(
     run, unsupported = run_length(z, output=output)
     unsupported = unsupported_dtype(z=z, output=output) or unsupported
     if triton_runs("ddim_step", z.device, unsupported):
+        index = None if index is None else index.contiguous()
         return _ddim_step(z, output, z_coefficient.float().contiguous(), output_coefficient.float().contiguous(), index)
     return reference.ddim_step(z, output, z_coefficient, output_coefficient, index)
 

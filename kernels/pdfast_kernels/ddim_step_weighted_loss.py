@@ -17,7 +17,7 @@ Other layouts and dtypes run in PyTorch.
 import torch
 from torch import Tensor
 
-from pdfast_kernels import reference_ops
+from pdfast_kernels import reference
 from pdfast_kernels._triton import jit, tl
 from pdfast_kernels.dispatch import (
     check_device,
@@ -251,8 +251,8 @@ def ddim_step_weighted_loss(
     _check(OP, *tensors, *columns, index)
     if triton_runs(OP, z.device, _unsupported(*tensors, *columns)):
         differentiable = torch.is_grad_enabled() and output.requires_grad
-        return _loss(*tensors, *(c.float().contiguous() for c in columns), index, differentiable)[0]
-    return reference_ops.ddim_step_weighted_loss(*tensors, *columns, index)
+        return _loss(*tensors, *_dense(*columns, index), differentiable)[0]
+    return reference.ddim_step_weighted_loss(*tensors, *columns, index)
 
 
 @torch.no_grad()
@@ -279,8 +279,13 @@ def ddim_step_weighted_loss_and_grad(
     columns = (target_z, target_output, target_output_mid, output_coefficient, weight)
     _check(f"{OP}_and_grad", *tensors, *columns, index)
     if triton_runs(f"{OP}_and_grad", z.device, _unsupported(*tensors)):
-        return _loss_and_grad(*tensors, *(c.float().contiguous() for c in columns), index, grad_scale)
-    return reference_ops.ddim_step_weighted_loss_and_grad(*tensors, *columns, index, grad_scale=grad_scale)
+        return _loss_and_grad(*tensors, *_dense(*columns, index), grad_scale)
+    return reference.ddim_step_weighted_loss_and_grad(*tensors, *columns, index, grad_scale=grad_scale)
+
+
+def _dense(*columns_and_index: Tensor | None) -> list[Tensor | None]:
+    *columns, index = columns_and_index
+    return [*(column.float().contiguous() for column in columns), None if index is None else index.contiguous()]
 
 
 def _unsupported(output: Tensor, z: Tensor, teacher_output: Tensor, teacher_output_mid: Tensor, *columns) -> str | None:

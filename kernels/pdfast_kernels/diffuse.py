@@ -18,7 +18,7 @@ it gives x. Other dtypes and images that are not contiguous run in PyTorch.
 import torch
 from torch import Tensor
 
-from pdfast_kernels import philox, reference_ops
+from pdfast_kernels import philox, reference
 from pdfast_kernels._triton import jit, tl
 from pdfast_kernels.dispatch import KERNEL_DTYPES, check_device, check_floating, check_index, check_shape, triton_runs
 from pdfast_kernels.launch import cdiv, launch
@@ -202,8 +202,9 @@ def diffuse(
     if not images.is_contiguous():
         unsupported = "images are not contiguous"
     if triton_runs("diffuse", images.device, unsupported):
+        flip = None if flip is None else flip.contiguous()
         return _diffuse(images, phi.detach().float().contiguous(), key.contiguous(), index.contiguous(), flip, dtype)
-    return reference_ops.diffuse(images, phi.detach(), key, index, flip, dtype)
+    return reference.diffuse(images, phi.detach(), key, index, flip, dtype)
 
 
 def noise_key(
@@ -217,9 +218,7 @@ def noise_key(
     return words.to(device, non_blocking=True)  # of pageable memory: staged at once, and the host does not wait
 
 
-def _check(
-    images: Tensor, phi: Tensor, key: Tensor, index: Tensor, flip: Tensor | None, dtype: torch.dtype
-) -> None:
+def _check(images: Tensor, phi: Tensor, key: Tensor, index: Tensor, flip: Tensor | None, dtype: torch.dtype) -> None:
     if images.dim() != 4:
         raise ValueError(f"diffuse: images has shape {tuple(images.shape)}, expected [N, H, W, C]")
     if images.dtype != torch.uint8:

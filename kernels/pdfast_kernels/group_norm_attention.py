@@ -17,7 +17,7 @@ Other layouts, dtypes and head sizes run in PyTorch.
 import torch
 from torch import Tensor
 
-from pdfast_kernels import reference_attention as reference
+from pdfast_kernels import reference
 from pdfast_kernels.attention import backward as attention_backward
 from pdfast_kernels.attention import forward as attention_forward
 from pdfast_kernels.attention import unsupported_dim

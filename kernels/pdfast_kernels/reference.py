@@ -1,13 +1,13 @@
 """The operations in plain PyTorch: the path on a CPU, and what every faster implementation is compared with.
 
-All of them are linear in the tensors; what depends on time comes in as per-sample coefficients, gathered from a step
-table by the caller. z is [N, C, ...] float; an output is [N, P*C, ...] with P = 1, or P = 2 for a network that predicts
-x and eps (x first). Coefficients are [N], those of an output [N, P].
+The public functions, in the modules of their names, say what the arguments are and check them.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from pdfast_kernels import philox
 
 
 def _like(coefficient: Tensor, z: Tensor) -> Tensor:
@@ -20,16 +20,29 @@ def _combine(output: Tensor, coefficient: Tensor) -> Tensor:
     return sum(_like(coefficient[:, p], part) * part for p, part in enumerate(parts))
 
 
-def diffuse(images: Tensor, phi: Tensor, noise: Tensor, flip: Tensor | None = None) -> Tensor:
-    """z = cos(phi) x + sin(phi) noise, with x the images in [-1, 1].
-
-    images: uint8 [N, H, W, C]. phi: float [N], radians. noise: float [N, C, H, W]. flip: bool [N], left-right.
-    Returns [N, C, H, W] with channels-last strides, in the noise's dtype.
-    """
+def _mix(images: Tensor, phi: Tensor, noise: Tensor, flip: Tensor | None) -> Tensor:
+    """cos(phi) x + sin(phi) noise, of uint8 [N, H, W, C] and in the dtype of noise [N, C, H, W]."""
     x = images.permute(0, 3, 1, 2).to(noise.dtype) / 127.5 - 1
     if flip is not None:
         x = torch.where(_like(flip, x), x.flip(-1), x)
     return _like(torch.cos(phi), x) * x + _like(torch.sin(phi), x) * noise
+
+
+def diffuse(
+    images: Tensor,
+    phi: Tensor,
+    key: Tensor,
+    index: Tensor,
+    flip: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    # In float32; in float64 for that dtype.
+    n, height, width, channels = images.shape
+    noise = philox.normals_from_key(key, index, height * width * channels)
+    noise = noise.view(n, height, width, channels).permute(0, 3, 1, 2)
+    inside = torch.float64 if dtype == torch.float64 else torch.float32
+    z = _mix(images, phi.to(inside), noise.to(inside), flip)
+    return z.to(dtype, memory_format=torch.channels_last)
 
 
 def _rows(coefficient: Tensor, index: Tensor | None) -> Tensor:
@@ -59,14 +72,34 @@ def ddim_step_weighted_loss(
     target_output_mid: Tensor,
     output_coefficient: Tensor,
     weight: Tensor,
+    index: Tensor | None = None,
 ) -> Tensor:
-    """The loss of one student step that spans two DDIM steps of the teacher: float [N], a mean over C, H, W.
+    target = ddim_step(z, teacher_output, target_z, target_output, index)
+    target = target + _combine(teacher_output_mid, _rows(target_output_mid, index))
+    return weighted_loss(output, target, _rows(output_coefficient, index), _rows(weight, index))
 
-    output: the student's at (z, phi); teacher_output: at (z, phi); teacher_output_mid: at (z_mid, phi_mid).
-    The target is linear in (z, teacher_output, teacher_output_mid), with the coefficients of the round's step table.
-    """
-    target = ddim_step(z, teacher_output, target_z, target_output) + _combine(teacher_output_mid, target_output_mid)
-    return weighted_loss(output, target, output_coefficient, weight)
+
+def ddim_step_weighted_loss_and_grad(
+    output: Tensor,
+    z: Tensor,
+    teacher_output: Tensor,
+    teacher_output_mid: Tensor,
+    target_z: Tensor,
+    target_output: Tensor,
+    target_output_mid: Tensor,
+    output_coefficient: Tensor,
+    weight: Tensor,
+    index: Tensor | None = None,
+    *,
+    grad_scale: float,
+) -> tuple[Tensor, Tensor]:
+    columns = (target_z, target_output, target_output_mid, output_coefficient, weight)
+    a, b, d, c, weight = (_rows(column, index) for column in columns)
+    target = ddim_step(z, teacher_output, a, b) + _combine(teacher_output_mid, d)
+    error = _combine(output, c) - target
+    slope = c * (2 * grad_scale / max(z[:1].numel(), 1) * weight)[:, None]
+    grad = torch.cat([_like(slope[:, p], error) * error for p in range(c.shape[1])], dim=1)
+    return weight * error.square().flatten(1).mean(1), grad.to(output.dtype)
 
 
 def group_norm(
@@ -90,3 +123,62 @@ def group_norm(
 
 def _like_channels(film: Tensor, x: Tensor) -> Tensor:
     return film.reshape(*film.shape, *(1,) * (x.dim() - 2))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
+
+
+def attention_packed(qkv: Tensor, scale: float | None = None) -> Tensor:
+    return attention(*qkv.unbind(2), scale)
+
+
+def group_norm_attention(
+    x: Tensor,
+    num_groups: int,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    num_heads: int,
+    eps: float = 1e-6,
+) -> Tensor:
+    n, c, h, w = x.shape
+    positions = F.group_norm(x, num_groups, norm_weight, norm_bias, eps).permute(0, 2, 3, 1).reshape(n, h * w, c)
+    qkv = F.linear(positions, qkv_weight.to(x.dtype), qkv_bias.to(x.dtype)).view(n, h * w, 3, num_heads, c // num_heads)
+    attended = attention_packed(qkv).view(n, h * w, c)
+    branch = F.linear(attended, proj_weight.to(x.dtype), proj_bias.to(x.dtype))
+    return x + branch.view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def adam_ema(
+    parameters: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    averages: list[Tensor] | None,
+    gradients: list[Tensor],
+    scalars: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """In place. scalars: learning rate, step, clip factor, average rate, skip flag."""
+    learning_rate, step, clip, average_rate, skip = scalars.tolist()
+    if skip != 0 or not parameters:
+        return
+    gradients = [g.to(p.dtype) for g, p in zip(gradients, parameters, strict=True)]
+    gradients = torch._foreach_mul(gradients, clip)
+    torch._foreach_lerp_(exp_avgs, gradients, 1 - betas[0])
+    torch._foreach_mul_(exp_avg_sqs, betas[1])
+    torch._foreach_addcmul_(exp_avg_sqs, gradients, gradients, 1 - betas[1])
+    roots = torch._foreach_sqrt(exp_avg_sqs)
+    torch._foreach_div_(roots, (1 - betas[1] ** step) ** 0.5)
+    torch._foreach_add_(roots, eps)
+    torch._foreach_mul_(parameters, 1 - learning_rate * weight_decay)
+    torch._foreach_addcdiv_(parameters, exp_avgs, roots, -learning_rate / (1 - betas[0] ** step))
+    if averages is not None:
+        torch._foreach_lerp_(averages, parameters, average_rate)

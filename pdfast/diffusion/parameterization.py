@@ -7,6 +7,7 @@ v = cos eps - sin x; Salimans & Ho 2022, section 4). Losses are w(phi) |v - v_ha
 own output ("natural" space) that is w / sin^2 on x, w / cos^2 on eps, w on v.
 """
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -66,15 +67,15 @@ def to_x(prediction: Prediction, output: Tensor, z: Tensor, phi: Tensor) -> Tens
     return cos * z - sin * to_v(prediction, output, z, phi)
 
 
-def natural_target(prediction: Prediction, x: Tensor, noise: Tensor, phi: Tensor) -> Tensor:
-    """What the (combined) output should be for data x and noise: x, eps or v, [N, C, ...]."""
+def natural_angle(prediction: Prediction, phi: Tensor) -> Tensor:
+    """Where on the circle of x and noise the natural target lies, [N]: x = z(0), eps = z(pi/2), v = dz/dphi = z(phi + pi/2)."""
     match prediction:
         case "x":
-            return x
+            return torch.zeros_like(phi)
         case "eps":
-            return noise
+            return torch.full_like(phi, math.pi / 2)
         case _:
-            return _like(torch.cos(phi), x) * noise - _like(torch.sin(phi), x) * x
+            return phi + math.pi / 2
 
 
 def output_coefficient(prediction: Prediction, phi: Tensor) -> Tensor:

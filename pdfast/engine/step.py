@@ -14,13 +14,13 @@ from pdfast.diffusion import (
     Schedule,
     StepTable,
     Weighting,
-    natural_target,
+    natural_angle,
     natural_weight,
     noise,
     output_coefficient,
 )
 from pdfast.diffusion.noise import Stream
-from pdfast_kernels import ddim_step, ddim_step_weighted_loss, diffuse, weighted_loss
+from pdfast_kernels import ddim_step, ddim_step_weighted_loss, diffuse, noise_key, weighted_loss
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,9 @@ class Draws:
         """Step indices, uniform in 1..steps: int64 [n]."""
         return 1 + noise.integer(self.seed, Stream.TIME, self.round_index, update, self.index, steps)
 
-    def noise(self, update: int) -> Tensor:
-        """eps ~ N(0, 1): float32 [n, C, H, W]."""
-        height, width, channels = self.source.shape
-        return noise.normal(self.seed, Stream.NOISE, self.round_index, update, self.index, (channels, height, width))
+    def noise_key(self, update: int) -> Tensor:
+        """What `pdfast_kernels.diffuse` draws the update's noise by."""
+        return noise_key(self.seed, Stream.NOISE, self.round_index, update, self.device)
 
     def flips(self, update: int) -> Tensor | None:
         """Which images are flipped: bool [n], or None."""
@@ -67,18 +66,16 @@ def teacher_loss(
     model: Model, draws: Draws, update: int, schedule: Schedule, weighting: Weighting, conditional: bool
 ) -> Tensor:
     """Algorithm 1: the weighted error of the network's prediction at a uniformly drawn time; a scalar."""
-    batch, eps, flip = draws.batch(update), draws.noise(update), draws.flips(update)
+    batch, flip, key = draws.batch(update), draws.flips(update), draws.noise_key(update)
     phi = schedule.phi(draws.times(update))
-    phi32 = phi.float()
-    z = diffuse(batch.images, phi32, eps, flip)
-    x = diffuse(batch.images, torch.zeros_like(phi32), eps, flip)
-    output = model(z, phi32, batch.labels if conditional else None)
-    prediction = model.prediction
+    z = diffuse(batch.images, phi, key, draws.index, flip)
+    target = diffuse(batch.images, natural_angle(model.prediction, phi), key, draws.index, flip)
+    output = model(z, phi.float(), batch.labels if conditional else None)
     return weighted_loss(
         output,
-        natural_target(prediction, x, eps, phi32),
-        output_coefficient(prediction, phi).float(),
-        natural_weight(prediction, weighting, phi).float(),
+        target,
+        output_coefficient(model.prediction, phi).float(),
+        natural_weight(model.prediction, weighting, phi).float(),
     ).mean()
 
 
@@ -88,21 +85,23 @@ def distillation_loss(
     """Algorithm 2: the weighted error of one student step against two DDIM steps of the teacher; a scalar."""
     batch = draws.batch(update)
     cond = batch.labels if conditional else None
-    rows = table.rows(draws.step_indices(update, len(table.phi)))
-    z = diffuse(batch.images, rows.phi, draws.noise(update), draws.flips(update))
+    index = draws.step_indices(update, len(table.phi)) - 1
+    phi = table.phi[index]
+    z = diffuse(batch.images, phi, draws.noise_key(update), draws.index, draws.flips(update))
     with torch.no_grad():
-        first = teacher(z, rows.phi, cond)
-        z_mid = ddim_step(z, first, rows.ddim_z, rows.ddim_output)
-        second = teacher(z_mid, rows.phi_mid, cond)
-    output = student(z, rows.phi, cond)
+        first = teacher(z, phi, cond)
+        z_mid = ddim_step(z, first, table.ddim_z, table.ddim_output, index)
+        second = teacher(z_mid, table.phi_mid[index], cond)
+    output = student(z, phi, cond)
     return ddim_step_weighted_loss(
         output,
         z,
         first,
         second,
-        rows.target_z,
-        rows.target_output,
-        rows.target_output_mid,
-        rows.output,
-        rows.weight,
+        table.target_z,
+        table.target_output,
+        table.target_output_mid,
+        table.output,
+        table.weight,
+        index,
     ).mean()

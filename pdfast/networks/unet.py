@@ -134,4 +134,4 @@ class UNet(nn.Module):
             if "upsample" in stage:
                 h = stage["upsample"](h, emb)
 
-        return self.conv_out(F.silu(self.norm_out(h))).float()
+        return self.conv_out(self.norm_out(h, silu=True)).float()

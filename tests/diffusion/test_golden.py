@@ -16,7 +16,7 @@ from pdfast.diffusion import (
     LinearBeta,
     StartingAt,
     build_step_table,
-    natural_target,
+    natural_angle,
     natural_weight,
     output_coefficient,
     to_x,
@@ -140,9 +140,11 @@ def test_algorithm_1(prediction, name, weighting):
         expected.append(paper.weight(weighting, alpha, sigma) * (mp.mpf(x[i]) - paper.x_hat(prediction, o, z, alpha, sigma)) ** 2)
 
     phi = ours.phi(torch.tensor(u))
+    angle = natural_angle(prediction, phi)
+    target = torch.cos(angle) * torch.tensor(x) + torch.sin(angle) * torch.tensor(eps)
     loss = weighted_loss(
         torch.tensor(output)[..., None],
-        natural_target(prediction, torch.tensor(x)[:, None, None], torch.tensor(eps)[:, None, None], phi),
+        target[:, None, None],
         output_coefficient(prediction, phi),
         natural_weight(prediction, weighting, phi),
     )

@@ -11,18 +11,12 @@ def triton_kernels():
     """The Triton path on CPU tensors, with NaN in all memory that is not written."""
     if torch.cuda.is_available():
         pytest.skip("with a GPU, the kernels are not interpreted")
-    with use("triton"), pytest.MonkeyPatch.context() as patch:
-        for name in ("empty", "empty_like"):
-            patch.setattr(torch, name, _poisoned(getattr(torch, name)))
-        yield
-
-
-def _poisoned(allocate):
-    def poisoned(*args, **kwargs):
-        tensor = allocate(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() and tensor.device.type == "cpu" else tensor
-
-    return poisoned
+    torch.use_deterministic_algorithms(True)  # which fills new memory with NaN
+    try:
+        with use("triton"):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -220,6 +220,10 @@ def test_no_parameters(triton_kernels, mode):
         AdamEma([], [], [], []).step([], scalars(1))
 
 
+class Subclass(torch.Tensor):
+    """As a DTensor: what lies at its address is not its business."""
+
+
 def test_what_the_kernel_does_not_take_is_refused_and_runs_in_pytorch(triton_kernels, draw):
     problem = Problem(draw, [(4, 3)])
     mixed = Problem(draw, [(4,), (4,)])
@@ -229,6 +233,11 @@ def test_what_the_kernel_does_not_take_is_refused_and_runs_in_pytorch(triton_ker
         (problem.ours, [draw(4, 3).double()], "gradients are of torch.float64"),
         (mixed.ours, [draw(4), draw(4).half()], "gradients are of torch.float16 and torch.float32"),
         (AdamEma(*([t] for t in transposed)), [draw(4, 3)], "parameters.0. is neither contiguous nor channels-last"),
+        (
+            AdamEma([draw(4).as_subclass(Subclass)], [draw(4)], [draw(4).abs()]),
+            [draw(4)],
+            "parameters.0. is a Subclass, not a plain tensor",
+        ),
         (
             AdamEma([draw(4, 3)], [transposed[1]], [transposed[2]]),
             [draw(4, 3)],
@@ -267,6 +276,8 @@ def test_what_does_not_fit_is_named(draw):
     for arguments, message in [
         (([], scalars(1)), "0 gradients for 1 parameters"),
         (([b], scalars(1)), r"gradients\[0\] has shape \(4,\), expected \(3,\)"),
+        (([b[:1].expand(3, 3)], scalars(1)), r"gradients\[0\] has shape \(3, 3\), expected \(3,\)"),
+        (([b[:1].expand(1, 3)[0, :1]], scalars(1)), r"gradients\[0\] has shape \(1,\), expected \(3,\)"),
         (([a], scalars(1)[:4]), r"scalars has shape \(4,\), expected \(5,\)"),
         (([a], scalars(1).double()), "scalars is torch.float64, expected torch.float32"),
         (([a], scalars(1).to("meta")), "scalars is on meta, the others are on cpu"),

@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-from pdfast_kernels import reference_attention, use
+from pdfast_kernels import reference, use
 from pdfast_kernels.attention import attention, attention_packed
 from pdfast_kernels.launch import recorded
 from tests.kernels.compare import RELATIVE, assert_relative
@@ -238,7 +238,7 @@ def test_unsupported_cases_are_refused_by_the_kernels_and_run_in_pytorch(draw):
 def test_the_reference(draw):
     qkv = draw(2, 5, 3, 2, 8, dtype=torch.float64).requires_grad_()
     q, k, v = qkv.unbind(2)
-    assert_relative(reference_attention.attention(q, k, v, 0.5), expected_attention(q, k, v, 0.5), 1e-12)
-    assert reference_attention.attention_packed(qkv).is_contiguous()
-    torch.autograd.gradcheck(reference_attention.attention_packed, (qkv,))
-    torch.autograd.gradcheck(reference_attention.attention, tuple(t.detach().requires_grad_() for t in (q, k, v)))
+    assert_relative(reference.attention(q, k, v, 0.5), expected_attention(q, k, v, 0.5), 1e-12)
+    assert reference.attention_packed(qkv).is_contiguous()
+    torch.autograd.gradcheck(reference.attention_packed, (qkv,))
+    torch.autograd.gradcheck(reference.attention, tuple(t.detach().requires_grad_() for t in (q, k, v)))

@@ -54,6 +54,11 @@ def test_a_row_for_each_sample_and_other_dtypes(triton_kernels, draw):
     assert_relative(half, expected_step(z.half(), output, a, b, None), RELATIVE[torch.float16])
 
 
+def test_an_index_with_strides(triton_kernels, draw):
+    z, a, b, index = draw(2, 3, 4, 4), draw(5), draw(5, 1), torch.tensor([4, 0, 3, 1])[::2]
+    assert_relative(ddim_step(z, z, a, b, index), expected_step(z, z, a, b, index))
+
+
 def test_a_gradient_of_stride_zero(triton_kernels, draw):
     z, a, b = channels_last(draw(2, 3, 4, 4)).requires_grad_(), draw(2), draw(2, 1)
     ddim_step(z, z.detach(), a, b).sum().backward()

@@ -132,6 +132,13 @@ def test_a_gradient_of_stride_zero(triton_kernels, arguments):
     assert_relative(tensors[0].grad, torch.autograd.grad(expected_loss(*tensors).sum(), tensors[0])[0])
 
 
+def test_strided_columns_and_index(triton_kernels, arguments):
+    tensors = [t.detach() for t in arguments((2, 3, 4, 4), 2)]
+    columns = [torch.stack([c, 0 * c], dim=-1)[..., 0] for c in tensors[4:9]]
+    strided = *tensors[:4], *columns, torch.tensor([4, 1, 0, 1])[::2]
+    assert torch.equal(ddim_step_weighted_loss(*strided), ddim_step_weighted_loss(*tensors))
+
+
 def test_the_same_bits_on_every_run(triton_kernels, arguments):
     tensors = arguments((2, 3, 40, 40), 1)
     assert torch.equal(ddim_step_weighted_loss(*tensors), ddim_step_weighted_loss(*tensors))

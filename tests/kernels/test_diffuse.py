@@ -126,6 +126,14 @@ def test_a_number_depends_on_its_place_in_the_global_batch_alone(triton_kernels)
         assert (diffuse(images, phi, noise_key(*fields), index) != whole).float().mean() > 0.99
 
 
+def test_strided_arguments(triton_kernels):
+    images, phi, index = draw_images(3, 4, 4, 3), torch.tensor([0.4, 0, 1.2, 0, 0.9]), torch.tensor([5, 0, 6, 0, 2])
+    key = torch.stack([noise_key(*KEY), noise_key(0)], dim=1)[:, 0]
+    flip = torch.tensor([True, True, False, True, True])
+    z = diffuse(images, phi[::2], key, index[::2], flip[::2])
+    assert_relative(z, expected_mixture(images, phi[::2], KEY, index[::2], flip[::2]), 1e-6)
+
+
 @pytest.mark.parametrize("phi", [-2.0, -0.1, 2.5, 4.0, 6.2, 20.0])
 def test_any_angle(triton_kernels, phi):
     images, index, phi = draw_images(1, 4, 4, 1), torch.tensor([2]), torch.tensor([phi])

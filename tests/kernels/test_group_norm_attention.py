@@ -6,7 +6,7 @@ import torch
 from pdfast.networks.layers import Attention
 from pdfast_kernels import use
 from pdfast_kernels.group_norm_attention import group_norm_attention
-from pdfast_kernels.reference_attention import group_norm_attention as reference
+from pdfast_kernels.reference import group_norm_attention as reference
 from tests.kernels.compare import RELATIVE, assert_relative, channels_last
 
 # N, C, H, W, groups, heads, dtype: 16 positions and 35, 17 and 100; head_dim 16, 24, 40 and 32

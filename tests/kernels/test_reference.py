@@ -3,32 +3,13 @@
 import pytest
 import torch
 
-from pdfast_kernels import ddim_step, ddim_step_weighted_loss, diffuse, weighted_loss
+from pdfast_kernels import ddim_step, ddim_step_weighted_loss, weighted_loss
 
 N, C, H, W = 3, 2, 4, 5
 
 
 def draw(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def test_diffuse():
-    images = torch.randint(0, 256, (N, H, W, C), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    phi, noise = torch.tensor([0.0, 0.7, 1.5]).double(), draw(N, C, H, W)
-    flip = torch.tensor([True, False, True])
-    z = diffuse(images, phi, noise, flip)
-    for n in range(N):
-        x = images[n].double() / 127.5 - 1
-        x = torch.flip(x, [1]) if flip[n] else x
-        expected = torch.cos(phi[n]) * x.permute(2, 0, 1) + torch.sin(phi[n]) * noise[n]
-        torch.testing.assert_close(z[n], expected)
-
-
-def test_diffuse_is_channels_last_and_keeps_the_noises_dtype():
-    noise = torch.randn(N, H, W, C).permute(0, 3, 1, 2)
-    z = diffuse(torch.zeros(N, H, W, C, dtype=torch.uint8), torch.zeros(N), noise)
-    assert z.dtype == torch.float32 and z.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(z, torch.full_like(z, -1))
 
 
 @pytest.mark.parametrize("P", [1, 2])

@@ -13,7 +13,7 @@
 Only `forward` is set, on instances. Classes, parameters, buffers, hooks and state-dict keys stay, and so does what is
 done with them: load_state_dict, .to(), deepcopy, checkpointing, functional_call, torch.compile, train and eval. A pickled
 model comes back restored. Nothing is imported to recognise a class: it is known by its qualified name, and by the names
-that its forward uses. Where those are others than in the versions seen (diffusers 0.27 to 0.42), the module is left.
+that its forward uses. Where those are others than in the versions seen (diffusers 0.27 to 0.42), it is left.
 """
 
 import inspect
@@ -55,7 +55,8 @@ class Report:
     """(name, kind) of each that ran them before."""
 
     def __str__(self) -> str:
-        lines = [f"{len(self.replaced)} modules replaced, {len(self.left)} left, {len(self.already)} ran kernels before"]
+        replaced, left, before = len(self.replaced), len(self.left), len(self.already)
+        lines = [f"{replaced} modules replaced, {left} left, {before} ran kernels before"]
         for title, entries in (("replaced", self.replaced), ("left", self.left), ("before", self.already)):
             alike = Counter((re.sub(r"\b\d+\b", "*", name) or "(itself)", text) for name, text in entries)
             lines += [f"{title}:"] if alike else []
@@ -99,24 +100,26 @@ def _accelerate(name: str, module: nn.Module, new: type, report: Report) -> None
 
 def _accelerate_end(name: str, unet: nn.Module, uses: Counter, report: Report) -> None:
     """conv_norm_out and conv_act, which the forward of the whole network calls."""
-    pair = unet.conv_norm_out, unet.conv_act
-    if pair[0] is None or not is_silu(pair[1]) or instance_forward(pair[0]) is _PAIR[0].forward:
+    norm, activation = unet.conv_norm_out, unet.conv_act
+    norm_name, activation_name = (f"{name}.{part}".lstrip(".") for part in ("conv_norm_out", "conv_act"))
+    if norm is None or not is_silu(activation):
         return
-    names = code_names(type(unet).forward)
-    if ("conv_norm_out", "conv_act") not in pairwise(names):
+    if instance_forward(norm) is _forwards.GroupNormSiLU.forward:
+        report.already.append((activation_name, _forwards.PassedThrough.kind))
+        return
+    if ("conv_norm_out", "conv_act") not in pairwise(code_names(type(unet).forward)):
         reason = f"{type(unet).__name__}.forward is of an unknown version"
-    elif any(uses[part] > 1 for part in pair):
+    elif uses[norm] > 1 or uses[activation] > 1:
         reason = "GroupNorm and SiLU stay apart: one is used elsewhere as well"
     else:
-        reason = why_not_fused(*pair)
+        reason = why_not_fused(norm, activation)
     if reason:
-        report.left.append((f"{name}.conv_act".lstrip("."), reason))
+        report.left.append((activation_name, reason))
         return
-    for part, new, part_name in zip(pair, _PAIR, ("conv_norm_out", "conv_act"), strict=True):
-        _set_forward(part, new)
-        full_name = f"{name}.{part_name}".lstrip(".")
-        report.replaced[:] = [entry for entry in report.replaced if entry[0] != full_name]
-        report.replaced.append((full_name, new.kind))
+    _set_forward(norm, _forwards.GroupNormSiLU)
+    _set_forward(activation, _forwards.PassedThrough)
+    report.replaced[:] = [entry for entry in report.replaced if entry[0] != norm_name]
+    report.replaced += [(norm_name, _forwards.GroupNormSiLU.kind), (activation_name, _forwards.PassedThrough.kind)]
 
 
 def accelerate(module: nn.Module) -> Report:

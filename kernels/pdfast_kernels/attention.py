@@ -2,18 +2,18 @@
 
     out = softmax(scale q k^T) v          softmax over the keys, for each sample, head and query
 
-q, k, v    [N, L, heads, D] bf16, fp16 or fp32, one dtype; any strides, the last one 1. `attention_packed` takes them as one
-           tensor [N, L, 3, heads, D], a view of a linear layer's output, and returns one gradient laid out like it
+q, k, v    [N, L, heads, D] bf16, fp16 or fp32, one dtype; any strides, the last one 1. `attention_packed` takes them as
+           one tensor [N, L, 3, heads, D], a view of a linear layer's output, and returns one gradient laid out like it
 out        [N, L, heads, D], contiguous: what the next linear layer reads
 D          a multiple of 8 up to 256, in fp32 up to 128; what is no power of two is padded on chip. Any L
 scale      positive; 1/sqrt(D) unless said
 
-Softmax and sums in float32; fp32 tensors are multiplied in fp32, not in TF32. Where all keys of a head fit on chip each tensor
-is read once (`_forward_resident`; `_backward_tile` and `_backward_resident`), else keys or queries stream past
-(`_forward_stream`; `_delta` and `_backward_stream`). Which, L, D and the dtype decide, never N. Saved for the backward: the
-inputs, out, and lse, float32 [N, heads, L], the base-2 logarithm of the softmax's denominator. No atomics: the same bits on
-every run, and for a sample in any batch. Loads are of 16 bytes where all strides are multiples of 8 elements. Other dtypes,
-layouts and sizes run in PyTorch.
+Softmax and sums in float32; fp32 tensors are multiplied in fp32, not in TF32. Where all keys of a head fit on chip each
+tensor is read once (`_forward_resident`; `_backward_tile` and `_backward_resident`), else keys or queries stream past
+(`_forward_stream`; `_delta` and `_backward_stream`). Which, L, D and the dtype decide, never N. Saved for the backward:
+the inputs, out, and lse, float32 [N, heads, L], the base-2 logarithm of the softmax's denominator. No atomics: the same
+bits on every run, and for a sample in any batch. Loads are of 16 bytes where all strides are multiples of 8 elements.
+Other dtypes, layouts and sizes run in PyTorch.
 """
 
 import math
@@ -65,7 +65,7 @@ def _store_rows(ptr, values, stride, rows, D: tl.constexpr, BLOCK_L: tl.constexp
 
 @jit
 def _load_statistic(ptr, rows, BLOCK_L: tl.constexpr):
-    """Zero from `rows` on, which leaves e^(s - lse) finite there: such queries are all zero, and so are their scores."""
+    """Zero from `rows` on, so that e^(s - lse) is finite there: such queries are all zero, and so are their scores."""
     row = tl.arange(0, BLOCK_L)
     return tl.load(ptr + row, mask=row < rows, other=0.0)
 
@@ -499,8 +499,9 @@ class Config(NamedTuple):
         return self._replace(block=min(self.block, rows), step=min(self.step, rows), num_warps=warps)
 
 
-# The first that fits. 90, 100: 227 KB of shared memory, and matrix instructions that read it, of 64 and of 128 rows; 80: 163 KB;
-# 86: 99 KB, which is what the other architectures have. Chosen by what the compiler reports (nothing spills), not by time yet.
+# The first that fits. 90, 100: 227 KB of shared memory, and matrix instructions that read it, of 64 and of 128 rows; 80:
+# 163 KB; 86: 99 KB, which is what the other architectures have. Chosen by what the compiler reports (nothing spills), not
+# by time yet.
 ANY = math.inf
 FORWARD = {
     90: (
@@ -569,7 +570,7 @@ def _columns(q: Tensor) -> int:
 
 
 def _arguments(scale: float, q: Tensor, k: Tensor, v: Tensor, gradient: Tensor | None = None) -> dict:
-    """What all kernels but `_delta` take, of the tensors: their strides in units of 8 elements where that is possible."""
+    """What all kernels but `_delta` take, of the tensors: strides in units of 8 elements where that is possible."""
     strides = {}
     for name, tensor in (("q", q), ("k", k), ("v", v), ("d", gradient)):
         if tensor is not None:
@@ -721,7 +722,8 @@ _attention_packed.register_autograd(_autograd_packed, setup_context=_setup_conte
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """softmax(scale q k^T) v over the positions of [N, L, heads, D]: [N, L, heads, D], contiguous.
 
-    scale: 1/sqrt(D) unless said. See the module for layouts and dtypes. ValueError where a shape, dtype or device does not fit.
+    scale: 1/sqrt(D) unless said. See the module for layouts and dtypes. ValueError where a shape, dtype or device does
+    not fit.
     """
     if q.dim() != 4:
         raise ValueError(f"attention: q has shape {tuple(q.shape)}, expected [N, L, heads, D]")
@@ -739,7 +741,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
 
 
 def attention_packed(qkv: Tensor, scale: float | None = None) -> Tensor:
-    """`attention` of q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2] of [N, L, 3, heads, D]: [N, L, heads, D], contiguous.
+    """`attention` of q, k, v = the three parts of qkv [N, L, 3, heads, D]: [N, L, heads, D], contiguous.
 
     scale: 1/sqrt(D) unless said. See the module for layouts and dtypes. ValueError where a shape or dtype does not fit.
     """

@@ -10,8 +10,8 @@ y                           like x;  the gradients like what they are of, for al
 
 Parameters may be of another dtype than x: the matrix products are of x's dtype. They are cuBLAS's; `group_norm` and
 `attention` say what theirs do. Positions stay [N H W, C] throughout, so nothing is copied or permuted. Saved for the
-backward: x, the parameters, qkv, attended [N, H W, heads, head_dim], and small statistics; the normalised x is computed again.
-Other layouts, dtypes and head sizes run in PyTorch.
+backward: x, the parameters, qkv, attended [N, H W, heads, head_dim], and small statistics; the normalised x is computed
+again. Other layouts, dtypes and head sizes run in PyTorch.
 """
 
 import torch
@@ -149,8 +149,8 @@ def group_norm_attention(
 ) -> Tensor:
     """x + proj(attention(qkv(group_norm(x)))) of x [N, C, H, W], over its H*W positions; like x.
 
-    norm_weight, norm_bias, proj_bias: [C]. qkv_weight: [3C, C], rows in the order (3, heads, C / heads); qkv_bias: [3C].
-    proj_weight: [C, C]. See the module for layouts and dtypes. ValueError where a shape, dtype or device does not fit.
+    norm_weight, norm_bias, proj_bias: [C]. qkv_weight: [3C, C], rows in the order (3, heads, C / heads); qkv_bias:
+    [3C]. proj_weight: [C, C]. See the module for layouts and dtypes. ValueError where a shape, dtype or device does not fit.
     """
     op = "group_norm_attention"
     if x.dim() != 4:

@@ -12,7 +12,8 @@ from tests.kernels.compare import RELATIVE, assert_relative
 
 module = importlib.import_module("pdfast_kernels.attention")
 
-# N, L, heads, D, dtype, and the kernels that run: of one tile, with all keys on chip, and streaming; even and odd L, padded D.
+# N, L, heads, D, dtype, and the kernels that run: of one tile, with all keys on chip, and streaming; even and odd L,
+# padded D.
 CASES = [
     (2, 16, 2, 32, torch.float32, "_forward_resident", "_backward_tile"),
     (1, 5, 1, 8, torch.float32, "_forward_resident", "_backward_tile"),
@@ -31,7 +32,7 @@ CASES = [
 
 @pytest.fixture
 def kernels(triton_kernels, monkeypatch):
-    """All of them in float32 too, where the one with all keys on chip is not worth its registers: at L = 17 to 32 here."""
+    """All of them in float32 too, at L = 17 to 32 the one with all keys on chip, which else only half precision has."""
     tile, *others = module.BACKWARD_FP32
     resident = module.Config(32, 64, module._backward_resident, 32, 16, 4, 1)
     monkeypatch.setattr(module, "BACKWARD_FP32", (tile._replace(keys=16), resident, *others))

@@ -1,0 +1,39 @@
+"""docs/drop-in.md: the example runs, and what the page says of it and of the package is so."""
+
+import ast
+import difflib
+import re
+import runpy
+import sys
+
+import pytest
+
+import pdfast_kernels
+from tests.commands import ROOT
+
+PAGE = (ROOT / "docs" / "drop-in.md").read_text()
+
+
+def test_the_package_imports_torch_and_triton_only():
+    for path in (ROOT / "kernels" / "pdfast_kernels").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            packages = {name.partition(".")[0] for name in names}
+            assert packages <= {"torch", "triton", "pdfast_kernels", *sys.stdlib_module_names}
+
+
+def test_the_operations_are_there():
+    names = set(re.findall(r"`pdfast_kernels\.(\w+)\(", PAGE))
+    assert len(names) == 8 and names <= set(pdfast_kernels.__all__)
+
+
+def test_the_worked_example(capsys):
+    files = [ROOT / "docs" / "examples" / name for name in ("ddpm.py", "ddpm_accelerated.py")]
+    before, after = (file.read_text().split('"""', 2)[2].splitlines() for file in files)
+    changed = [line for line in difflib.ndiff(before, after) if line[0] in "+-" and line[2:].strip()]
+    (shown,) = re.findall("```diff\n(.*?)```", PAGE, re.DOTALL)
+    assert shown.splitlines() == [line[0] + line[2:] for line in changed] and len(changed) < 10
+    losses = [runpy.run_path(str(file))["train"]() for file in files]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert "34 modules replaced, 0 left" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """pdfast_kernels: the operations of diffusion models and of their distillation, fused. Imports torch and triton only."""
 
+from pdfast_kernels.accelerate import Report, accelerate, restore
 from pdfast_kernels.adam_ema import AdamEma
 from pdfast_kernels.attention import attention, attention_packed
 from pdfast_kernels.ddim_step import ddim_step
@@ -12,6 +13,8 @@ from pdfast_kernels.reference import weighted_loss
 
 __all__ = [
     "AdamEma",
+    "Report",
+    "accelerate",
     "attention",
     "attention_packed",
     "ddim_step",
@@ -21,6 +24,7 @@ __all__ = [
     "group_norm",
     "group_norm_attention",
     "noise_key",
+    "restore",
     "use",
     "weighted_loss",
 ]

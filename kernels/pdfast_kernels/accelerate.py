@@ -11,9 +11,10 @@
     conv_norm_out, conv_act of UNet2DModel and UNet2DConditionModel    group_norm with SiLU
 
 Only `forward` is set, on instances. Classes, parameters, buffers, hooks and state-dict keys stay, and so does what is
-done with them: load_state_dict, .to(), deepcopy, checkpointing, functional_call, torch.compile, train and eval. A pickled
-model comes back restored. Nothing is imported to recognise a class: it is known by its qualified name, and by the names
-that its forward uses. Where those are others than in the versions seen (diffusers 0.27 to 0.42), it is left.
+done with them: load_state_dict, .to(), deepcopy, checkpointing, functional_call, torch.compile, train and eval. A
+model that was pickled comes back restored. Nothing is imported to recognise a class: it is known by its qualified
+name, and by the names that its forward uses. Where those are others than in the versions seen (diffusers 0.27 to
+0.42), it is left.
 """
 
 import inspect

@@ -499,9 +499,9 @@ class Config(NamedTuple):
         return self._replace(block=min(self.block, rows), step=min(self.step, rows), num_warps=warps)
 
 
-# The first that fits. 90, 100: 227 KB of shared memory, and matrix instructions that read it, of 64 and of 128 rows; 80:
-# 163 KB; 86: 99 KB, which is what the other architectures have. Chosen by what the compiler reports (nothing spills), not
-# by time yet.
+# The first that fits. 90, 100: 227 KB of shared memory, and matrix instructions that read it, of 64 and of 128 rows;
+# 80: 163 KB; 86: 99 KB, which is what the other architectures have. Chosen by what the compiler reports (nothing
+# spills), not by time yet.
 ANY = math.inf
 FORWARD = {
     90: (

@@ -150,7 +150,8 @@ def group_norm_attention(
     """x + proj(attention(qkv(group_norm(x)))) of x [N, C, H, W], over its H*W positions; like x.
 
     norm_weight, norm_bias, proj_bias: [C]. qkv_weight: [3C, C], rows in the order (3, heads, C / heads); qkv_bias:
-    [3C]. proj_weight: [C, C]. See the module for layouts and dtypes. ValueError where a shape, dtype or device does not fit.
+    [3C]. proj_weight: [C, C]. See the module for layouts and dtypes. ValueError where a shape, dtype or device does not
+    fit.
     """
     op = "group_norm_attention"
     if x.dim() != 4:

@@ -13,16 +13,20 @@ from pdfast_kernels.accelerate import accelerate, restore
 from pdfast_kernels.group_norm import group_norm
 from tests.kernels.compare import channels_last
 
-FLOOR = 5e-7  # of values of about 1: which of two float32 errors below it is larger, is luck
+FLOOR = 1e-6  # of values of about 1: which of two float32 errors below it is larger, is luck
 SMALL = {"sample_size": 8, "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8}
 
 
 def shaken(module):
-    """All parameters away from their initial zeros and ones."""
+    """Parameters of the size that trained ones have: none zero or one, the same in every run."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in module.parameters():
-            parameter += torch.randn(parameter.shape, generator=generator) / 8
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
+            else:
+                parameter.copy_(noise / 4 + name.endswith("weight"))
     return module
 
 

@@ -15,18 +15,18 @@ module = importlib.import_module("pdfast_kernels.attention")
 # N, L, heads, D, dtype, and the kernels that run: of one tile, with all keys on chip, and streaming; even and odd L,
 # padded D.
 CASES = [
-    (2, 16, 2, 32, torch.float32, "_forward_resident", "_backward_tile"),
-    (1, 5, 1, 8, torch.float32, "_forward_resident", "_backward_tile"),
-    (1, 64, 2, 64, torch.float16, "_forward_resident", "_backward_tile"),
-    (1, 100, 1, 80, torch.float16, "_forward_resident", "_backward_tile"),
-    (1, 32, 2, 64, torch.float32, "_forward_resident", "_backward_resident"),
-    (2, 17, 3, 40, torch.float32, "_forward_resident", "_backward_resident"),
-    (1, 200, 1, 40, torch.float16, "_forward_resident", "_backward_resident"),
-    (1, 64, 2, 32, torch.float32, "_forward_stream", "_backward_stream"),
-    (2, 100, 1, 40, torch.float32, "_forward_stream", "_backward_stream"),
-    (1, 33, 1, 128, torch.float32, "_forward_stream", "_backward_stream"),
-    (1, 300, 1, 32, torch.float16, "_forward_stream", "_backward_stream"),
-    (1, 70, 1, 160, torch.float16, "_forward_stream", "_backward_stream"),
+    (2, 16, 2, 32, torch.float32, "forward_resident", "backward_tile"),
+    (1, 5, 1, 8, torch.float32, "forward_resident", "backward_tile"),
+    (1, 64, 2, 64, torch.float16, "forward_resident", "backward_tile"),
+    (1, 100, 1, 80, torch.float16, "forward_resident", "backward_tile"),
+    (1, 32, 2, 64, torch.float32, "forward_resident", "backward_resident"),
+    (2, 17, 3, 40, torch.float32, "forward_resident", "backward_resident"),
+    (1, 200, 1, 40, torch.float16, "forward_resident", "backward_resident"),
+    (1, 64, 2, 32, torch.float32, "forward_stream", "backward_stream"),
+    (2, 100, 1, 40, torch.float32, "forward_stream", "backward_stream"),
+    (1, 33, 1, 128, torch.float32, "forward_stream", "backward_stream"),
+    (1, 300, 1, 32, torch.float16, "forward_stream", "backward_stream"),
+    (1, 70, 1, 160, torch.float16, "forward_stream", "backward_stream"),
 ]
 
 
@@ -34,7 +34,7 @@ CASES = [
 def kernels(triton_kernels, monkeypatch):
     """All of them in float32 too, at L = 17 to 32 the one with all keys on chip, which else only half precision has."""
     tile, *others = module.BACKWARD_FP32
-    resident = module.Config(32, 64, module._backward_resident, 32, 16, 4, 1)
+    resident = module.Config(32, 64, module.backward_resident, 32, 16, 4, 1)
     monkeypatch.setattr(module, "BACKWARD_FP32", (tile._replace(keys=16), resident, *others))
 
 
@@ -124,7 +124,7 @@ def test_large_scores(kernels, draw, length, sign):
 
 def test_many_samples_share_their_programs(kernels, draw, monkeypatch):
     qkv = draw(2, 48, 3, 2, 32, dtype=torch.float16)
-    monkeypatch.setattr(module, "FORWARD", {90: (module.Config(64, 64, module._forward_resident, 16, 64, 4, 2),)})
+    monkeypatch.setattr(module, "FORWARD", {90: (module.Config(64, 64, module.forward_resident, 16, 64, 4, 2),)})
     few = attention_packed(qkv)
     monkeypatch.setattr(module, "MANY_PAIRS", 4)
     assert torch.equal(attention_packed(qkv), few)

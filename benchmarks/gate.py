@@ -4,9 +4,9 @@
     on-chip memory        shared memory and tensor memory within the chip's
     wide accesses         where 16 bytes of a row lie together (for images: C % 8 == 0), every load and store of a main
                           tensor moves 128 bits a thread, or more, or is the copy engine's; a case may say another
-                          width. A main tensor is one of at least 1 KiB and an eighth of the case's largest: activations,
-                          not statistics, parameters, partial sums or integer tables. An address that came out of memory
-                          (a table of pointers) counts as a main tensor's
+                          width. A main tensor is one of at least 1 KiB and an eighth of the case's largest:
+                          activations, not statistics, parameters, partial sums or integer tables. An address that came
+                          out of memory (a table of pointers) counts as a main tensor's
     tensor cores          where the case says so, a kernel with a matrix product uses the chip's instruction for it
     no float64, no atomics
 """

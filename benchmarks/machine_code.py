@@ -1,4 +1,4 @@
-"""What the compiler made of one launch: its kernel compiled for a GPU that need not be there, and the machine code read.
+"""What the compiler made of one launch: its kernel compiled for a GPU that need not be there, its machine code read.
 
 The launch is specialised by Triton's own binder, as it is at run time: an int of 1 becomes a constant, an int divisible
 by 16 and a pointer to 16 bytes are marked so, None is a constant.
@@ -55,7 +55,7 @@ class Code:
     accesses: tuple[Access, ...]
     """The loads and stores of global memory in the PTX, each with the argument that its address comes from."""
     narrowed: dict[str, str]
-    """Arguments of which the machine code has narrower accesses than the PTX, and where: ptxas loads only what is used."""
+    """Arguments of which the machine code has narrower accesses than the PTX, and where: ptxas loads what is used."""
 
 
 _codes: dict[Any, Code] = {}

@@ -2,8 +2,8 @@
 [--json FILE] [--markdown FILE] [--quick].
 
 The kernels are compiled for each architecture, at the shapes of benchmarks.cases, and their machine code is read; then
-the bytes that each operation moves are counted. Exit code 1 if a kernel does not pass the gate (benchmarks.gate), each with
-its shape and the reason; 2, in one line, for a bad argument.
+the bytes that each operation moves are counted. Exit code 1 if a kernel does not pass the gate (benchmarks.gate), each
+with its shape and the reason; 2, in one line, for a bad argument.
 """
 
 import argparse
@@ -50,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     moved = traffic.count([case for case in cases if case.counted])
     versions = {"torch": torch.__version__, **machine_code.versions()}
     failed = [
-        f"{row['kernel']} sm_{row['arch']}, {row['op']} {row['case']}: {why}" for row in kernels for why in row["failures"]
+        f"{row['kernel']} sm_{row['arch']}, {row['op']} {row['case']}: {reason}"
+        for row in kernels
+        for reason in row["failures"]
     ]
 
     print(tables.plain(kernels, moved, versions))

@@ -1,7 +1,7 @@
 """The tables of benchmarks.static, in plain text and in Markdown.
 
-`main`, `C % 8`, `others`: the widths in bits of the accesses of main tensors (see benchmarks.gate), of main tensors where
-16 bytes of a row do not lie together, and of statistics, parameters and partial sums.
+`main`, `C % 8`, `others`: the widths in bits of the accesses of main tensors (see benchmarks.gate), of main tensors
+where 16 bytes of a row do not lie together, and of statistics, parameters and partial sums.
 """
 
 from collections import defaultdict
@@ -13,8 +13,8 @@ from benchmarks.gate import is_main
 Row = dict[str, Any]
 
 KERNEL_COLUMNS = (
-    "kernel", "sm", "shapes", "regs", "spills", "shared", "main", "C % 8", "others", "matrix", "fp64", "atomics", "code",
-    "gate",
+    "kernel", "sm", "shapes", "regs", "spills", "shared", "main", "C % 8", "others", "matrix", "fp64", "atomics",
+    "code", "gate",
 )  # fmt: skip
 MOVED = ("must", "ours", "eager", "touched")
 TRAFFIC_COLUMNS = ("operation", "case", "pass", "samples", *MOVED, *(f"{what}/must" for what in MOVED[1:]), "")

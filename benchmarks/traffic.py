@@ -1,10 +1,10 @@
 """The bytes an operation moves: what it must, what its kernels do, what eager PyTorch does.
 
-must      each input of the operation read once, each result written once; backward, also the result's gradient and those
-          inputs that the gradients depend on
-ours      of each kernel, in Triton's interpreter, the 32-byte sectors that it loads and those that it stores: what crosses
-          the memory bus if the L2 cache serves whatever a kernel reads again. And ATen's operations between the kernels,
-          as for eager
+must      each input of the operation read once, each result written once; backward, also the result's gradient and
+          those inputs that the gradients depend on
+ours      of each kernel, in Triton's interpreter, the 32-byte sectors that it loads and those that it stores: what
+          crosses the memory bus if the L2 cache serves whatever a kernel reads again. And ATen's operations between
+          the kernels, as for eager
 eager     the inputs and outputs of each ATen operation of the plain implementation, views and allocations left out, as
           the dispatcher of a GPU would call them (attention: one flash kernel)
 touched   ours, but every element of every load and store, as often as it is touched: what crosses the L2 cache at most
@@ -43,8 +43,8 @@ Row = dict[str, Any]
 
 
 def count(cases: list[Case]) -> list[Row]:
-    """A row for each case and pass: {"op", "case", "pass", "samples", "must", "ours", "eager", "touched"}, in bytes; where
-    the interpreter failed, "ours" and "touched" are None and "unavailable" is the reason."""
+    """A row for each case and pass: {"op", "case", "pass", "samples", "must", "ours", "eager", "touched"}, in bytes;
+    where the interpreter failed, "ours" and "touched" are None and "unavailable" is the reason."""
     rows = []
     for case, ours in zip(cases, _in_the_interpreter(cases), strict=True):
         must, eager = _must_and_eager(case.make(case.counted, "meta"))

@@ -43,7 +43,7 @@ class Work:
 
 @contextmanager
 def kernels_wanted() -> Iterator[None]:
-    """Within it, operations on CPU tensors go to their kernels, to be interpreted or, without the interpreter, recorded."""
+    """Within it, operations on CPU tensors go to their kernels: interpreted or, without the interpreter, recorded."""
     with use("triton"), mock.patch.object(dispatch, "INTERPRETED", True):
         yield
 
@@ -87,8 +87,8 @@ def loss_work(
     steps: int,
     and_grad: bool,
 ) -> Work:
-    """With `and_grad` the function that returns the loss and its gradient at once. Without it nothing need be read again
-    either: one pass over the tensors gives both."""
+    """With `and_grad` the function that returns the loss and its gradient at once. Without it nothing need be read
+    again either: one pass over the tensors gives both."""
     z = _image(samples, channels, size, torch.float32, device, channels_last)
     output, *teacher = (_image(samples, parts * channels, size, dtype, device, channels_last) for _ in range(3))
     index = torch.zeros(samples, dtype=torch.int64, device=device)
@@ -187,7 +187,7 @@ def diffuse_work(samples: int, device: str, channels: int, size: int, dtype: tor
 
     def plain() -> Tensor:  # with PyTorch's own noise: eager Philox in int64 would flatter us
         noise = torch.randn(samples, size, size, channels, device=device).permute(0, 3, 1, 2)
-        return reference.diffuse(images, phi, noise, flips).to(dtype)
+        return reference.mix(images, phi, noise, flips).to(dtype)
 
     return Work(
         kernels=lambda: diffuse(images, phi, key, index, flips, dtype),

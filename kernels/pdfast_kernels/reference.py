@@ -20,7 +20,7 @@ def _combine(output: Tensor, coefficient: Tensor) -> Tensor:
     return sum(_like(coefficient[:, p], part) * part for p, part in enumerate(parts))
 
 
-def _mix(images: Tensor, phi: Tensor, noise: Tensor, flip: Tensor | None) -> Tensor:
+def mix(images: Tensor, phi: Tensor, noise: Tensor, flip: Tensor | None) -> Tensor:
     """cos(phi) x + sin(phi) noise, of uint8 [N, H, W, C] and in the dtype of noise [N, C, H, W]."""
     x = images.permute(0, 3, 1, 2).to(noise.dtype) / 127.5 - 1
     if flip is not None:
@@ -41,7 +41,7 @@ def diffuse(
     noise = philox.normals_from_key(key, index, height * width * channels)
     noise = noise.view(n, height, width, channels).permute(0, 3, 1, 2)
     inside = torch.float64 if dtype == torch.float64 else torch.float32
-    z = _mix(images, phi.to(inside), noise.to(inside), flip)
+    z = mix(images, phi.to(inside), noise.to(inside), flip)
     return z.to(dtype, memory_format=torch.channels_last)
 
 

@@ -1,0 +1,73 @@
+"""What has no gradient, what has a state, and what is larger than 32 bits can count."""
+
+import math
+
+import pytest
+import torch
+
+from pdfast_kernels import AdamEma, ddim_step, diffuse, group_norm, noise_key, reference
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("flipped", [False, True])
+def test_diffuse_draws_the_cpus_noise(dtype, flipped):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (9, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    phi, index = torch.linspace(0, math.pi / 2, 9), torch.arange(9) + 2**32 - 9
+    flip = torch.arange(9) % 2 == 0 if flipped else None
+    key = noise_key(2**63 + 5, 1, 3, 7)
+    cpu = reference.diffuse(images, phi, key, index, flip)
+    gpu = diffuse(*(None if t is None else t.cuda() for t in (images, phi, key, index, flip)), dtype)
+    tolerance = 4e-6 if dtype == torch.float32 else 2**-8 * cpu.abs().max()  # the CPU's angle is of float32
+    assert (gpu.cpu().float() - cpu).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_adam_ema_is_adamw(draw, averaged):
+    sizes = [(256, 256), (3, 3, 64, 64), (7,), (1,), (4097,)]
+    parameters = [draw(*size) for size in sizes]
+    zeros = [[torch.zeros_like(p) for p in parameters] for _ in range(2)]
+    averages = [p.clone() for p in parameters] if averaged else None
+    theirs = [p.double().requires_grad_() for p in parameters]
+    adam = torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.1)
+    ours = AdamEma(parameters, *zeros, averages, weight_decay=0.1)
+    expected = [p.detach().clone() for p in theirs]
+    for step in range(1, 6):
+        gradients = [draw(*size) for size in sizes]
+        ours.step(gradients, torch.tensor([1e-2, step, 0.5, 0.1, 0.0], device="cuda"))
+        for p, g in zip(theirs, gradients, strict=True):
+            p.grad = 0.5 * g.double()
+        adam.step()
+        torch._foreach_lerp_(expected, [p.detach() for p in theirs], 0.1)
+    for one, other in zip(parameters, theirs, strict=True):
+        torch.testing.assert_close(one.double(), other.detach(), rtol=1e-5, atol=1e-6)
+    for one, other in zip(averages or [], expected, strict=averaged):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-6)
+
+
+def test_adam_ema_skips_on_the_device(draw):
+    parameters = [draw(1000)]
+    ours = AdamEma(parameters, [torch.zeros(1000, device="cuda")], [torch.zeros(1000, device="cuda")])
+    before = parameters[0].clone()
+    ours.step([draw(1000)], torch.tensor([1e-2, 1, 1, 0, float("nan")], device="cuda"))
+    assert torch.equal(parameters[0], before)
+
+
+def test_group_norm_of_more_than_2_31_elements():
+    """The last sample lies beyond 2^31 elements: it is as it would be alone."""
+    samples, channels, size = 129, 256, 256
+    x = torch.empty(samples, channels, size, size, dtype=torch.bfloat16, device="cuda", memory_format=torch.channels_last)
+    x[-1].normal_(3, 2)
+    x[:-1].zero_()
+    assert x.numel() > 2**31
+    y = group_norm(x, 32, silu=True)
+    assert torch.equal(y[-1:], group_norm(x[-1:].contiguous(memory_format=torch.channels_last), 32, silu=True))
+
+
+def test_ddim_step_of_more_than_2_31_elements():
+    z = torch.ones(2, 1 << 30, 2, dtype=torch.bfloat16, device="cuda").view(2, 2, 1 << 30)
+    a, b = torch.tensor([0.5, 0.25], device="cuda"), torch.tensor([[0.25], [0.5]], device="cuda")
+    step = ddim_step(z, z, a, b)
+    assert z.numel() > 2**31 and bool((step == 0.75).all())

@@ -193,7 +193,8 @@ def _states(image: str, parts: int, channels_last: bool, dtype: str) -> tuple[di
 def _ddim_step() -> Iterator[Case]:
     def case(name: str, samples: int, image: str, parts: int, channels_last: bool, dtype: str) -> Case:
         arguments, width, shape = _states(image, parts, channels_last, dtype)
-        return Case("ddim_step", f"{name} {samples}x{shape}", samples, partial(work.ddim_step_work, **arguments), width)
+        make = partial(work.ddim_step_work, **arguments)
+        return Case("ddim_step", f"{name} {samples}x{shape}", samples, make, width, narrow=("a_ptr", "b_ptr"))
 
     for name, network in NETWORKS.items():
         for dtype in DTYPES:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from tqdm import tqdm
 
 from benchmarks import gate, machine_code, tables, traffic
 from benchmarks.cases import Case, all_cases
@@ -46,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET=1 is set, and Triton would interpret the kernels, not compile them: unset it")
 
     cases = [case for case in cases if case.op in args.op and (case.quick or not args.quick)]
-    kernels = [row for arch in args.arch for case in cases for row in _read(case, arch)]
+    compiled = tqdm([(case, arch) for arch in args.arch for case in cases], leave=False, disable=None)
+    kernels = [row for case, arch in compiled for row in _read(case, arch)]
     moved = traffic.count([case for case in cases if case.counted])
     versions = {"torch": torch.__version__, **machine_code.versions()}
     failed = [
@@ -60,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.markdown.write_text(tables.markdown(kernels, moved, versions))
     if args.json:
         report = {"versions": versions, "kernels": kernels, "traffic": moved, "failures": failed}
-        args.json.write_text(json.dumps(report, indent=1))
+        args.json.write_text(json.dumps(report, separators=(",", ":")).replace('},{"op"', '},\n{"op"') + "\n")
     for line in failed:
         print(line, file=sys.stderr)
     print(f"{len(kernels)} launches of {len(cases)} cases: {f'{len(failed)} FAILURES' if failed else 'all pass'}")

@@ -47,7 +47,7 @@ def count(cases: list[Case]) -> list[Row]:
     where the interpreter failed, "ours" and "touched" are None and "unavailable" is the reason."""
     rows = []
     for case, ours in zip(cases, _in_the_interpreter(cases), strict=True):
-        must, eager = _must_and_eager(case.make(case.counted, "meta"))
+        must, eager = must_and_eager(case.make(case.counted, "meta"))
         for direction in must:
             row = {"op": case.op, "case": case.name, "pass": direction, "samples": case.counted}
             measured = ours.get(direction) or {"ours": None, "touched": None, **ours}
@@ -65,9 +65,9 @@ def _bytes(tensors: list[Tensor]) -> int:
     return sum(n * t.element_size() for n, t in zip(sizes, tensors, strict=True))
 
 
-def _must_and_eager(work: Work) -> tuple[dict[str, int], dict[str, int]]:
+def must_and_eager(work: Work) -> tuple[dict[str, int], dict[str, int]]:
     must, eager = {}, {}
-    with mock.patch.object(F, "scaled_dot_product_attention", _flash_attention):
+    with mock.patch.object(F, "scaled_dot_product_attention", flash_attention):
         with _AtenBytes() as counted:
             result = work.plain()
         must["forward"] = _bytes([*work.reads, *_tensors(result), *work.writes])
@@ -81,7 +81,7 @@ def _must_and_eager(work: Work) -> tuple[dict[str, int], dict[str, int]]:
     return must, eager
 
 
-def _flash_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, **_: Any) -> Tensor:
+def flash_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, **_: Any) -> Tensor:
     """What scaled_dot_product_attention is on a GPU; on meta tensors it would be taken apart."""
     return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[0]
 

@@ -66,7 +66,7 @@ def ddim_step_work(
     z = _image(samples, channels, size, dtype, device, channels_last).requires_grad_()
     output = _image(samples, parts * channels, size, dtype, device, channels_last).requires_grad_()
     index = torch.zeros(samples, dtype=torch.int64, device=device)
-    table = torch.zeros(steps, device=device), torch.zeros(steps, parts, device=device), index
+    table = _column(device, steps), _column(device, steps, parts), index
     return Work(
         kernels=lambda: ddim_step(z, output, *table),
         plain=lambda: reference.ddim_step(z, output, *table),
@@ -92,8 +92,8 @@ def loss_work(
     z = _image(samples, channels, size, torch.float32, device, channels_last)
     output, *teacher = (_image(samples, parts * channels, size, dtype, device, channels_last) for _ in range(3))
     index = torch.zeros(samples, dtype=torch.int64, device=device)
-    a, weight = (torch.zeros(steps, device=device) for _ in range(2))
-    inputs = output, z, *teacher, a, *(torch.zeros(steps, parts, device=device) for _ in range(3)), weight, index
+    a, weight = (_column(device, steps) for _ in range(2))
+    inputs = output, z, *teacher, a, *(_column(device, steps, parts) for _ in range(3)), weight, index
     reads = [output, z, *teacher, index]
     if and_grad:
         return Work(
@@ -113,10 +113,10 @@ def adam_ema_work(samples: int, device: str, sizes: tuple[int, ...], gradient_dt
     """One step on parameters of these sizes; there are no samples."""
     parameters, means, squares, averages = ([torch.zeros(size, device=device) for size in sizes] for _ in range(4))
     gradients = [torch.zeros(size, dtype=gradient_dtype, device=device) for size in sizes]
-    scalars = torch.tensor([1e-4, 1.0, 1.0, 1e-4, 0.0])
+    scalars = torch.tensor([1e-4, 1.0, 1.0, 1e-4, 0.0], device="cpu" if device == "meta" else device)
     states = (parameters, means, squares, averages)
     settings = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
-    optimizer = AdamEma(*states, **settings) if device == "cpu" else None
+    optimizer = None if device == "meta" else AdamEma(*states, **settings)
     return Work(
         kernels=lambda: optimizer.step(gradients, scalars),
         plain=lambda: reference.adam_ema(*states, gradients, scalars, **settings),
@@ -194,6 +194,11 @@ def diffuse_work(samples: int, device: str, channels: int, size: int, dtype: tor
         plain=plain,
         reads=[images, phi, key, index, *([flips] if flip else [])],
     )
+
+
+def _column(device: str, *shape: int) -> Tensor:
+    """Coefficients of a step table."""
+    return torch.full(shape, 0.5, device=device)
 
 
 def _image(

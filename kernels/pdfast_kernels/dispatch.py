@@ -17,6 +17,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pdfast_kernels._triton import INTERPRETED, available
 
@@ -50,6 +51,8 @@ def triton_runs(op: str, device: torch.device, unsupported: str | None) -> bool:
     if _mode == "reference" or (_mode == "auto" and device.type != "cuda"):
         return False
     reason = _unavailable(device) or unsupported
+    if forward_ad._current_level >= 0:  # private, but a custom operation would drop the tangents in silence
+        reason = reason or "its kernels have no forward-mode derivative"
     if reason is None:
         return True
     if _mode == "triton":

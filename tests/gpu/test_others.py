@@ -57,8 +57,8 @@ def test_adam_ema_skips_on_the_device(draw):
 
 def test_group_norm_of_more_than_2_31_elements():
     """The last sample lies beyond 2^31 elements: it is as it would be alone."""
-    samples, channels, size = 129, 256, 256
-    x = torch.empty(samples, channels, size, size, dtype=torch.bfloat16, device="cuda", memory_format=torch.channels_last)
+    shape = (129, 256, 256, 256)
+    x = torch.empty(shape, dtype=torch.bfloat16, device="cuda", memory_format=torch.channels_last)
     x[-1].normal_(3, 2)
     x[:-1].zero_()
     assert x.numel() > 2**31

@@ -213,3 +213,10 @@ def test_unsupported_cases_are_refused_by_the_kernels_and_run_in_pytorch(draw):
     with use("triton"), pytest.raises(ValueError, match="x is torch.float64"):
         group_norm(channels_last(x.double()), 4)
     assert_relative(group_norm(x, 4), expected_group_norm(x, 4, None, None, 1e-5, None, None, False))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, at its first jvp
+def test_forward_mode_is_not_dropped_in_silence(triton_kernels, draw):
+    x = channels_last(draw(2, 8, 4, 4))
+    with pytest.raises(ValueError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: group_norm(x, 4), (x,), (x,))

@@ -136,7 +136,9 @@ NETWORKS = {
         attention="4096x8x40 1024x8x80 256x8x160 64x8x160",
     ),
 }
-GROUPS, STEPS = 32, 1024
+GROUPS = 32
+STEPS = 128
+"""Rows of a step table: few beside the smallest image, which is what tells it from a main tensor (benchmarks.gate)."""
 PARAMETERS = {"whole vectors": (256 * 256 * 3, 256, 1024 * 64), "any sizes": (256 * 256 * 3, 256, 6, 1, 1001)}
 """Elements of an optimizer's tensors; where not all are multiples of 4, the kernel decides for each."""
 

@@ -107,7 +107,8 @@ def test_the_reader_sees_what_a_kernel_does():
     assert report["copy"]["loads"] == {"LDG.128": 1} and report["copy"]["stores"] == {"STG.128": 1}
     assert report["strided"]["loads"] == {"LDG.16": 8}
     assert report["product"]["matrix"] == {"HGMMA": 4} and report["product"]["loads"] == {"LDGSTS.128": 24}
-    assert report["spill"]["stack"] > 0 and report["spill"]["spills"]["LDL"] > 0
+    assert report["spill"]["stack"] > 0
+    assert {spill.partition(".")[0] for spill in report["spill"]["spills"]} == {"LDL", "STL"}
     main = {access["argument"]: (access["kind"], access["bits"]) for access in report["parameter"]["accesses"]}
     assert main == {"x_ptr": ("load", 128), "y_ptr": ("store", 128), "bias_ptr": ("load", 16)}
 

@@ -1,7 +1,7 @@
 """pdfast_kernels: the operations of diffusion models and of their distillation, fused. Imports torch and triton only."""
 
 from pdfast_kernels.accelerate import Report, accelerate, restore
-from pdfast_kernels.adam_ema import AdamEma
+from pdfast_kernels.adam_ema import AdamEma, Scalar
 from pdfast_kernels.attention import attention, attention_packed
 from pdfast_kernels.ddim_step import ddim_step
 from pdfast_kernels.ddim_step_weighted_loss import ddim_step_weighted_loss, ddim_step_weighted_loss_and_grad
@@ -14,6 +14,7 @@ from pdfast_kernels.reference import weighted_loss
 __all__ = [
     "AdamEma",
     "Report",
+    "Scalar",
     "accelerate",
     "attention",
     "attention_packed",

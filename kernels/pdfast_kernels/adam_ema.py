@@ -6,8 +6,9 @@
 
 p, m, v, average   float32 of any shapes, all four in one memory order (contiguous, or channels-last)
 gradients          bf16, fp16 or fp32, all of one dtype; those in another memory order are copied first
-scalars            float32 [5] on the device, see `Scalar`: a CUDA graph replays with what is written there. Where the
-                   skip flag is not 0 (NaN is not), nothing changes at all
+scalars            float32 or float64 [5] on the device, see `Scalar`: a CUDA graph replays with what is written there.
+                   The kernel computes with them in float32, PyTorch with what they are. Where the skip flag is not 0 (NaN
+                   is not), nothing changes at all
 
 This is torch.optim.AdamW in float32. Each tensor is read and written once. The kernel finds its place in a table of
 chunks and its tensors in a table of addresses, so that thousands of tensors are one launch; a chunk's accesses are of 4
@@ -41,7 +42,7 @@ class Scalar(IntEnum):
     LEARNING_RATE = 0
     STEP = 1  # 1 in the first step
     CLIP = 2  # the factor of the gradients
-    AVERAGE_RATE = 3  # 1 - decay: as a float32, a decay near 1 would lose it
+    AVERAGE_RATE = 3  # 1 - decay: a decay near 1 would lose it in float32
     SKIP = 4
 
 
@@ -198,11 +199,11 @@ class AdamEma:
             self._build_tables()
 
     def step(self, gradients: Sequence[Tensor], scalars: Tensor) -> None:
-        """One step. gradients: of the parameters' shapes; scalars: float32 [5], in the order of `Scalar`."""
+        """One step. gradients: of the parameters' shapes; scalars: [5], in the order of `Scalar`."""
         check_shape(OP, "scalars", scalars, (len(Scalar),))
         check_device(OP, self._device, scalars=scalars)
-        if scalars.dtype != torch.float32:
-            raise ValueError(f"{OP}: scalars is {scalars.dtype}, expected torch.float32")
+        if scalars.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{OP}: scalars is {scalars.dtype}, expected torch.float32 or torch.float64")
         if len(gradients) != len(self._parameters):
             raise ValueError(f"{OP}: {len(gradients)} gradients for {len(self._parameters)} parameters")
         dtypes = {g.dtype for g in gradients}
@@ -214,7 +215,7 @@ class AdamEma:
             states = self._parameters, self._exp_avgs, self._exp_avg_sqs, self._averages
             reference.adam_ema(*states, gradients, scalars, self._betas, self._eps, self._weight_decay)
         elif gradients:
-            self._launch(gradients, scalars.contiguous())
+            self._launch(gradients, scalars.float().contiguous())
 
     def _launch(self, gradients: Sequence[Tensor], scalars: Tensor) -> None:
         if any(g.stride() != stride for g, stride in zip(gradients, self._strides, strict=True)):

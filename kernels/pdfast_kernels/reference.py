@@ -6,6 +6,7 @@ The public functions, in the modules of their names, say what the arguments are 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from pdfast_kernels import philox
 
@@ -171,14 +172,23 @@ def adam_ema(
     if skip != 0 or not parameters:
         return
     gradients = [g.to(p.dtype) for g, p in zip(gradients, parameters, strict=True)]
-    gradients = torch._foreach_mul(gradients, clip)
-    torch._foreach_lerp_(exp_avgs, gradients, 1 - betas[0])
-    torch._foreach_mul_(exp_avg_sqs, betas[1])
-    torch._foreach_addcmul_(exp_avg_sqs, gradients, gradients, 1 - betas[1])
-    roots = torch._foreach_sqrt(exp_avg_sqs)
-    torch._foreach_div_(roots, (1 - betas[1] ** step) ** 0.5)
-    torch._foreach_add_(roots, eps)
-    torch._foreach_mul_(parameters, 1 - learning_rate * weight_decay)
-    torch._foreach_addcdiv_(parameters, exp_avgs, roots, -learning_rate / (1 - betas[0] ** step))
+    if clip != 1:
+        gradients = torch._foreach_mul(gradients, clip)
+    adamw(
+        parameters,
+        gradients,
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs=[],
+        state_steps=[torch.tensor(step - 1, device=p.device, dtype=torch.float32) for p in parameters],
+        fused=True,
+        amsgrad=False,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=learning_rate,
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=False,
+    )
     if averages is not None:
         torch._foreach_lerp_(averages, parameters, average_rate)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from pdfast.errors import RunError
+from pdfast_kernels import AdamEma, Scalar
 
 NON_FINITE_LIMIT = 10
 
@@ -14,17 +15,15 @@ class Optimizer:
     def __init__(self, model: nn.Module, *, clip: float, ema: float = 0.0, weight_decay: float = 0.0) -> None:
         self._names = [name for name, _ in model.named_parameters()]
         self._parameters = list(model.parameters())
-        self._adam = torch.optim.AdamW(self._parameters, lr=0.0, weight_decay=weight_decay, fused=True)
+        self._exp_avgs = [torch.zeros_like(p) for p in self._parameters]
+        self._exp_avg_sqs = [torch.zeros_like(p) for p in self._parameters]
+        self._averages = [p.detach().clone() for p in self._parameters] if ema else None
+        self._steps = torch.zeros((), dtype=torch.int64)
         self._clip = clip
         self._decay = ema
-        self._average = [p.detach().clone() for p in self._parameters] if ema else []
+        states = self._parameters, self._exp_avgs, self._exp_avg_sqs, self._averages
+        self._adam = AdamEma(*states, weight_decay=weight_decay)
         self._non_finite_in_a_row = 0
-        for p in self._parameters:  # so that the state exists before the first step, for checkpoints at update 0
-            self._adam.state[p] = {
-                "step": torch.zeros((), device=p.device),
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
-            }
 
     def step(self, loss: Tensor, learning_rate: float, update: int, where: str) -> Tensor:
         """Backward, clip, Adam, average. Returns the gradient's norm before clipping.
@@ -32,9 +31,11 @@ class Optimizer:
         A non-finite loss or gradient changes nothing but a count; after NON_FINITE_LIMIT in a row the run ends with a
         RunError that says `where`.
         """
-        self._adam.zero_grad(set_to_none=True)
+        for p in self._parameters:
+            p.grad = None
         loss.backward()
-        norm = nn.utils.get_total_norm([p.grad for p in self._parameters])
+        gradients = [p.grad for p in self._parameters]
+        norm = nn.utils.get_total_norm(gradients)
         if not torch.isfinite(norm + loss.detach()):
             self._non_finite_in_a_row += 1
             if self._non_finite_in_a_row >= NON_FINITE_LIMIT:
@@ -44,28 +45,37 @@ class Optimizer:
                 )
             return norm
         self._non_finite_in_a_row = 0
-        nn.utils.clip_grads_with_norm_(self._parameters, self._clip, norm)
-        self._adam.param_groups[0]["lr"] = learning_rate
-        self._adam.step()
-        if self._average:
-            # The usual warm-up of an average: short memory while there is little to remember.
-            decay = min(self._decay, (update + 1) / (update + 10))
-            torch._foreach_lerp_(self._average, [p.detach() for p in self._parameters], 1 - decay)
+        self._steps += 1
+        # The usual warm-up of an average: short memory while there is little to remember.
+        decay = min(self._decay, (update + 1) / (update + 10))
+        values = {
+            Scalar.LEARNING_RATE: learning_rate,
+            Scalar.STEP: int(self._steps),
+            Scalar.CLIP: float((self._clip / (norm + 1e-6)).clamp(max=1.0)),
+            Scalar.AVERAGE_RATE: 1 - decay,
+            Scalar.SKIP: 0.0,
+        }
+        scalars = torch.tensor([values[place] for place in Scalar], dtype=torch.float64, device=norm.device)
+        self._adam.step(gradients, scalars)
         return norm
 
     def weights(self) -> dict[str, Tensor]:
         """The weights that count: the average where there is one."""
-        values = self._average or [p.detach() for p in self._parameters]
+        values = self._averages or [p.detach() for p in self._parameters]
         return dict(zip(self._names, values, strict=True))
 
     def state(self) -> dict[str, Tensor]:
         """Weights, average and Adam's state, by name: what a checkpoint holds."""
-        tensors = {}
-        for i, (name, p) in enumerate(zip(self._names, self._parameters, strict=True)):
-            tensors[f"weight.{name}"] = p.detach()
-            tensors |= {f"{key}.{name}": value for key, value in self._adam.state[p].items()}
-            if self._average:
-                tensors[f"average.{name}"] = self._average[i]
+        lists = {
+            "weight": [p.detach() for p in self._parameters],
+            "exp_avg": self._exp_avgs,
+            "exp_avg_sq": self._exp_avg_sqs,
+        }
+        if self._averages:
+            lists["average"] = self._averages
+        tensors = {"steps": self._steps}
+        for key, values in lists.items():
+            tensors |= {f"{key}.{name}": value for name, value in zip(self._names, values, strict=True)}
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:

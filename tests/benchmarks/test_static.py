@@ -54,7 +54,9 @@ def test_what_must_move_is_no_more_than_what_does(quick):
         assert row["case"] in printed and "unavailable" not in row
         assert row["must"] <= row["ours"], row
         if row["op"] in ONE_PASS:  # the tensors, and a few coefficients a block
-            assert row["ours"] < 1.01 * row["must"] and row["ours"] < 0.6 * row["eager"], row
+            assert row["ours"] < 1.01 * row["must"], row
+            most = 0.9 if row["op"] == "adam_ema" else 0.6  # PyTorch has a fused Adam, without clip and average
+            assert row["ours"] < most * row["eager"], row
 
 
 ONE_PASS = ("diffuse", "ddim_step", "ddim_step_weighted_loss_and_grad", "adam_ema")

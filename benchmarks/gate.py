@@ -9,6 +9,8 @@
                           out of memory (a table of pointers) counts as a main tensor's
     tensor cores          where the case says so, a kernel with a matrix product uses the chip's instruction for it
     no float64, no atomics
+
+`failures` gives the reasons, one line each.
 """
 
 import re

@@ -56,7 +56,9 @@ def _tell_torchrun(message: str) -> None:
             pass  # torchrun's summary is a courtesy; the line itself was printed
 
 
-def _format_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
     """Warnings of our own in one line, without their place in the code; others as ever."""
     if Path(filename).is_relative_to(Path(__file__).parent):
         return f"pdfast: warning: {message}\n"

@@ -9,10 +9,18 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from pdfast.cli import parse
-from pdfast.config import FACTS, DistillConfig, OptionalPath, TrainConfig, from_plain, load_yaml, resolve_steps, to_plain
+from pdfast.config import (
+    FACTS,
+    DistillConfig,
+    OptionalPath,
+    TrainConfig,
+    from_plain,
+    load_yaml,
+    resolve_steps,
+    to_plain,
+)
 from pdfast.errors import UsageError
 from pdfast.presets import preset
-
 
 C = TypeVar("C")
 

@@ -15,7 +15,6 @@ from pdfast.diffusion import Weighting
 from pdfast.errors import UsageError
 from pdfast.networks import NetworkConfig
 
-
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT")]
 OptionalString = Annotated[str | None, tyro.conf.arg(metavar="STR")]
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]

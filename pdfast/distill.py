@@ -49,9 +49,7 @@ def distill_round(
     student = UNet(config.network).to(device)
     student.load_state_dict(teacher.state_dict())
     optimizer = Optimizer(student, clip=config.clip, ema=config.ema)
-    table = build_step_table(
-        config.schedule.build(), steps, config.network.prediction, config.weighting, device=device
-    )
+    table = build_step_table(config.schedule.build(), steps, config.network.prediction, config.weighting, device=device)
     draws = Draws(source, config.seed, round_index, config.batch_size, config.flip, device)
     conditional = config.network.num_classes > 0
 
@@ -85,7 +83,9 @@ def distill_round(
             checkpoints.save(update + 1, optimizer.state(), {"seconds": progress.seconds})
         if stopping:
             progress.close()
-            raise Interrupted(f"stopped at update {update + 1} of the round to {count_steps(steps)} and saved it; {HINT}")
+            raise Interrupted(
+                f"stopped at update {update + 1} of the round to {count_steps(steps)} and saved it; {HINT}"
+            )
     progress.close()
 
     student.load_state_dict(optimizer.weights())

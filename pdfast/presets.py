@@ -62,7 +62,9 @@ CIFAR10_FAST = DistillConfig(
         num_groups=32,
         prediction="v",
     ),
-    train=TeacherConfig(updates=40000, batch_size=512, learning_rate=4e-4, warmup=1000, decay=0.2, ema=0.999, dropout=0.1),
+    train=TeacherConfig(
+        updates=40000, batch_size=512, learning_rate=4e-4, warmup=1000, decay=0.2, ema=0.999, dropout=0.1
+    ),
 )
 
 CIFAR10 = DistillConfig(
@@ -88,7 +90,9 @@ CIFAR10 = DistillConfig(
         num_groups=32,
         prediction="x",
     ),
-    train=TeacherConfig(updates=800000, batch_size=128, learning_rate=2e-4, warmup=1000, weight_decay=1e-3, dropout=0.2),
+    train=TeacherConfig(
+        updates=800000, batch_size=128, learning_rate=2e-4, warmup=1000, weight_decay=1e-3, dropout=0.2
+    ),
     evaluation=EvaluationConfig(clip=True),
 )
 

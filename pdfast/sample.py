@@ -1,7 +1,9 @@
-"""Draw images from a run, one of its rounds, or a model's folder.
+"""Draw images from a run, one of its rounds, or a model's folder:
 
     python -m pdfast.sample runs/digits --steps 4 --out samples.png
     python -m pdfast.sample runs/digits/students/0001 --count 1000 --out samples.npz
+
+Image i depends on (seed, i) alone, whatever the batch size.
 """
 
 from dataclasses import dataclass

@@ -5,7 +5,6 @@
 The same command run again resumes. The result, runs/my-teacher/teacher, is what `pdfast.distill --teacher` takes.
 """
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -182,7 +181,9 @@ def main() -> None:
         network, training = train_teacher(config, source, log, device)
         write_teacher(config, network, training, open_evaluator(config, source, device), config.evaluation_steps, log)
         teacher = config.run / "teacher"
-        log.say(f"wrote {teacher}; distill it with: python -m pdfast.distill --preset {config.preset} --teacher {teacher}")
+        log.say(
+            f"wrote {teacher}; distill it with: python -m pdfast.distill --preset {config.preset} --teacher {teacher}"
+        )
 
 
 if __name__ == "__main__":

@@ -91,7 +91,11 @@ def test_a_bad_configuration_file(text, words, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "flags, field",
-    [(["--seed", "5"], "seed"), (["--learning-rate", "0.1"], "learning_rate"), (["--train.updates", "13"], "train.updates")],
+    [
+        (["--seed", "5"], "seed"),
+        (["--learning-rate", "0.1"], "learning_rate"),
+        (["--train.updates", "13"], "train.updates"),
+    ],
 )
 def test_a_changed_configuration_is_refused(flags, field, finished_run, capsys):
     code = call("distill", *TINY_DISTILL, "--run", str(finished_run), *flags)
@@ -106,7 +110,9 @@ def test_a_teacher_of_another_shape(finished_run, tmp_path, capsys):
 
 
 def test_a_student_as_teacher_starts_at_its_own_steps(finished_run, tmp_path, capsys):
-    code = call("distill", *TINY_DISTILL, "--teacher", str(finished_run / "students/0002"), "--run", str(tmp_path / "run"))
+    code = call(
+        "distill", *TINY_DISTILL, "--teacher", str(finished_run / "students/0002"), "--run", str(tmp_path / "run")
+    )
     one_line(capsys, code, 2, "--start-steps 2")
 
 

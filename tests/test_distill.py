@@ -73,7 +73,8 @@ def test_run_again_it_says_that_it_is_finished(finished_run, capsys):
 def test_a_round_without_updates_is_its_teacher(finished_run, tmp_path):
     """The student starts as its teacher: with no update the weights are equal, bit for bit."""
     teacher = str(finished_run / "teacher")
-    assert call("distill", *TINY_RUN, "--teacher", teacher, "--rounds", "1", "--updates", "0", "--run", str(tmp_path / "r")) == 0
+    flags = [*TINY_RUN, "--teacher", teacher, "--rounds", "1", "--updates", "0"]
+    assert call("distill", *flags, "--run", str(tmp_path / "r")) == 0
     a = load_file(finished_run / "teacher/teacher.safetensors")
     b = load_file(tmp_path / "r/students/0001/student.safetensors")
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -102,11 +103,12 @@ def test_train_then_distill(tmp_path):
     assert call("train", *TINY_RUN, "--run", str(run), "--evaluation-steps", "4") == 0
     first = tmp_path / "first"
     distill = [*TINY_RUN, "--updates", "2"]
-    assert call("distill", *distill, "--teacher", str(run / "teacher"), "--start-steps", "8", "--rounds", "1", "--run", str(first)) == 0
+    given = ["--teacher", str(run / "teacher")]
+    assert call("distill", *distill, *given, "--start-steps", "8", "--rounds", "1", "--run", str(first)) == 0
     assert [p.name for p in (first / "students").iterdir()] == ["0004"]
     second = tmp_path / "second"
-    given = str(first / "students/0004")
-    assert call("distill", *distill, "--teacher", given, "--start-steps", "4", "--end-steps", "2", "--run", str(second)) == 0
+    given = ["--teacher", str(first / "students/0004")]
+    assert call("distill", *distill, *given, "--start-steps", "4", "--end-steps", "2", "--run", str(second)) == 0
     assert [p.name for p in (second / "students").iterdir()] == ["0002"]
 
 
@@ -119,7 +121,7 @@ def test_sampling_from_a_run(finished_run, tmp_path):
     assert (tmp_path / "b.png").read_bytes()[:4] == b"\x89PNG"
     drawn = []
     for batch_size in ("3", "8"):
-        flags = ["--sampler", "ancestral", "--steps", "6", "--count", "8", "--batch-size", batch_size, "--variance", "0.5"]
+        flags = f"--sampler ancestral --steps 6 --count 8 --batch-size {batch_size} --variance 0.5".split()
         assert call("sample", str(finished_run / "teacher"), *flags, "--out", str(out), "--device", "cpu") == 0
         drawn.append(np.load(out)["images"].astype(int))
     assert np.abs(drawn[0] - drawn[1]).max() <= 1
@@ -190,7 +192,8 @@ def test_the_literal_torchrun_command(tmp_path):
 def test_torchrun_with_one_process(tmp_path):
     torchrun = shutil.which("torchrun", path=os.path.dirname(sys.executable))
     base = [torchrun, "--standalone", "-m", "pdfast.distill", *TINY_DISTILL]
-    done = subprocess.run([*base, "--run-dir", str(tmp_path / "r")], env=environment(), capture_output=True, text=True, check=False)
+    command = [*base, "--run-dir", str(tmp_path / "r")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     several = [torchrun, "--standalone", "--nproc-per-node", "2", *base[2:], "--run-dir", str(tmp_path / "s")]
     done = subprocess.run(several, env=environment(), capture_output=True, text=True, check=False)

@@ -44,7 +44,11 @@ def fake_python(checkout, version="3.12.1", pip="exit 0"):
 
 
 def make(checkout, target, **variables):
-    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "TORCH", "TORCH_INDEX", "ARGS", "MAKEFLAGS", "MAKELEVEL")}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("PYTHON", "TORCH", "TORCH_INDEX", "ARGS", "MAKEFLAGS", "MAKELEVEL")
+    }
     return subprocess.run(
         ["make", "-s", target], cwd=checkout, env=kept | variables, capture_output=True, text=True, check=False
     )
@@ -106,15 +110,24 @@ def test_no_space_before_it_begins(checkout):
 
 def test_an_index_that_is_not_there(checkout):
     """With the real Python and pip, and no index."""
-    nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_RETRIES": "0", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
-    line = error_line(make(checkout, "test", PYTHON=sys.executable, PIP_EXTRA_INDEX_URL="", TORCH="torch==2.13.0", **nowhere))
+    nowhere = {
+        "PIP_INDEX_URL": "http://127.0.0.1:9/",
+        "PIP_RETRIES": "0",
+        "PIP_FIND_LINKS": "",
+        "PIP_CONFIG_FILE": os.devnull,
+    }
+    line = error_line(
+        make(checkout, "test", PYTHON=sys.executable, PIP_EXTRA_INDEX_URL="", TORCH="torch==2.13.0", **nowhere)
+    )
     assert "no package index could be reached for torch==2.13.0" in line
 
 
 def test_kernels_must_stay_a_bare_folder(checkout):
     (checkout / "kernels").mkdir()
     (checkout / "kernels/__init__.py").touch()
-    done = subprocess.run([sys.executable, "setup.py", "--version"], cwd=checkout, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"], cwd=checkout, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 1 and done.stderr.startswith("kernels/__init__.py must not exist")
 
 
@@ -129,6 +142,9 @@ def test_the_wheel_holds_both_packages_and_nothing_stray(tmp_path):
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("pdfast-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names} - {wheel.name.rsplit("-", 3)[0] + ".dist-info"} == {"pdfast", "pdfast_kernels"}
+    assert {name.split("/")[0] for name in names} - {wheel.name.rsplit("-", 3)[0] + ".dist-info"} == {
+        "pdfast",
+        "pdfast_kernels",
+    }
     assert {"pdfast/data/digits.npz", "pdfast/data/digits.txt", "pdfast/report/report.html.jinja"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)

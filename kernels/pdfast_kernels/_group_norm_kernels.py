@@ -433,7 +433,8 @@ def parameter_gradients(
             dscale = weight[None, :] * products + bias[None, :] * sums
             tl.store(dscale_ptr + place, dscale.to(dscale_ptr.dtype.element_ty), mask=inside)
         if scale_ptr is not None:
-            film = 1.0 + tl.load(scale_ptr + n[:, None] * scale_stride + c[None, :], mask=inside, other=0.0).to(tl.float32)
+            scale = tl.load(scale_ptr + n[:, None] * scale_stride + c[None, :], mask=inside, other=0.0)
+            film = 1.0 + scale.to(tl.float32)
             sums *= film
             products *= film
         dweight += products

@@ -135,7 +135,9 @@ def _arguments(scale: float, q: Tensor, k: Tensor, v: Tensor, gradient: Tensor |
     strides = {}
     for name, tensor in (("q", q), ("k", k), ("v", v), ("d", gradient)):
         if tensor is not None:
-            n, length, heads, _ = (stride if size > 1 else 0 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+            n, length, heads, _ = (
+                stride if size > 1 else 0 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+            )
             strides |= {f"{name}_n": n, f"{name}_l": length, f"{name}_h": heads}
     unit = 8 if all(stride % 8 == 0 for stride in strides.values()) else 1
     arguments = {name: stride // unit for name, stride in strides.items()}

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from pdfast_kernels import reference
 from pdfast_kernels._triton import jit, tl
-from pdfast_kernels.dispatch import check_device, check_floating, check_index, check_shape, triton_runs, unsupported_dtype
+from pdfast_kernels.dispatch import (
+    check_device,
+    check_floating,
+    check_index,
+    check_shape,
+    triton_runs,
+    unsupported_dtype,
+)
 from pdfast_kernels.launch import cdiv, launch
 from pdfast_kernels.layout import is_channels_last, run_length, with_layout
 

@@ -305,7 +305,9 @@ def group_norm(
         raise ValueError(f"group_norm: x has shape {tuple(x.shape)}, expected [N, C, ...]")
     n, channels = x.shape[:2]
     if num_groups < 1 or channels % num_groups:
-        raise ValueError(f"group_norm: {channels} channels of x {tuple(x.shape)} do not divide into num_groups = {num_groups}")
+        raise ValueError(
+            f"group_norm: {channels} channels of x {tuple(x.shape)} do not divide into num_groups = {num_groups}"
+        )
     for name, parameter, shape in (
         ("weight", weight, (channels,)),
         ("bias", bias, (channels,)),
@@ -317,7 +319,8 @@ def group_norm(
     tensors = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift}
     check_floating("group_norm", **tensors)
     check_device("group_norm", x.device, **{name: t for name, t in tensors.items() if name != "x"})
-    if x.numel() and triton_runs("group_norm", x.device, unsupported_dtype(**tensors) or _unsupported_layout(**tensors)):
+    unsupported = unsupported_dtype(**tensors) or _unsupported_layout(**tensors)
+    if x.numel() and triton_runs("group_norm", x.device, unsupported):
         return _group_norm(x, num_groups, weight, bias, scale, shift, eps, silu)[0]
     return reference.group_norm(x, num_groups, weight, bias, eps, scale=scale, shift=shift, silu=silu)
 

@@ -26,7 +26,9 @@ class Stream(IntEnum):
     LABEL = 6  # class of a drawn sample
 
 
-def normal(seed: int, stream: Stream, round_index: int, update: int, index: Tensor, shape: tuple[int, int, int]) -> Tensor:
+def normal(
+    seed: int, stream: Stream, round_index: int, update: int, index: Tensor, shape: tuple[int, int, int]
+) -> Tensor:
     """Standard normal noise, float32 [n, C, H, W] with channels-last strides, for int64 `index` [n] and shape (C, H, W)."""
     channels, height, width = shape
     flat = philox.normals(seed, stream, round_index, update, index, math.prod(shape))

@@ -75,7 +75,7 @@ def ancestral(
             # 1 - SNR(here) / SNR(there), by sin^2 a cos^2 b - cos^2 a sin^2 b = sin(a + b) sin(a - b)
             lost = torch.sin(here + there) * torch.sin(here - there) / (sin2 * cos_next**2)
             mean = (sin2_next * cos / (cos_next * sin2)).to(z) * z + (lost * cos_next).to(z) * x
-            deviation = torch.sqrt(lost * sin2 ** variance * sin2_next ** (1 - variance))
+            deviation = torch.sqrt(lost * sin2**variance * sin2_next ** (1 - variance))
             z = mean + deviation.to(z) * noise(i)
     return z
 

@@ -65,7 +65,9 @@ class LinearBeta:
 
     def __post_init__(self) -> None:
         if not 0 <= self.beta_min <= self.beta_max or self.beta_max == 0:
-            raise ValueError(f"need 0 <= beta_min <= beta_max and beta_max > 0, got {self.beta_min} and {self.beta_max}")
+            raise ValueError(
+                f"need 0 <= beta_min <= beta_max and beta_max > 0, got {self.beta_min} and {self.beta_max}"
+            )
 
     def _integral(self, u: Tensor) -> Tensor:
         return u * (self.beta_min + 0.5 * (self.beta_max - self.beta_min) * u)

@@ -4,6 +4,7 @@ checkpoints/STAGE-UPDATE/{state.safetensors, state.json}: tensors and plain JSON
 appears by one rename, so that it is whole or absent, and the last two are kept.
 """
 
+import json
 import shutil
 import sys
 from dataclasses import dataclass
@@ -13,8 +14,6 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-
-import json
 
 from pdfast.engine.files import sha256, write_folder, write_json
 from pdfast.errors import UsageError
@@ -63,7 +62,9 @@ class Checkpoints:
             try:
                 return self._load(folder)
             except (OSError, ValueError, KeyError, SafetensorError) as error:
-                print(f"pdfast: warning: checkpoint {folder} is damaged ({error}); using the one before", file=sys.stderr)
+                print(
+                    f"pdfast: warning: checkpoint {folder} is damaged ({error}); using the one before", file=sys.stderr
+                )
         if folders:
             raise UsageError(
                 f"every checkpoint of this stage is damaged ({', '.join(str(f) for f in folders)}): "

@@ -37,7 +37,9 @@ def writing(path: Path, remedy: str = "choose another folder with --run") -> Ite
         if number in _FORBIDDEN or "os error 13" in text or "os error 30" in text:
             raise UsageError(f"cannot write {path} ({os.strerror(number or errno.EACCES)}); {remedy}") from None
         if isinstance(error, OSError):
-            raise RunError(f"could not write {path}: {error.strerror or error}; what was saved before is kept") from None
+            raise RunError(
+                f"could not write {path}: {error.strerror or error}; what was saved before is kept"
+            ) from None
         raise
 
 

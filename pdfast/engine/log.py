@@ -69,7 +69,18 @@ class RunLog:
 class Progress:
     """Progress of one stage: averages the loss between log lines, and counts time over resumes."""
 
-    def __init__(self, log: RunLog, *, phase: str, steps: int | None, start: int, updates: int, seconds: float, batch_size: int, every: int) -> None:
+    def __init__(
+        self,
+        log: RunLog,
+        *,
+        phase: str,
+        steps: int | None,
+        start: int,
+        updates: int,
+        seconds: float,
+        batch_size: int,
+        every: int,
+    ) -> None:
         self._log, self._phase, self._steps = log, phase, steps
         self._updates, self._batch_size, self._every = updates, batch_size, every
         self._seconds_before, self._began = seconds, time.perf_counter()

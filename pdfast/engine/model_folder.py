@@ -74,7 +74,9 @@ def load_model(folder: Path, device: torch.device) -> SavedModel:
     if not file.is_file():
         raise UsageError(f"{file} is missing; restore it, or delete {folder} to make it again")
     if sha256(file) != meta["sha256"]:
-        raise UsageError(f"{file} is damaged or was changed (its hash differs from config.json): restore it, or delete {folder}")
+        raise UsageError(
+            f"{file} is damaged or was changed (its hash differs from config.json): restore it, or delete {folder}"
+        )
     network_config = from_plain(NetworkConfig, meta["network"], str(folder / "config.json"))
     schedule = from_plain(ScheduleConfig, meta["schedule"], str(folder / "config.json"))
     try:

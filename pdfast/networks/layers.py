@@ -54,7 +54,9 @@ class GroupNorm(nn.GroupNorm):
     def __init__(self, num_groups: int, num_channels: int) -> None:
         super().__init__(num_groups, num_channels, eps=1e-6)
 
-    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = False
+    ) -> Tensor:
         return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, scale=scale, shift=shift, silu=silu)
 
 
@@ -70,7 +72,13 @@ class ResBlock(nn.Module):
     """GroupNorm, SiLU, (resample,) conv, FiLM by the embedding, SiLU, dropout, zero-initialised conv; plus the input."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, emb_channels: int, num_groups: int, dropout: float, resample: str = ""
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        num_groups: int,
+        dropout: float,
+        resample: str = "",
     ) -> None:
         super().__init__()
         self.norm1 = GroupNorm(num_groups, in_channels)
@@ -80,7 +88,9 @@ class ResBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = Conv2d(out_channels, out_channels, 3, zero_init=True)
         self.shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-        self.resample = {"": nn.Identity(), "down": nn.AvgPool2d(2), "up": nn.UpsamplingNearest2d(scale_factor=2)}[resample]
+        self.resample = {"": nn.Identity(), "down": nn.AvgPool2d(2), "up": nn.UpsamplingNearest2d(scale_factor=2)}[
+            resample
+        ]
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.resample(self.norm1(x, silu=True))

@@ -41,7 +41,9 @@ class NetworkConfig:
     def __post_init__(self) -> None:
         levels = len(self.channel_mult)
         if levels == 0 or self.image_size % 2 ** (levels - 1):
-            raise ValueError(f"image_size {self.image_size} does not halve {levels - 1} times (channel_mult {self.channel_mult})")
+            raise ValueError(
+                f"image_size {self.image_size} does not halve {levels - 1} times (channel_mult {self.channel_mult})"
+            )
         for width in {self.channels * m for m in self.channel_mult}:
             if width % self.num_groups:
                 raise ValueError(f"{width} channels do not divide into num_groups = {self.num_groups}")
@@ -108,7 +110,9 @@ class UNet(nn.Module):
             self.up.append(stage)
 
         self.norm_out = GroupNorm(groups, channels)
-        self.conv_out = Conv2d(channels, outputs_per_channel(config.prediction) * config.image_channels, 3, zero_init=True)
+        self.conv_out = Conv2d(
+            channels, outputs_per_channel(config.prediction) * config.image_channels, 3, zero_init=True
+        )
 
     def forward(self, z: Tensor, phi: Tensor, cond: Any = None) -> Tensor:
         emb = self.time_mlp(time_embedding(phi, self.config.channels))

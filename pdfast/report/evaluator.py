@@ -134,7 +134,11 @@ class Evaluator:
             "device": describe(self._device),
             "versions": {"pdfast": pdfast.__version__, "torch": torch.__version__},
             "commit": commit(),
-            "data": {"name": self._source.name, "num_images": self._source.num_images, "shape": list(self._source.shape)},
+            "data": {
+                "name": self._source.name,
+                "num_images": self._source.num_images,
+                "shape": list(self._source.shape),
+            },
             "real": {"channel_mean": self._real_mean, "channel_std": self._real_std},
             "training": training,
             "evaluation": rows,

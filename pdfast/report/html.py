@@ -136,7 +136,9 @@ def build_report(run: Path) -> Path:
     import yaml
 
     teacher = _read_stage(run / "teacher", None)
-    folders = sorted((run / "students").glob("[0-9]*"), key=lambda f: -int(f.name)) if (run / "students").exists() else []
+    folders = (
+        sorted((run / "students").glob("[0-9]*"), key=lambda f: -int(f.name)) if (run / "students").exists() else []
+    )
     students = [stage for f in folders if (stage := _read_stage(f, int(f.name)))]
     log = _read_log(run / "log.jsonl")
     config_text = (run / "config.yaml").read_text() if (run / "config.yaml").exists() else ""

@@ -64,9 +64,13 @@ def _print_network(config: RunConfig, device: torch.device, batch_size: int, cop
     parameters, flops = parameters_and_flops(config.network)
     memory = 4 * parameters * copies + activation_bytes(config.network) * batch_size
     forward = seconds_a_forward(config.network, device)
-    print(f"network      {parameters:,} parameters, {flops / 1e9:.3g} GFLOP a forward and image, predicts {config.network.prediction}")
+    print(
+        f"network      {parameters:,} parameters, {flops / 1e9:.3g} GFLOP a forward and image, predicts {config.network.prediction}"
+    )
     print(f"memory       about {memory / 1e9:.2g} GB for weights, optimizer and activations at batch {batch_size}")
-    print(f"device       {device}: {forward * 1e3:.3g} ms a forward and image ({flops / forward / 1e9:.3g} GFLOP/s), measured")
+    print(
+        f"device       {device}: {forward * 1e3:.3g} ms a forward and image ({flops / forward / 1e9:.3g} GFLOP/s), measured"
+    )
     return forward
 
 
@@ -92,7 +96,9 @@ def print_training_plan(config: TrainConfig, device: torch.device) -> None:
 
 def print_distillation_plan(config: DistillConfig, device: torch.device) -> None:
     """The plan of `pdfast.distill`: an update costs two forwards of the teacher and three forwards' worth of the student."""
-    print(f"plan of {config.run}: {config.rounds} rounds, {config.start_steps} -> {config.end_steps} steps, on {config.data}")
+    print(
+        f"plan of {config.run}: {config.rounds} rounds, {config.start_steps} -> {config.end_steps} steps, on {config.data}"
+    )
     forward = _print_network(config, device, config.batch_size, copies=6 if config.ema else 5)
     print(f"\n{'stage':<12} {'updates':>10} {'images':>14} {'network evals':>16} {'time':>12}")
     total = 0.0 if config.teacher else _print_teacher(config, forward)
@@ -105,4 +111,6 @@ def print_distillation_plan(config: DistillConfig, device: torch.device) -> None
     judged = [n for n in config.round_steps if n <= config.evaluation.max_steps]
     draws = (config.start_steps + 2 * sum(config.round_steps if not judged else judged)) * config.evaluation.num_samples
     _row("evaluation", 0, 0, draws, draws * forward)
-    print(f"\nexpected time {clock(total + draws * forward)} (training {clock(total)}, evaluation {clock(draws * forward)})")
+    print(
+        f"\nexpected time {clock(total + draws * forward)} (training {clock(total)}, evaluation {clock(draws * forward)})"
+    )

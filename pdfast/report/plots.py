@@ -11,7 +11,9 @@ def _svg(draw: Callable[[Any], None]) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"svg.hashsalt": "pdfast", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}):
+    with matplotlib.rc_context(
+        {"svg.hashsalt": "pdfast", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}
+    ):
         figure = Figure(figsize=(7, 3.6), layout="constrained")
         axes = figure.subplots()
         axes.spines[["top", "right"]].set_visible(False)
@@ -29,7 +31,10 @@ def quality_plot(
     """Frechet distance against steps, both axes logarithmic; each curve is a list of (steps, distance)."""
 
     def draw(axes: Any) -> None:
-        for points, name, colour, marker in ((teacher, "teacher, DDIM", TEACHER, "s"), (student, "students", STUDENT, "o")):
+        for points, name, colour, marker in (
+            (teacher, "teacher, DDIM", TEACHER, "s"),
+            (student, "students", STUDENT, "o"),
+        ):
             if points:
                 axes.plot(*zip(*sorted(points), strict=True), marker=marker, color=colour, label=name)
         axes.axhline(floor, color=FLOOR, linestyle="--", linewidth=1, label="real against real")

@@ -76,7 +76,9 @@ def test_algorithm_2(prediction, name, N):
 
     expected = {key: np.empty((len(k), ELEMENTS), object) for key in ("z", "z_mid", "x_target", *WEIGHTINGS)}
     for (row, i), e in itertools.product(enumerate(k.tolist()), range(ELEMENTS)):
-        o1, o2, o = (mpf(output[row, :, e] if channels == 2 else output[row, 0, e]) for output in (first, second, student))
+        o1, o2, o = (
+            mpf(output[row, :, e] if channels == 2 else output[row, 0, e]) for output in (first, second, student)
+        )
         sample = paper.Algorithm2(theirs, N, i, mpf(x[row, e]), mpf(eps[row, e]))
         expected["z"][row, e] = sample.z
         expected["z_mid"][row, e] = sample.teacher_first(prediction, o1)
@@ -137,7 +139,9 @@ def test_algorithm_1(prediction, name, weighting):
         alpha, sigma = theirs(mp.mpf(u[i]))
         z = alpha * mp.mpf(x[i]) + sigma * mp.mpf(eps[i])
         o = mpf(output[i]) if prediction == "both" else mp.mpf(output[i, 0])
-        expected.append(paper.weight(weighting, alpha, sigma) * (mp.mpf(x[i]) - paper.x_hat(prediction, o, z, alpha, sigma)) ** 2)
+        expected.append(
+            paper.weight(weighting, alpha, sigma) * (mp.mpf(x[i]) - paper.x_hat(prediction, o, z, alpha, sigma)) ** 2
+        )
 
     phi = ours.phi(torch.tensor(u))
     angle = natural_angle(prediction, phi)

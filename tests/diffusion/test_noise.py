@@ -47,6 +47,8 @@ def test_uniform_is_strictly_inside():
 def test_permutations():
     first = noise.permutation(4, 0, 1797)
     assert torch.equal(first.sort().values, torch.arange(1797))
-    assert not torch.equal(first, noise.permutation(4, 1, 1797)) and not torch.equal(first, noise.permutation(5, 0, 1797))
+    assert not torch.equal(first, noise.permutation(4, 1, 1797)) and not torch.equal(
+        first, noise.permutation(5, 0, 1797)
+    )
     noise.permutation.cache_clear()
     assert torch.equal(first, noise.permutation(4, 0, 1797))

@@ -37,7 +37,9 @@ def test_cosine_ends_exactly():
 
 def test_clipped_logsnr():
     u = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
-    torch.testing.assert_close(logsnr(ClippedCosine().phi(u)), torch.tensor([20.0, 0.0, -20.0], dtype=torch.float64), atol=1e-10, rtol=0)
+    torch.testing.assert_close(
+        logsnr(ClippedCosine().phi(u)), torch.tensor([20.0, 0.0, -20.0], dtype=torch.float64), atol=1e-10, rtol=0
+    )
 
 
 def test_a_sampler_ends_at_exactly_zero():

@@ -16,4 +16,6 @@ def assert_relative(ours: Tensor, expected: Tensor, relative: float = RELATIVE[t
     assert ours.shape == expected.shape
     if ours.numel():
         difference = (ours.double() - expected.double()).abs().max()
-        assert difference <= relative * expected.double().abs().max(), f"relative error {difference / expected.abs().max():.2e}"
+        assert difference <= relative * expected.double().abs().max(), (
+            f"relative error {difference / expected.abs().max():.2e}"
+        )

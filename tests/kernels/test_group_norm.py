@@ -79,7 +79,10 @@ def test_film_and_silu(triton_kernels, draw, shape, num_groups):
 
 def test_the_cases_take_every_branch():
     kinds = {
-        tuple(_resident(_Shape(shape[0], shape[2] * shape[3], shape[1], shape[1] // groups), most) is None for most in (16384, 8192))
+        tuple(
+            _resident(_Shape(shape[0], shape[2] * shape[3], shape[1], shape[1] // groups), most) is None
+            for most in (16384, 8192)
+        )
         for shape, groups in CASES
     }
     assert kinds == {(False, False), (False, True), (True, True)}
@@ -187,7 +190,9 @@ def test_the_reference(draw):
     def norm(x, weight, bias, scale, shift):
         return plain.group_norm(x, 4, weight, bias, 1e-6, scale=scale, shift=shift, silu=True)
 
-    assert_relative(norm(x, weight, bias, scale, shift), expected_group_norm(x, 4, weight, bias, 1e-6, scale, shift, True), 1e-12)
+    assert_relative(
+        norm(x, weight, bias, scale, shift), expected_group_norm(x, 4, weight, bias, 1e-6, scale, shift, True), 1e-12
+    )
     torch.autograd.gradcheck(norm, (x, weight, bias, scale, shift))
 
 

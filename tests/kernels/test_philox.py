@@ -73,7 +73,9 @@ def test_a_count_not_divisible_by_four_is_a_prefix():
     assert torch.equal(philox.normals(0, 0, 0, 0, index, 5), philox.normals(0, 0, 0, 0, index, 64)[:, :5])
 
 
-@pytest.mark.parametrize("fields", [(-1, 0, 0, 0), (2**64, 0, 0, 0), (0, 2**16, 0, 0), (0, 0, 2**16, 0), (0, 0, 0, 2**32)])
+@pytest.mark.parametrize(
+    "fields", [(-1, 0, 0, 0), (2**64, 0, 0, 0), (0, 2**16, 0, 0), (0, 0, 2**16, 0), (0, 0, 0, 2**32)]
+)
 def test_fields_out_of_range(fields):
     with pytest.raises(ValueError):
         philox.integers(*fields, torch.arange(2), 4)

@@ -82,7 +82,9 @@ def test_time_embedding():
     for n, p in enumerate(phi.tolist()):
         for i in range(4):
             angle = 1000 * p / (math.pi / 2) * 10000 ** (-i / 3)
-            assert abs(float(ours[n, i]) - math.sin(angle)) < 1e-4 and abs(float(ours[n, 4 + i]) - math.cos(angle)) < 1e-4
+            assert (
+                abs(float(ours[n, i]) - math.sin(angle)) < 1e-4 and abs(float(ours[n, 4 + i]) - math.cos(angle)) < 1e-4
+            )
 
 
 def test_conv_is_conv2d_of_its_weight():
@@ -178,5 +180,7 @@ dist.destroy_process_group()
 
 
 def test_fully_shard_accepts_it():
-    done = subprocess.run([sys.executable, "-c", FULLY_SHARDED], env=environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", FULLY_SHARDED], env=environment(), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr

@@ -41,7 +41,13 @@ def metrics(rows, training):
 @pytest.fixture
 def run(tmp_path):
     """A run's folder as two rounds leave it."""
-    training = {"updates": 100, "images": 12800, "seconds": 12.5, "images_per_second": 1024.0, "network_evaluations": 38400}
+    training = {
+        "updates": 100,
+        "images": 12800,
+        "seconds": 12.5,
+        "images_per_second": 1024.0,
+        "network_evaluations": 38400,
+    }
     rng = np.random.default_rng(0)
     for name, rows in [("teacher", TEACHER_FD), *((f"students/{n:04d}", {n: fd}) for n, fd in STUDENT_FD.items())]:
         folder = tmp_path / "run" / name
@@ -49,7 +55,9 @@ def run(tmp_path):
         (folder / "metrics.json").write_text(json.dumps(metrics(rows, training)))
         np.save(folder / "samples.npy", rng.integers(0, 256, (16, 8, 8, 1), dtype=np.uint8))
     np.save(tmp_path / "run/teacher/real.npy", rng.integers(0, 256, (16, 8, 8, 1), dtype=np.uint8))
-    (tmp_path / "run/config.yaml").write_text("data: <script>alert(1)</script>\nrounds: 2\ncommand: python -m pdfast.distill --rounds 2\n")
+    (tmp_path / "run/config.yaml").write_text(
+        "data: <script>alert(1)</script>\nrounds: 2\ncommand: python -m pdfast.distill --rounds 2\n"
+    )
     lines = [{"phase": "teacher", "steps": None, "update": u, "loss": 1 / u} for u in (50, 100)]
     lines += [{"phase": "distill", "steps": n, "update": u, "loss": 1 / u} for n in (2, 1) for u in (50, 100)]
     lines += [{"event": "warning", "message": "a <warning>"}]
@@ -90,7 +98,11 @@ def test_the_numbers(run):
     assert cost["2 steps"] == ["2 steps", "100", "12,800", "38,400", "12.5", "1,024"]
     assert "In 1 step the student reaches FD-digits 6.60, 1.50 times its teacher's 4.40 in 256 steps" in page.text
     assert "1/256 of the network evaluations" in page.text and "it is not the FID" in page.text and "3.730" in page.text
-    assert "python -m pdfast.distill --rounds 2" in page.text and "commit abc1234" in page.text and "a <warning>" in page.text
+    assert (
+        "python -m pdfast.distill --rounds 2" in page.text
+        and "commit abc1234" in page.text
+        and "a <warning>" in page.text
+    )
 
 
 def test_it_stands_alone_and_escapes(run):
@@ -105,7 +117,9 @@ def test_same_run_same_bytes(run):
     assert build_report(run).read_bytes() == first
 
 
-@pytest.mark.parametrize("missing", ["students/0001", "students", "teacher", "log.jsonl", "config.yaml", "teacher/real.npy"])
+@pytest.mark.parametrize(
+    "missing", ["students/0001", "students", "teacher", "log.jsonl", "config.yaml", "teacher/real.npy"]
+)
 def test_a_run_under_way(run, missing):
     path = run / missing
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -126,7 +140,11 @@ def test_grids():
     images = np.arange(2 * 2 * 3 * 1, dtype=np.uint8).reshape(2, 2, 3, 1)
     grid = image_grid(images, columns=2, scale=2, gap=1)
     assert grid.shape == (4, 13, 3)
-    assert grid[0, 0, 0] == grid[1, 1, 2] == images[0, 0, 0, 0] and grid[3, 12, 0] == images[1, 1, 2, 0] and grid[0, 6, 0] == 255
+    assert (
+        grid[0, 0, 0] == grid[1, 1, 2] == images[0, 0, 0, 0]
+        and grid[3, 12, 0] == images[1, 1, 2, 0]
+        and grid[0, 6, 0] == 255
+    )
     assert image_grid(np.zeros((3, 2, 2, 3), np.uint8), columns=2).shape == (5, 5, 3)
     labelled = steps_grid([("a", images), ("b", images)], scale=4)
     assert labelled.ndim == 3 and (labelled != 255).any()

@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _read(case: Case, arch: int) -> list[dict[str, Any]]:
     """A row for each kernel that the case launches."""
-    passes = launches(case.make(case.samples, "cpu"), arch)
+    passes = launches(partial(case.make, case.samples, "cpu"), arch)
     everything = [launch for listed in passes.values() for launch in listed]
     rows = []
     for direction, listed in passes.items():

@@ -48,10 +48,11 @@ def kernels_wanted() -> Iterator[None]:
         yield
 
 
-def launches(work: Work, arch: int) -> dict[str, list[Launch]]:
-    """What the forward and the backward launch, configured for sm_`arch`. Nothing is computed."""
+def launches(make: Callable[[], Work], arch: int) -> dict[str, list[Launch]]:
+    """What the forward and the backward of the work launch, configured for sm_`arch`. Nothing is computed."""
     with kernels_wanted():
         with recorded(arch) as forward:
+            work = make()
             result = work.kernels()
         if not work.differentiated:
             return {"forward": forward}

@@ -36,6 +36,26 @@ def _gain_and_offset(weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, s
 
 
 @jit
+def _part(rows, C: tl.constexpr, TILES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Of a program of a streaming kernel: sample, channel block, row chunk, and how many chunks a sample has.
+
+    On one axis of the grid: the others end at 65535.
+    """
+    BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    chunks = tl.cdiv(rows, TILES * BLOCK_R)
+    part = tl.program_id(0) // chunks
+    return (part // BLOCKS).to(tl.int64), part % BLOCKS, tl.program_id(0) % chunks, chunks
+
+
+@jit
+def _part_from_the_end(rows, C: tl.constexpr, TILES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The same, but the last sample first: what was read last is still in the L2 cache."""
+    BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    n, block, chunk, chunks = _part(rows, C, TILES, BLOCK_R, BLOCK_C)
+    return tl.num_programs(0) // (chunks * BLOCKS) - 1 - n, block, chunk
+
+
+@jit
 def _activate(u, SILU: tl.constexpr):
     return u / (1.0 + tl.exp(-u)) if SILU else u
 
@@ -108,9 +128,8 @@ def chunk_moments(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    chunk = tl.program_id(0)
-    n = tl.program_id(2).to(tl.int64)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    n, block, chunk, chunks = _part(rows, C, TILES, BLOCK_R, BLOCK_C)
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     first = chunk * (TILES * BLOCK_R)
     count = tl.minimum(rows - first, TILES * BLOCK_R).to(tl.float32)
 
@@ -132,7 +151,7 @@ def chunk_moments(
     shift = tl.sum(total, axis=0) / count
     squares_c = tl.sum(squares, axis=0) - shift * shift * count
 
-    out = (n * tl.num_programs(0) + chunk) * 2 * C + c
+    out = (n * chunks + chunk) * 2 * C + c
     tl.store(partial_ptr + out, origin + shift, mask=c < C)
     tl.store(partial_ptr + out + C, squares_c, mask=c < C)
 
@@ -151,8 +170,8 @@ def merge_moments(
     BLOCK_K: tl.constexpr,
     BLOCK_CPG: tl.constexpr,
 ):
-    n = tl.program_id(1).to(tl.int64)
-    g = tl.program_id(0)
+    n = (tl.program_id(0) // (C // CPG)).to(tl.int64)
+    g = tl.program_id(0) % (C // CPG)
     lane = tl.arange(0, BLOCK_CPG)
     partial_ptr += n * chunks * 2 * C + g * CPG
     origin = tl.load(partial_ptr)
@@ -199,8 +218,8 @@ def apply(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    n = (tl.num_programs(2) - 1 - tl.program_id(2)).to(tl.int64)  # what was read last is still in the L2 cache
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    n, block, chunk = _part_from_the_end(rows, C, TILES, BLOCK_R, BLOCK_C)
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     inside_c = c < C
     group = n * (C // CPG) + c // CPG
     mean = tl.load(mean_ptr + group, mask=inside_c, other=0.0)
@@ -209,7 +228,7 @@ def apply(
     )
     gain *= tl.load(rstd_ptr + group, mask=inside_c, other=0.0)
     for tile in range(TILES):
-        row = (tl.program_id(0) * TILES + tile) * BLOCK_R + tl.arange(0, BLOCK_R)
+        row = (chunk * TILES + tile) * BLOCK_R + tl.arange(0, BLOCK_R)
         inside = (row < rows)[:, None] & inside_c[None, :]
         place = (n * rows + row)[:, None] * C + c[None, :]
         x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
@@ -291,9 +310,8 @@ def chunk_gradient_sums(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    chunk = tl.program_id(0)
-    n = tl.program_id(2).to(tl.int64)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    n, block, chunk, chunks = _part(rows, C, TILES, BLOCK_R, BLOCK_C)
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     inside_c = c < C
     group = n * (C // CPG) + c // CPG
     mean = tl.load(mean_ptr + group, mask=inside_c, other=0.0)
@@ -313,7 +331,7 @@ def chunk_gradient_sums(
         du = _gradient_of_u(dy, xhat * gain[None, :] + offset[None, :], SILU)
         total += du
         products += du * xhat
-    out = (n * tl.num_programs(0) + chunk) * 2 * C + c
+    out = (n * chunks + chunk) * 2 * C + c
     tl.store(partial_ptr + out, tl.sum(total, axis=0), mask=inside_c)
     tl.store(partial_ptr + out + C, tl.sum(products, axis=0), mask=inside_c)
 
@@ -332,8 +350,8 @@ def merge_gradient_sums(
     BLOCK_K: tl.constexpr,
     BLOCK_CPG: tl.constexpr,
 ):
-    n = tl.program_id(1).to(tl.int64)
-    g = tl.program_id(0)
+    n = (tl.program_id(0) // (C // CPG)).to(tl.int64)
+    g = tl.program_id(0) % (C // CPG)
     lane = tl.arange(0, BLOCK_CPG)
     c = g * CPG + lane
     inside_c = lane < CPG
@@ -375,8 +393,8 @@ def apply_gradient(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    n = (tl.num_programs(2) - 1 - tl.program_id(2)).to(tl.int64)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    n, block, chunk = _part_from_the_end(rows, C, TILES, BLOCK_R, BLOCK_C)
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     inside_c = c < C
     group = n * (C // CPG) + c // CPG
     mean = tl.load(mean_ptr + group, mask=inside_c, other=0.0)
@@ -389,7 +407,7 @@ def apply_gradient(
         weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, n, c, inside_c
     )
     for tile in range(TILES):
-        row = (tl.program_id(0) * TILES + tile) * BLOCK_R + tl.arange(0, BLOCK_R)
+        row = (chunk * TILES + tile) * BLOCK_R + tl.arange(0, BLOCK_R)
         inside = (row < rows)[:, None] & inside_c[None, :]
         place = (n * rows + row)[:, None] * C + c[None, :]
         x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)

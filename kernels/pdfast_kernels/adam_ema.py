@@ -25,14 +25,15 @@ from torch import Tensor
 
 from pdfast_kernels import reference
 from pdfast_kernels._triton import jit, tl
+from pdfast_kernels.configs import ANY, UNBOUNDED, Blocks, Table
 from pdfast_kernels.dispatch import KERNEL_DTYPES, check_device, check_floating, check_shape, triton_runs
-from pdfast_kernels.launch import launch
+from pdfast_kernels.launch import arch_of, launch
 from pdfast_kernels.layout import is_channels_last
 
 OP = "adam_ema"
 
-# Elements of a chunk, num_warps.
-CONFIGS = (2048, 8)
+# By the elements of all parameters: the chunk of a program.
+TABLE = Table(OP, {ANY: (Blocks(UNBOUNDED, 2048, 8),)})
 WIDE_BYTES = 16
 
 
@@ -226,11 +227,10 @@ class AdamEma:
             ]
         addresses = [g.data_ptr() for g in gradients]
         table = self._table(gradients, addresses)
-        chunk, warps = CONFIGS
         launch(
             _step,
             (len(self._chunks),),
-            num_warps=warps,
+            num_warps=self._config.num_warps,
             chunks_ptr=self._chunks,
             sizes_ptr=self._sizes,
             addresses_ptr=self._addresses,
@@ -245,7 +245,7 @@ class AdamEma:
             WEIGHT_DECAY=self._weight_decay,
             AVERAGED=self._averages is not None,
             ALL_WIDE=self._wide and not any(a % WIDE_BYTES for a in addresses),
-            CHUNK=chunk,
+            CHUNK=self._config.block,
         )
         torch.autograd.graph.increment_version(self._parameters)
 
@@ -271,9 +271,9 @@ class AdamEma:
         return torch.empty(len(self._parameters), dtype=torch.int64, pin_memory=self._device.type == "cuda")
 
     def _build_tables(self) -> None:
-        chunk, _ = CONFIGS
         sizes = torch.tensor([p.numel() for p in self._parameters], dtype=torch.int64)
-        counts = -(-sizes // chunk)
+        self._config = TABLE.row(arch_of(self._device), int(sizes.sum()))
+        counts = -(-sizes // self._config.block)
         tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)
         place = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]
         averages = self._averages or [None] * len(sizes)

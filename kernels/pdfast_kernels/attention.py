@@ -32,6 +32,7 @@ from pdfast_kernels._attention_kernels import (
     forward_stream,
     row_products,
 )
+from pdfast_kernels.configs import ANY, UNBOUNDED, Table
 from pdfast_kernels.dispatch import check_device, check_floating, triton_runs, unsupported_dtype
 from pdfast_kernels.launch import arch_of, cdiv, launch, next_power_of_2
 
@@ -45,7 +46,7 @@ APART_COLUMNS = 256  # from which on dk and dv are left to two programs
 class Config(NamedTuple):
     """A kernel and how it is launched, for at most so many keys and columns."""
 
-    keys: int | float
+    keys: float
     columns: int
     kernel: Callable
     block: int  # rows that a program owns: queries forward; keys, then queries, backward
@@ -60,70 +61,78 @@ class Config(NamedTuple):
         return self._replace(block=min(self.block, rows), step=min(self.step, rows), num_warps=warps)
 
 
-# The first that fits. 90, 100: 227 KB of shared memory, and matrix instructions that read it, of 64 and of 128 rows;
-# 80: 163 KB; 86: 99 KB, which is what the other architectures have. Chosen by what the compiler reports (nothing
-# spills), not by time yet.
-ANY = math.inf
-FORWARD = {
+# 90, 100: 227 KB of shared memory, and matrix instructions that read it, of 64 and of 128 rows; 80: 163 KB; the others
+# have 99 KB. Chosen by what the compiler reports (nothing spills), not by time yet.
+_FORWARD = {
     90: (
         Config(256, 64, forward_resident, 64, 256, 4, 2),
         Config(128, 128, forward_resident, 64, 128, 4, 2),
         Config(64, 256, forward_resident, 64, 64, 8, 2),
-        Config(ANY, 64, forward_stream, 128, 64, 4, 3),
-        Config(ANY, 128, forward_stream, 128, 64, 8, 3),
-        Config(ANY, 256, forward_stream, 128, 64, 8, 2),
+        Config(UNBOUNDED, 64, forward_stream, 128, 64, 4, 3),
+        Config(UNBOUNDED, 128, forward_stream, 128, 64, 8, 3),
+        Config(UNBOUNDED, 256, forward_stream, 128, 64, 8, 2),
     ),
-    86: (
+    ANY: (
         Config(128, 64, forward_resident, 64, 128, 4, 2),
         Config(64, 256, forward_resident, 64, 64, 8, 2),
-        Config(ANY, 64, forward_stream, 128, 64, 4, 3),
-        Config(ANY, 128, forward_stream, 128, 32, 8, 2),
-        Config(ANY, 256, forward_stream, 64, 16, 4, 2),
+        Config(UNBOUNDED, 64, forward_stream, 128, 64, 4, 3),
+        Config(UNBOUNDED, 128, forward_stream, 128, 32, 8, 2),
+        Config(UNBOUNDED, 256, forward_stream, 64, 16, 4, 2),
     ),
 }
-BACKWARD = {
+_BACKWARD = {
     90: (
         Config(64, 128, backward_tile, 64, 64, 4, 1),
         Config(64, 256, backward_tile, 64, 64, 8, 1),
         Config(128, 128, backward_tile, 128, 128, 8, 1),
         Config(256, 64, backward_resident, 256, 32, 8, 2),
-        Config(ANY, 128, backward_stream, 128, 64, 8, 2),
-        Config(ANY, 256, backward_stream, 128, 32, 8, 2),
+        Config(UNBOUNDED, 128, backward_stream, 128, 64, 8, 2),
+        Config(UNBOUNDED, 256, backward_stream, 128, 32, 8, 2),
     ),
-    86: (
+    ANY: (
         Config(64, 128, backward_tile, 64, 64, 4, 1),
         Config(32, 256, backward_tile, 32, 32, 4, 1),
-        Config(ANY, 32, backward_stream, 128, 64, 8, 2),
-        Config(ANY, 64, backward_stream, 64, 64, 4, 2),
-        Config(ANY, 128, backward_stream, 64, 32, 4, 2),
-        Config(ANY, 256, backward_stream, 64, 16, 4, 2),
+        Config(UNBOUNDED, 32, backward_stream, 128, 64, 8, 2),
+        Config(UNBOUNDED, 64, backward_stream, 64, 64, 4, 2),
+        Config(UNBOUNDED, 128, backward_stream, 64, 32, 4, 2),
+        Config(UNBOUNDED, 256, backward_stream, 64, 16, 4, 2),
     ),
 }
-FORWARD[80], BACKWARD[80] = FORWARD[86], (Config(64, 256, backward_tile, 64, 64, 8, 1), *BACKWARD[86])
-FORWARD[100] = (*FORWARD[90][:-1], Config(ANY, 256, forward_stream, 128, 32, 8, 2))
-BACKWARD[100] = (*BACKWARD[90][:-2], Config(ANY, 64, backward_stream, 128, 128, 8, 2), *BACKWARD[90][-2:])
-FORWARD_FP32 = (
-    Config(32, 64, forward_resident, 32, 32, 4, 1),
-    Config(ANY, 64, forward_stream, 32, 16, 4, 1),
-    Config(ANY, 128, forward_stream, 32, 16, 8, 1),
+_FORWARD[80], _BACKWARD[80] = _FORWARD[ANY], (Config(64, 256, backward_tile, 64, 64, 8, 1), *_BACKWARD[ANY])
+_FORWARD[100] = (*_FORWARD[90][:-1], Config(UNBOUNDED, 256, forward_stream, 128, 32, 8, 2))
+_BACKWARD[100] = (*_BACKWARD[90][:-2], Config(UNBOUNDED, 64, backward_stream, 128, 128, 8, 2), *_BACKWARD[90][-2:])
+_FORWARD[103], _BACKWARD[103] = _FORWARD[100], _BACKWARD[100]
+FORWARD, BACKWARD = Table("attention forward", _FORWARD), Table("attention backward", _BACKWARD)
+FORWARD_FP32 = Table(
+    "attention forward fp32",
+    {
+        ANY: (
+            Config(32, 64, forward_resident, 32, 32, 4, 1),
+            Config(UNBOUNDED, 64, forward_stream, 32, 16, 4, 1),
+            Config(UNBOUNDED, 128, forward_stream, 32, 16, 8, 1),
+        )
+    },
 )
-BACKWARD_FP32 = (
-    Config(32, 64, backward_tile, 32, 32, 4, 1),
-    Config(16, 128, backward_tile, 16, 16, 4, 1),
-    Config(ANY, 32, backward_stream, 32, 16, 8, 1),
-    Config(ANY, 64, backward_stream, 32, 16, 4, 1),
-    Config(ANY, 128, backward_stream, 8, 16, 8, 1),
+BACKWARD_FP32 = Table(
+    "attention backward fp32",
+    {
+        ANY: (
+            Config(32, 64, backward_tile, 32, 32, 4, 1),
+            Config(16, 128, backward_tile, 16, 16, 4, 1),
+            Config(UNBOUNDED, 32, backward_stream, 32, 16, 8, 1),
+            Config(UNBOUNDED, 64, backward_stream, 32, 16, 4, 1),
+            Config(UNBOUNDED, 128, backward_stream, 8, 16, 8, 1),
+        )
+    },
 )
 
 
 def _config(backward: bool, q: Tensor) -> Config:
-    length, columns = q.shape[1], _columns(q)
     if q.dtype == torch.float32:
-        configs = BACKWARD_FP32 if backward else FORWARD_FP32
+        table = BACKWARD_FP32 if backward else FORWARD_FP32
     else:
-        arch = arch_of(q.device)
-        configs = (BACKWARD if backward else FORWARD)[{80: 80, 90: 90, 100: 100, 103: 100}.get(arch, 86)]
-    return next(c for c in configs if length <= c.keys and columns <= c.columns).fitted(length)
+        table = BACKWARD if backward else FORWARD
+    return table.row(arch_of(q.device), q.shape[1], _columns(q)).fitted(q.shape[1])
 
 
 def _columns(q: Tensor) -> int:

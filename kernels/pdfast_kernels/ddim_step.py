@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pdfast_kernels import reference
 from pdfast_kernels._triton import jit, tl
+from pdfast_kernels.configs import ANY, UNBOUNDED, Blocks, Table
 from pdfast_kernels.dispatch import (
     check_device,
     check_floating,
@@ -25,11 +26,11 @@ from pdfast_kernels.dispatch import (
     triton_runs,
     unsupported_dtype,
 )
-from pdfast_kernels.launch import cdiv, launch
+from pdfast_kernels.launch import arch_of, cdiv, launch
 from pdfast_kernels.layout import is_channels_last, run_length, with_layout
 
-# (elements a sample from which on the row holds, BLOCK, num_warps): 16 bytes or more a thread and load.
-CONFIGS = ((1 << 14, 4096, 8), (0, 1024, 4))
+# By the elements of a sample: 16 bytes or more a thread and load.
+TABLE = Table("ddim_step", {ANY: (Blocks((1 << 14) - 1, 1024, 4), Blocks(UNBOUNDED, 4096, 8))})
 
 
 @jit
@@ -88,13 +89,9 @@ def _backward(
         tl.store(grad_output_ptr + n * M * P + place, grad_output.to(grad_output_ptr.dtype.element_ty), mask=inside)
 
 
-def _config(elements: int) -> tuple[int, int]:
-    return next((block, warps) for least, block, warps in CONFIGS if elements >= least)
-
-
 def _launch(kernel, z: Tensor, parts: int, index: Tensor | None, run: int, **tensors: Tensor | None) -> None:
     elements = z.numel() // max(len(z), 1)
-    block, warps = _config(elements)
+    _, block, warps = TABLE.row(arch_of(z.device), elements)
     launch(
         kernel,
         (len(z) * cdiv(elements, block),),

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pdfast_kernels import reference
 from pdfast_kernels._triton import jit, tl
+from pdfast_kernels.configs import ANY, UNBOUNDED, Blocks, Table
 from pdfast_kernels.dispatch import (
     check_device,
     check_floating,
@@ -27,13 +28,13 @@ from pdfast_kernels.dispatch import (
     triton_runs,
     unsupported_dtype,
 )
-from pdfast_kernels.launch import cdiv, launch
+from pdfast_kernels.launch import arch_of, cdiv, launch
 from pdfast_kernels.layout import run_length
 
 OP = "ddim_step_weighted_loss"
 
-# (elements a sample from which on the row holds, BLOCK, num_warps): 16 bytes or more a thread and load.
-CONFIGS = ((1 << 14, 2048, 8), (0, 1024, 4))
+# By the elements of a sample: 16 bytes or more a thread and load.
+TABLE = Table(OP, {ANY: (Blocks((1 << 14) - 1, 1024, 4), Blocks(UNBOUNDED, 2048, 8))})
 
 
 @jit
@@ -98,16 +99,12 @@ def _backward(
     tl.store(grad_ptr + n * M + e, grad.to(grad_ptr.dtype.element_ty), mask=e < M)
 
 
-def _config(elements: int) -> tuple[int, int]:
-    return next((block, warps) for least, block, warps in CONFIGS if elements >= least)
-
-
 def _run(tensors: tuple[Tensor | None, ...], grad_scale: float | None) -> tuple[Tensor, Tensor]:
     """The losses, and grad_scale d(sum of M losses)/d output, M = C H W: empty for None."""
     output, z, teacher, teacher_mid, target_z, target_output, target_output_mid, coefficient, weight, index = tensors
     run, _ = run_length(z, output=output)
     parts, elements = coefficient.shape[1], z.numel() // max(len(z), 1)
-    block, warps = _config(elements)
+    _, block, warps = TABLE.row(arch_of(z.device), elements)
     blocks = cdiv(elements, block)
     partial = torch.empty((len(z), blocks), dtype=torch.float32, device=z.device)
     grad = None if grad_scale is None else torch.empty_like(output)
@@ -167,7 +164,7 @@ def _(output, z, t, m, a, b, d, c, weight, index, differentiable):
 def _loss_backward(grad_loss: Tensor, saved: Tensor, mean_of: int) -> Tensor:
     grad = torch.empty_like(saved)
     elements = saved.numel() // max(len(saved), 1)
-    block, warps = _config(elements)
+    _, block, warps = TABLE.row(arch_of(saved.device), elements)
     launch(
         _backward,
         (len(saved) * cdiv(elements, block),),

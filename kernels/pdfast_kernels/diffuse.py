@@ -15,16 +15,28 @@ normals within 1e-6 of Box-Muller's formula. No gradients. Since v = dz/dphi, th
 it gives x. Other dtypes and images that are not contiguous run in PyTorch.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from pdfast_kernels import philox, reference
 from pdfast_kernels._triton import jit, tl
+from pdfast_kernels.configs import ANY, Table
 from pdfast_kernels.dispatch import KERNEL_DTYPES, check_device, check_floating, check_index, check_shape, triton_runs
-from pdfast_kernels.launch import cdiv, launch
+from pdfast_kernels.launch import arch_of, cdiv, launch
 
-# Bytes of an element of z -> (BLOCK, TILES, num_warps): of each tile of BLOCK elements a thread stores 16 bytes.
-CONFIGS = {2: (1024, 1, 4), 4: (512, 2, 4)}
+
+class Tiles(NamedTuple):
+    """For elements of z of at most so many bytes: of each tile a thread stores 16 bytes."""
+
+    bytes: int
+    block: int  # elements of a tile
+    tiles: int  # of a program
+    num_warps: int
+
+
+TABLE = Table("diffuse", {ANY: (Tiles(2, 1024, 1, 4), Tiles(4, 512, 2, 4))})
 
 
 @jit
@@ -151,7 +163,7 @@ def _diffuse(
     n, _, width, channels = images.shape
     z = _empty(images, dtype)
     elements = z.numel() // max(n, 1)
-    block, tiles, warps = CONFIGS[z.element_size()]
+    _, block, tiles, warps = TABLE.row(arch_of(z.device), z.element_size())
     launch(
         _forward,
         (n * cdiv(elements, block * tiles),),

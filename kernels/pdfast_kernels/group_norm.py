@@ -33,14 +33,28 @@ from pdfast_kernels._group_norm_kernels import (
     merge_moments,
     parameter_gradients,
 )
+from pdfast_kernels.configs import ANY, UNBOUNDED, Table
 from pdfast_kernels.dispatch import check_device, check_floating, check_shape, triton_runs, unsupported_dtype
-from pdfast_kernels.launch import cdiv, launch, next_power_of_2
+from pdfast_kernels.launch import arch_of, cdiv, launch, next_power_of_2
 
-# In elements. A resident tile has at least RESIDENT_TILE where there are as many; the backward holds two tensors of it.
-RESIDENT_TILE, FORWARD_TILE, BACKWARD_TILE = 4096, 16384, 8192
+
+class Tiles(NamedTuple):
+    """For groups of at most so many elements; the tiles in elements too."""
+
+    group: float
+    resident: int  # the least of a resident tile, where there are as many
+    most: int  # the most of it: larger groups are streamed
+    per_warp: int  # of it, for a warp: 4 to 8 warps
+    stream: int  # a tile of the streaming kernels, the widest that leaves fewest lanes idle
+    tiles: int  # of it in a chunk
+    stream_warps: int
+
+
+# The backward holds two tensors of a tile.
+FORWARD = Table("group_norm forward", {ANY: (Tiles(UNBOUNDED, 4096, 16384, 1024, 4096, 4, 4),)})
+BACKWARD = Table("group_norm backward", {ANY: (Tiles(UNBOUNDED, 4096, 8192, 1024, 4096, 4, 4),)})
 RESIDENT_CHANNELS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
-# A chunk of the streaming kernels is STREAM_TILES tiles of STREAM_TILE elements, the widest that leaves fewest lanes idle.
-STREAM_TILE, STREAM_TILES, STREAM_CHANNELS = 4096, 4, (256, 128, 64, 32)
+STREAM_CHANNELS = (256, 128, 64, 32)
 MERGED_ROWS, PARAMETER_CHANNELS = 32, 32
 
 
@@ -57,9 +71,12 @@ class _Shape(NamedTuple):
         n, channels, *rest = x.shape
         return cls(n, prod(rest), channels, channels // num_groups)
 
+    def tiles(self, table: Table, x: Tensor) -> Tiles:
+        return table.row(arch_of(x.device), self.rows * self.cpg)
 
-def _resident(shape: _Shape, most: int) -> dict[str, int] | None:
-    """The constants of a resident launch, with at most `most` elements a tile; None where no tile holds whole groups.
+
+def _resident(shape: _Shape, tiles: Tiles) -> dict[str, int] | None:
+    """The constants of a resident launch; None where no tile holds whole groups.
 
     The narrowest tile of enough elements, whose rows are of whole groups and, where the channels allow, of whole 16-byte
     words; between tiles of one width the one that leaves fewest lanes idle.
@@ -69,9 +86,9 @@ def _resident(shape: _Shape, most: int) -> dict[str, int] | None:
     fitting = []
     for block_c in RESIDENT_CHANNELS:
         channels = min(block_c // unit * unit, shape.channels)
-        if channels and block_r * block_c <= most:
+        if channels and block_r * block_c <= tiles.most:
             lanes = cdiv(shape.channels, channels) * block_c
-            fitting.append((block_r * block_c < RESIDENT_TILE and channels < shape.channels, lanes, block_c, channels))
+            fitting.append((block_r * block_c < tiles.resident and channels < shape.channels, lanes, block_c, channels))
     if not fitting:
         return None
     _, _, block_c, channels = min(fitting)
@@ -83,16 +100,18 @@ def _resident(shape: _Shape, most: int) -> dict[str, int] | None:
         "BLOCK_R": block_r,
         "BLOCK_C": block_c,
         "BLOCK_G": next_power_of_2(channels // shape.cpg),
-        "num_warps": 4 if block_r * block_c <= 4096 else 8,
+        "num_warps": min(max(block_r * block_c // tiles.per_warp, 4), 8),
     }
 
 
-def _stream(shape: _Shape) -> tuple[tuple[int, int, int], dict[str, int]]:
-    """The grid (row chunks, channel blocks, samples) and the constants of the launches that read all of x."""
+def _stream(shape: _Shape, tiles: Tiles) -> tuple[int, tuple[int], dict[str, int]]:
+    """The row chunks of a sample, and the grid and the constants of the launches that read all of x."""
     block_c = min(STREAM_CHANNELS, key=lambda width: cdiv(shape.channels, width) * width)
-    block_r = STREAM_TILE // block_c
-    grid = (cdiv(shape.rows, block_r * STREAM_TILES), cdiv(shape.channels, block_c), shape.n)
-    return grid, {"C": shape.channels, "TILES": STREAM_TILES, "BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": 4}
+    block_r = tiles.stream // block_c
+    chunks = cdiv(shape.rows, block_r * tiles.tiles)
+    constants = {"C": shape.channels, "TILES": tiles.tiles, "BLOCK_R": block_r, "BLOCK_C": block_c}
+    grid = (shape.n * cdiv(shape.channels, block_c) * chunks,)
+    return chunks, grid, {**constants, "num_warps": tiles.stream_warps}
 
 
 def _merge(shape: _Shape, chunks: int) -> dict[str, int]:
@@ -133,23 +152,24 @@ def forward(
     mean = torch.empty(shape.n, num_groups, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     tensors = {"x_ptr": x, "mean_ptr": mean, "rstd_ptr": rstd, **_parameters(weight, bias, scale, shift)}
-    if resident := _resident(shape, FORWARD_TILE):
+    tiles = shape.tiles(FORWARD, x)
+    if resident := _resident(shape, tiles):
         grid = (shape.n * cdiv(shape.channels, resident["CHANNELS"]),)
         launch(forward_resident, grid, **tensors, y_ptr=y, EPS=eps, SILU=silu, **resident)
         return y, mean, rstd
-    grid, stream = _stream(shape)
-    partial = torch.empty(shape.n, grid[0], 2, shape.channels, dtype=torch.float32, device=x.device)
+    chunks, grid, stream = _stream(shape, tiles)
+    partial = torch.empty(shape.n, chunks, 2, shape.channels, dtype=torch.float32, device=x.device)
     launch(chunk_moments, grid, x_ptr=x, partial_ptr=partial, rows=shape.rows, **stream)
     launch(
         merge_moments,
-        (num_groups, shape.n),
+        (shape.n * num_groups,),
         partial_ptr=partial,
         mean_ptr=mean,
         rstd_ptr=rstd,
         rows=shape.rows,
         CHUNK_ROWS=stream["BLOCK_R"] * stream["TILES"],
         EPS=eps,
-        **_merge(shape, grid[0]),
+        **_merge(shape, chunks),
     )
     launch(apply, grid, **tensors, y_ptr=y, rows=shape.rows, CPG=shape.cpg, SILU=silu, **stream)
     return y, mean, rstd
@@ -175,25 +195,26 @@ def backward(
     sums = torch.empty(shape.n, 2, shape.channels, dtype=torch.float32, device=x.device)
     parameters = _parameters(weight, bias, scale, shift)
     inputs = {"dy_ptr": dy, "x_ptr": x, "mean_ptr": mean, "rstd_ptr": rstd, "SILU": silu, **parameters}
-    if resident := _resident(shape, BACKWARD_TILE):
+    tiles = shape.tiles(BACKWARD, x)
+    if resident := _resident(shape, tiles):
         grid = (shape.n * cdiv(shape.channels, resident["CHANNELS"]),)
         launch(backward_resident, grid, **inputs, dx_ptr=dx, sums_ptr=sums, **resident)
     else:
-        grid, stream = _stream(shape)
-        partial = torch.empty(shape.n, grid[0], 2, shape.channels, dtype=torch.float32, device=x.device)
+        chunks, grid, stream = _stream(shape, tiles)
+        partial = torch.empty(shape.n, chunks, 2, shape.channels, dtype=torch.float32, device=x.device)
         group_sums = torch.empty(shape.n, 2, num_groups, dtype=torch.float32, device=x.device)
         inputs |= {"rows": shape.rows, "CPG": shape.cpg, **stream}
         launch(chunk_gradient_sums, grid, **inputs, partial_ptr=partial)
         launch(
             merge_gradient_sums,
-            (num_groups, shape.n),
+            (shape.n * num_groups,),
             partial_ptr=partial,
             weight_ptr=weight,
             scale_ptr=scale,
             sums_ptr=sums,
             group_sums_ptr=group_sums,
             scale_stride=parameters["scale_stride"],
-            **_merge(shape, grid[0]),
+            **_merge(shape, chunks),
         )
         launch(apply_gradient, grid, **inputs, group_sums_ptr=group_sums, dx_ptr=dx)
     if not of_parameters:

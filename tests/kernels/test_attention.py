@@ -7,6 +7,7 @@ import torch
 
 from pdfast_kernels import reference, use
 from pdfast_kernels.attention import attention, attention_packed
+from pdfast_kernels.configs import ANY
 from pdfast_kernels.launch import recorded
 from tests.kernels.compare import RELATIVE, assert_relative
 
@@ -31,11 +32,12 @@ CASES = [
 
 
 @pytest.fixture
-def kernels(triton_kernels, monkeypatch):
+def kernels(triton_kernels):
     """All of them in float32 too, at L = 17 to 32 the one with all keys on chip, which else only half precision has."""
-    tile, *others = module.BACKWARD_FP32
+    tile = module.BACKWARD_FP32.row(90, 1, 1)
     resident = module.Config(32, 64, module.backward_resident, 32, 16, 4, 1)
-    monkeypatch.setattr(module, "BACKWARD_FP32", (tile._replace(keys=16), resident, *others))
+    with module.BACKWARD_FP32.overridden(tile._replace(keys=16), resident):
+        yield
 
 
 def expected_attention(q, k, v, scale=None):
@@ -62,9 +64,8 @@ def test_values_and_gradients(kernels, draw, n, length, heads, dim, dtype, forwa
     gradient = draw(n, length, heads, dim, dtype=dtype)
     check(out, expected_attention(q, k, v), (q, k, v), gradient, RELATIVE[dtype])
     if dtype == torch.float16:  # with less shared memory, by other kernels
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "FORWARD", {90: module.FORWARD[86]})
-            patch.setattr(module, "BACKWARD", {90: module.BACKWARD[86]})
+        few = (table.overridden(*table.rows[ANY]) for table in (module.FORWARD, module.BACKWARD))
+        with next(few), next(few):
             check(attention(q, k, v), expected_attention(q, k, v), (q, k, v), gradient, RELATIVE[dtype])
 
 
@@ -124,10 +125,10 @@ def test_large_scores(kernels, draw, length, sign):
 
 def test_many_samples_share_their_programs(kernels, draw, monkeypatch):
     qkv = draw(2, 48, 3, 2, 32, dtype=torch.float16)
-    monkeypatch.setattr(module, "FORWARD", {90: (module.Config(64, 64, module.forward_resident, 16, 64, 4, 2),)})
-    few = attention_packed(qkv)
-    monkeypatch.setattr(module, "MANY_PAIRS", 4)
-    assert torch.equal(attention_packed(qkv), few)
+    with module.FORWARD.overridden(module.Config(64, 64, module.forward_resident, 16, 64, 4, 2)):
+        few = attention_packed(qkv)
+        monkeypatch.setattr(module, "MANY_PAIRS", 4)
+        assert torch.equal(attention_packed(qkv), few)
     assert_relative(few, expected_attention(*qkv.unbind(2)), RELATIVE[torch.float16])
 
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from pdfast_kernels import group_norm, use
 from pdfast_kernels import reference as plain
-from pdfast_kernels.group_norm import _resident, _Shape
+from pdfast_kernels.group_norm import BACKWARD, FORWARD, _resident, _Shape, backward, forward
+from pdfast_kernels.launch import recorded
 from tests.kernels.compare import RELATIVE, assert_relative, channels_last
 
 # Shape and groups: C/G of 8, 3, 6, 10, 1 and all of C; H x W not powers of two; resident and streamed, forward and backward.
@@ -80,12 +81,23 @@ def test_film_and_silu(triton_kernels, draw, shape, num_groups):
 def test_the_cases_take_every_branch():
     kinds = {
         tuple(
-            _resident(_Shape(shape[0], shape[2] * shape[3], shape[1], shape[1] // groups), most) is None
-            for most in (16384, 8192)
+            _resident(_Shape(shape[0], shape[2] * shape[3], shape[1], shape[1] // groups), table.row(90, 1)) is None
+            for table in (FORWARD, BACKWARD)
         )
         for shape, groups in CASES
     }
     assert kinds == {(False, False), (False, True), (True, True)}
+
+
+@pytest.mark.parametrize("shape", [(70_000, 1, 200, 200), (1, 512, 4096, 4096)])
+def test_grids_of_any_number_of_samples_and_rows(shape):
+    """Only the first axis of a grid goes beyond 65535."""
+    x = torch.empty(shape, device="meta").contiguous(memory_format=torch.channels_last)
+    with recorded(90) as launches:
+        y, mean, rstd = forward(x, 1, None, None, None, None, 1e-6, True)
+        backward(y, x, mean, rstd, 1, None, None, None, None, True)
+    assert max(launch.grid[0] for launch in launches) > 65535
+    assert all(most <= 65535 for launch in launches for most in launch.grid[1:])
 
 
 @pytest.mark.parametrize("size", [4, 40])

@@ -139,7 +139,11 @@ NETWORKS = {
 GROUPS = 32
 STEPS = 128
 """Rows of a step table: few beside the smallest image, which is what tells it from a main tensor (benchmarks.gate)."""
-PARAMETERS = {"whole vectors": (256 * 256 * 3, 256, 1024 * 64), "any sizes": (256 * 256 * 3, 256, 6, 1, 1001)}
+PARAMETERS = {
+    "whole vectors": (256 * 256 * 3, 256, 1024 * 64),
+    "any sizes": (256 * 256 * 3, 256, 6, 1, 1001),
+    "large tensors": (1 << 20,) * 16,
+}
 """Elements of an optimizer's tensors; where not all are multiples of 4, the kernel decides for each."""
 
 
@@ -269,4 +273,4 @@ def _adam_ema() -> Iterator[Case]:
         for name, elements in PARAMETERS.items():
             make = partial(work.adam_ema_work, sizes=elements, gradient_dtype=DTYPES[dtype])
             width = 128 if dtype == "fp32" else 64  # a thread has 4 elements of everything
-            yield Case("adam_ema", f"{name}, {dtype} gradients", 1, make, width if name == "whole vectors" else 0)
+            yield Case("adam_ema", f"{name}, {dtype} gradients", 1, make, width if name != "any sizes" else 0)

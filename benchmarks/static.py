@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from tqdm import tqdm
 
 from benchmarks import gate, machine_code, tables, traffic
 from benchmarks.cases import Case, all_cases
+from benchmarks.header import header
 from benchmarks.work import launches
 from pdfast_kernels._triton import INTERPRETED
 
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compiled = tqdm([(case, arch) for arch in args.arch for case in cases], leave=False, disable=None)
     kernels = [row for case, arch in compiled for row in _read(case, arch)]
     moved = traffic.count([case for case in cases if case.counted])
-    versions = {"torch": torch.__version__, **machine_code.versions()}
+    versions = header() | machine_code.versions()
     failed = [
         f"{row['kernel']} sm_{row['arch']}, {row['op']} {row['case']}: {reason}"
         for row in kernels

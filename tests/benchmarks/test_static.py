@@ -38,7 +38,14 @@ def quick(tmp_path_factory):
 
 def test_the_kernels_pass_on_sm_90(quick):
     report, printed = quick
-    assert report["failures"] == [] and set(report["versions"]) == {"torch", "triton", "ptxas", "ptxas for sm_100"}
+    assert report["failures"] == [] and set(report["versions"]) >= {
+        "torch",
+        "triton",
+        "ptxas",
+        "ptxas for sm_100",
+        "commit",
+        "date",
+    }
     assert {row["op"] for row in report["kernels"]} == {case.op for case in all_cases()}
     for row in report["kernels"]:
         assert row["arch"] == 90 and row["kernel"] in printed

@@ -100,6 +100,47 @@ class EvaluationConfig:
     """Clip each x-prediction to [-1, 1] while sampling, as the authors did in evaluation."""
 
 
+OptimizerName = Literal["pdfast", "torch", "apex"]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the machine does it: nothing of this changes what is computed but for rounding."""
+
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of activations and of the teacher's weights; auto is bf16 on a GPU, fp32 on a CPU. Weights, sums and states are fp32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the networks' blocks; auto is on for a GPU, off for a CPU."""
+    graph: bool = True
+    """On a GPU, run an update as one CUDA graph where that is possible."""
+    optimizer: OptimizerName = "pdfast"
+    """Whose Adam: pdfast (one pass with the average), torch (fused), apex (where it is installed); equal in results."""
+    micro_batches: int = 1
+    """Parts of a batch that the student sees one after the other; less memory, the same gradient."""
+    recompute: bool = False
+    """Keep only each block's input for the backward and run the block again there; less memory, a third more work."""
+    shard: int = 1
+    """Processes over which parameters, gradients and optimizer are divided: 1 keeps a copy in each, all processes is FSDP,
+    between is HSDP."""
+    teacher_shard: Literal["auto", "on", "off"] = "auto"
+    """With shard above 1, divide the teacher too; auto does where its copy would take an eighth of a GPU's memory."""
+    patience: float = 600.0
+    """Seconds without an update after which a run of several processes ends and names the one that hangs; the first update,
+    which compiles, may take ten times as long."""
+    non_finite_limit: int = 10
+    """Updates in a row with a loss or gradient that is not finite after which the run stops; none of them changes weights."""
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """When a round is worth a warning in log and report."""
+
+    ratio: float = 1.5
+    """A student's Frechet distance as a multiple of that of the round before (of the teacher, in the first)."""
+    colour: float = 0.02
+    """A student's channel means away from those of the first teacher's images, of the range 0 to 1."""
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """What every run has."""
@@ -125,6 +166,7 @@ class RunConfig:
     """Updates between checkpoints."""
     log_every: int = 100
     """Updates between log lines."""
+    engine: EngineConfig = EngineConfig()
 
 
 @dataclass(frozen=True)
@@ -160,6 +202,7 @@ class DistillConfig(RunConfig):
     """Weight of the distillation loss over noise levels."""
     ema: float = 0.0
     """Decay of a moving average of the student's weights, which then is the student; 0 for none, as in the paper."""
+    guard: GuardConfig = GuardConfig()
 
     def updates_at(self, steps: int) -> int:
         """The updates of the round whose student takes `steps` steps."""

@@ -7,126 +7,179 @@ students/NNNN for every step count and report.html.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pdfast.cli import Interrupted, run_command
 from pdfast.commands import distill_arguments
 from pdfast.config import DistillConfig
 from pdfast.data import ImageSource
 from pdfast.diffusion import build_step_table
-from pdfast.engine import interrupt
+from pdfast.engine import interrupt, layout
 from pdfast.engine.checkpoint import Checkpoints
 from pdfast.engine.device import open_device
 from pdfast.engine.files import write_folder, write_json
 from pdfast.engine.log import Progress, RunLog, clock, count_steps
-from pdfast.engine.model_folder import fill_model_folder, load_model, read_json
-from pdfast.engine.optimizer import Optimizer, linear_decay
+from pdfast.engine.machine import Machine, open_machine
+from pdfast.engine.metrics import Losses
+from pdfast.engine.model_folder import SavedModel, fill_model_folder, load_model, read_json
+from pdfast.engine.optimizer import linear_decay
 from pdfast.engine.run import open_run
-from pdfast.engine.step import Draws, distillation_loss
-from pdfast.errors import UsageError
+from pdfast.engine.step import Draws, RoundTable, distillation_gradient
+from pdfast.errors import RunError, UsageError
 from pdfast.networks import UNet
 from pdfast.report.evaluator import Evaluator, shown
 from pdfast.report.grids import image_grid, write_png
+from pdfast.report.guard import complaints
 from pdfast.report.html import build_report
 from pdfast.report.plan import print_distillation_plan
 from pdfast.train import HINT, open_data, open_evaluator, refuse_eps_at_the_start, train_teacher, write_teacher
 
-
-def distill_round(
-    config: DistillConfig,
-    teacher: UNet,
-    round_index: int,
-    steps: int,
-    source: ImageSource,
-    log: RunLog,
-    device: torch.device,
-) -> tuple[UNet, dict]:
-    """One round: a student of `steps` steps learns to do what `teacher` does in twice as many. Returns the student and the
-    round's figures."""
-    updates = config.updates_at(steps)
-    student = UNet(config.network).to(device)
-    student.load_state_dict(teacher.state_dict())
-    optimizer = Optimizer(student, clip=config.clip, ema=config.ema)
-    table = build_step_table(config.schedule.build(), steps, config.network.prediction, config.weighting, device=device)
-    draws = Draws(source, config.seed, round_index, config.batch_size, config.flip, device)
-    conditional = config.network.num_classes > 0
-
-    checkpoints = Checkpoints(config.run, f"student-{steps:04d}")
-    checkpoint = checkpoints.latest()
-    start, seconds = 0, 0.0
-    if checkpoint:
-        optimizer.load_state(checkpoint.tensors)
-        start, seconds = checkpoint.update, checkpoint.extra["seconds"]
-        log.say(f"resuming the round to {count_steps(steps)} at update {start}")
-    log.forget_after(steps, start)
-
-    progress = Progress(
-        log,
-        phase="distill",
-        steps=steps,
-        start=start,
-        updates=updates,
-        seconds=seconds,
-        batch_size=config.batch_size,
-        every=config.log_every,
-    )
-    student.train()
-    for update in range(start, updates):
-        learning_rate = config.learning_rate * linear_decay(update, updates)
-        loss = distillation_loss(student, teacher, draws, update, table, conditional)
-        norm = optimizer.step(loss, learning_rate, update, f"the round to {count_steps(steps)}")
-        progress.update(update + 1, loss, norm, learning_rate)
-        stopping = interrupt.requested()
-        if stopping or (update + 1) % config.checkpoint_every == 0 or update + 1 == updates:
-            checkpoints.save(update + 1, optimizer.state(), {"seconds": progress.seconds})
-        if stopping:
-            progress.close()
-            raise Interrupted(
-                f"stopped at update {update + 1} of the round to {count_steps(steps)} and saved it; {HINT}"
-            )
-    progress.close()
-
-    student.load_state_dict(optimizer.weights())
-    images = updates * config.batch_size
-    training = {
-        "updates": updates,
-        "images": images,
-        "seconds": progress.seconds,
-        "images_per_second": images / max(progress.seconds, 1e-9),
-        "network_evaluations": 3 * images,
-    }
-    return student.eval().requires_grad_(False), training
+SAME = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+"""How near a student's output must be to its teacher's before the first update, of the largest value."""
 
 
-def write_student(
-    config: DistillConfig, student: UNet, training: dict, evaluator: Evaluator, steps: int, log: RunLog
-) -> None:
+class Rounds:
+    """The networks and everything else that serves all rounds, where it lies: graphs and compiled code stay valid."""
+
+    def __init__(self, config: DistillConfig, machine: Machine, source: ImageSource, log: RunLog) -> None:
+        self.config, self.machine, self.log = config, machine, log
+        self.student, self.teacher = machine.trained(UNet(config.network)), machine.frozen()
+        self.optimizer = machine.optimizer(self.student, clip=config.clip, ema=config.ema)
+        self.draws = Draws(
+            source,
+            machine.world,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            flip=config.flip,
+            conditional=config.network.num_classes > 0,
+        )
+        self.table = RoundTable(self._table(config.round_steps[0]))
+        self.losses = Losses(machine.world)
+        self.run_update = machine.replayed(self._update)
+
+    def _table(self, steps: int):
+        config = self.config
+        schedule, device = config.schedule.build(), self.machine.world.device
+        return build_step_table(schedule, steps, config.network.prediction, config.weighting, device=device)
+
+    def _update(self) -> None:
+        micro_batches = self.config.engine.micro_batches
+        losses, k = distillation_gradient(self.student, self.teacher, self.draws, self.table, micro_batches)
+        self.losses.add(losses, k, self.table.steps)
+        self.optimizer.step(losses.mean())
+
+    def begin(self, weights: Mapping[str, Tensor], round_index: int, steps: int) -> None:
+        """Student and teacher have the weights of the last round; RunError unless they then say the same."""
+        world = self.machine.world
+        for network in (self.student, self.teacher):
+            layout.set_weights(network, weights, world)
+        self.optimizer.reset()
+        self.table.set(self._table(steps))
+        self.draws.load(round_index, 0)
+        self.student.train()
+        phi = self.table.rows.phi[self.draws.step_indices(self.table.steps) - 1]
+        z = self.draws.diffused(phi)
+        part = slice(0, len(z) // self.config.engine.micro_batches)
+        labels = self.draws.labels
+        theirs = self.teacher(z, phi, labels)[part]
+        ours = self.student(z[part], phi[part], None if labels is None else labels[part]).detach()
+        far = (ours - theirs).abs().max() > SAME[self.machine.dtype] * theirs.abs().max()
+        if world.any(bool(far))[0]:
+            raise RunError(f"before the round to {count_steps(steps)} the student is not its teacher: this is a bug, report it")
+
+    def train(self, round_index: int, steps: int) -> dict:
+        """One round: the student learns to do in `steps` steps what its teacher does in twice as many. Returns the round's
+        figures; the student then has the weights that count."""
+        config, machine, optimizer, log = self.config, self.machine, self.optimizer, self.log
+        updates = config.updates_at(steps)
+        checkpoints = Checkpoints(config.run, f"student-{steps:04d}", machine.world)
+        checkpoint = checkpoints.latest()
+        start, seconds = 0, 0.0
+        if checkpoint:
+            optimizer.load_state(checkpoint.tensors)
+            start, seconds = checkpoint.update, checkpoint.extra["seconds"]
+            log.say(f"resuming the round to {count_steps(steps)} at update {start}")
+        log.forget_after(steps, start)
+
+        progress = Progress(
+            log,
+            self.losses,
+            machine.speed(config.batch_size, evaluations_per_image=3, forwards_of_flops=5),
+            optimizer,
+            self.draws,
+            phase="distill",
+            steps=steps,
+            start=start,
+            updates=updates,
+            seconds=seconds,
+            every=config.log_every,
+        )
+        where = f"the round to {count_steps(steps)}"
+        for update in range(start, updates):
+            learning_rate = config.learning_rate * linear_decay(update, updates)
+            self.draws.load(round_index, update)
+            optimizer.set(update, learning_rate)
+            self.run_update()  # both teachers, the student and its backward, clip, Adam, average: see _update
+            progress.update(update + 1, learning_rate)
+            machine.stop_if_not_finite(optimizer, self.losses, update, where, config.log_every)
+            stopping = machine.asked_to_stop(f"update {update + 1} of {where}")
+            if stopping or (update + 1) % config.checkpoint_every == 0 or update + 1 == updates:
+                checkpoints.save(update + 1, optimizer.state(), optimizer.counters(), {"seconds": progress.seconds})
+            checkpoints.poll()
+            if stopping:
+                checkpoints.finish()
+                progress.close()
+                raise Interrupted(f"stopped at update {update + 1} of {where} and saved it; {HINT}")
+        checkpoints.finish()
+        progress.close()
+        optimizer.publish()
+        images = updates * config.batch_size
+        return {
+            "updates": updates,
+            "images": images,
+            "seconds": progress.seconds,
+            "images_per_second": images / max(progress.seconds, 1e-9),
+            "network_evaluations": 3 * images,
+            "skipped": int(optimizer.skipped[0]),
+        }
+
+
+def write_student(rounds: Rounds, training: dict, evaluator: Evaluator, steps: int) -> None:
     """Judge the student at its step count and write runs/NAME/students/NNNN, whole or not at all."""
-    images, seconds = evaluator.draw(student, steps)
+    config, machine, log = rounds.config, rounds.machine, rounds.log
+    images, seconds = evaluator.draw(rounds.student.eval(), steps)
     row = evaluator.measure(images, steps, seconds)
     samples = shown(images)
+    weights = machine.whole_weights(rounds.student)
 
     def fill(folder):
-        fill_model_folder(folder, student.state_dict(), config.network, config.schedule, steps)
+        fill_model_folder(folder, weights, config.network, config.schedule, steps)
         write_json(folder / "metrics.json", evaluator.metrics([row], training))
         np.save(folder / "samples.npy", samples)
         write_png(folder / "grid.png", image_grid(samples, columns=4, scale=4))
 
-    write_folder(config.run / "students" / f"{steps:04d}", fill)
-    Checkpoints(config.run, f"student-{steps:04d}").clear()
-    log.board.add_images("samples", samples, steps, dataformats="NHWC")
+    machine.world.on_first(lambda: write_folder(config.run / "students" / f"{steps:04d}", fill))
+    Checkpoints(config.run, f"student-{steps:04d}", machine.world).clear()
+    log.images(samples, steps)
     teacher_rows = read_json(config.run / "teacher" / "metrics.json")["evaluation"]
     ddim = next((f", the teacher's DDIM {r['fd']:.3f}" for r in teacher_rows if r["steps"] == steps), "")
     log.say(f"student, {count_steps(steps)}: {evaluator.feature_space} {row['fd']:.3f}{ddim}")
+    before = config.run / "students" / f"{2 * steps:04d}"
+    before = before if before.exists() else config.run / "teacher"
+    for complaint in complaints(row, read_json(before / "metrics.json")["evaluation"][0], teacher_rows, config.guard):
+        log.warn(complaint)
 
 
-def with_teachers_network(config: DistillConfig, device: torch.device) -> tuple[DistillConfig, UNet | None]:
-    """The configuration with the network and schedule of --teacher, and that teacher (None where none was given)."""
+def with_teachers_network(config: DistillConfig) -> tuple[DistillConfig, SavedModel | None]:
+    """The configuration with the network and schedule of --teacher, and that teacher, on the CPU (None where none was
+    given)."""
     if config.teacher is None:
         return config, None
-    saved = load_model(config.teacher, device)
+    saved = load_model(config.teacher, torch.device("cpu"))
     if saved.network.config.image_shape != config.network.image_shape:
         raise UsageError(
             f"the teacher in {config.teacher} makes images of (channels, height, width) {saved.network.config.image_shape}, "
@@ -137,38 +190,44 @@ def with_teachers_network(config: DistillConfig, device: torch.device) -> tuple[
         raise UsageError(
             f"{config.teacher} is a student of {saved.steps} steps: distill it from there, with --start-steps {saved.steps}"
         )
-    return dataclasses.replace(config, network=saved.network.config, schedule=saved.schedule), saved.network
+    return dataclasses.replace(config, network=saved.network.config, schedule=saved.schedule), saved
 
 
 def distill(
-    config: DistillConfig, given_teacher: UNet | None, source: ImageSource, log: RunLog, device: torch.device
+    config: DistillConfig, machine: Machine, given_teacher: SavedModel | None, source: ImageSource, log: RunLog
 ) -> None:
     """All of a run: the teacher, then round after round, each stage skipped where its folder is already there."""
+    world = machine.world
     teacher_folder = config.run / "teacher"
     evaluator: Evaluator | None = None
-    if not teacher_folder.exists():
+    if not world.on_first(teacher_folder.exists):
         if given_teacher is None:
-            teacher, training = train_teacher(config, source, log, device)
+            teacher, training = train_teacher(config, machine, source, log)
         else:
-            teacher, training = given_teacher, None
-        evaluator = open_evaluator(config, source, device)
+            teacher, training = machine.trained(given_teacher.network), None
+        evaluator = open_evaluator(config, machine, source)
         halvings = [config.start_steps, *(n for n in config.round_steps if n <= config.evaluation.max_steps)]
-        write_teacher(config, teacher, training, evaluator, halvings, log)
-        build_report(config.run)
+        write_teacher(config, machine, teacher, training, evaluator, halvings, log)
+        world.on_first(lambda: build_report(config.run) and None)
+        del teacher
 
-    teacher = load_model(teacher_folder, device).network
+    last = teacher_folder
+    rounds: Rounds | None = None
     for round_index, steps in enumerate(config.round_steps, start=1):
         folder = config.run / "students" / f"{steps:04d}"
-        if not folder.exists():
-            student, training = distill_round(config, teacher, round_index, steps, source, log, device)
+        if not world.on_first(folder.exists):
+            rounds = rounds or Rounds(config, machine, source, log)
+            rounds.begin(load_model(last, torch.device("cpu")).network.state_dict(), round_index, steps)
+            training = rounds.train(round_index, steps)
             if evaluator is None:
-                evaluator = open_evaluator(config, source, device)
+                evaluator = open_evaluator(config, machine, source)
                 evaluator.set_reference(torch.from_numpy(np.load(teacher_folder / "reference.npy")))
-            write_student(config, student, training, evaluator, steps, log)
-            build_report(config.run)
-        teacher = load_model(folder, device).network
+            write_student(rounds, training, evaluator, steps)
+            world.on_first(lambda: build_report(config.run) and None)
+        last = folder
 
-    log.say(f"finished, {clock(total_seconds(config))} of training; open {build_report(config.run)}")
+    report = world.on_first(lambda: str(build_report(config.run)))
+    log.say(f"finished, {clock(total_seconds(config))} of training; open {report}")
 
 
 def total_seconds(config: DistillConfig) -> float:
@@ -180,17 +239,18 @@ def total_seconds(config: DistillConfig) -> float:
 
 def main() -> None:
     config, extra = distill_arguments()
-    device = open_device(config.device)
-    config, given_teacher = with_teachers_network(config, device)
+    config, given_teacher = with_teachers_network(config)
     refuse_eps_at_the_start(config)
     if extra.dry_run:
-        print_distillation_plan(config, device)
+        print_distillation_plan(config, open_device(config.device))
         return
-    source = open_data(config, device)
-    with open_run(config, source), RunLog(config.run) as log:
-        interrupt.install()
-        log.say(f"{source.name}: {source.num_images} images of {source.shape}; run folder {config.run}")
-        distill(config, given_teacher, source, log, device)
+    with open_machine(config) as machine:
+        source = open_data(config, machine.world.device)
+        with open_run(config, source, machine.world), RunLog(config.run, machine.world) as log:
+            interrupt.install()
+            log.say(f"{source.name}: {source.num_images} images of {source.shape}; run folder {config.run}")
+            log.say(machine.description)
+            distill(config, machine, given_teacher, source, log)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pdfast.data import load_source
 from pdfast.engine.device import open_device
 from pdfast.engine.files import write_json, writing
 from pdfast.engine.model_folder import SavedModel, load_model
+from pdfast.engine.world import World
 from pdfast.errors import UsageError
 from pdfast.report.evaluator import Evaluator
 
@@ -102,7 +103,7 @@ def main() -> None:
         first.schedule.build(),
         seed=run.get("seed", 0) if arguments.seed is None else arguments.seed,
         num_classes=network.num_classes,
-        device=device,
+        world=World(device),
     )
     rows = []
     print(f"{'':<16} {'steps':>6} {evaluator.feature_space:>14} {'ms a sample':>12}")

@@ -83,14 +83,14 @@ def draw(arguments: Arguments, saved: SavedModel, device: torch.device) -> tuple
     images, labels = [], []
     for start in range(0, arguments.count, arguments.batch_size):
         index = torch.arange(start, min(start + arguments.batch_size, arguments.count), device=device)
-        z = noise.normal(arguments.seed, Stream.SAMPLE, 0, 0, index, config.image_shape)
+        z = noise.normal(noise.key(arguments.seed, Stream.SAMPLE), index, config.image_shape)
         cond = classes[index % len(classes)] if config.num_classes else None
         if arguments.sampler == "ddim":
             x = sample(saved.network, z, saved.schedule.build(), steps, cond=cond, clip=arguments.clip)
         else:
 
             def step_noise(i: int, index: torch.Tensor = index) -> torch.Tensor:
-                return noise.normal(arguments.seed, Stream.ANCESTRAL, 0, i, index, config.image_shape)
+                return noise.normal(noise.key(arguments.seed, Stream.ANCESTRAL, update=i), index, config.image_shape)
 
             x = ancestral(
                 saved.network, z, phi, step_noise, variance=arguments.variance, cond=cond, clip=arguments.clip

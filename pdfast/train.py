@@ -9,21 +9,24 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pdfast.cli import Interrupted, run_command
 from pdfast.commands import train_arguments
 from pdfast.config import RunConfig
 from pdfast.data import ImageSource, load_source
 from pdfast.diffusion import check_start
+from pdfast.engine.machine import Machine, open_machine
 from pdfast.engine import interrupt
 from pdfast.engine.checkpoint import Checkpoints
 from pdfast.engine.device import open_device
 from pdfast.engine.files import write_folder, write_json
 from pdfast.engine.log import Progress, RunLog, count_steps
-from pdfast.engine.model_folder import fill_model_folder, load_model
+from pdfast.engine.metrics import BUCKETS, Losses
+from pdfast.engine.model_folder import fill_model_folder
 from pdfast.engine.optimizer import Optimizer, linear_decay, linear_warmup
 from pdfast.engine.run import open_run
-from pdfast.engine.step import Draws, teacher_loss
+from pdfast.engine.step import Draws, teacher_gradient
 from pdfast.errors import UsageError
 from pdfast.networks import UNet
 from pdfast.report.evaluator import Evaluator, shown
@@ -33,24 +36,31 @@ from pdfast.report.plan import print_training_plan
 HINT = "the same command goes on from here"
 
 
-def stop_if_asked() -> None:
-    """Raise Interrupted where the run was asked to stop; what is not in a checkpoint is made again."""
-    if interrupt.requested():
-        raise Interrupted(f"stopped; {HINT}")
-
-
-def train_teacher(config: RunConfig, source: ImageSource, log: RunLog, device: torch.device) -> tuple[UNet, dict]:
+def train_teacher(config: RunConfig, machine: Machine, source: ImageSource, log: RunLog) -> tuple[UNet, dict]:
     """Train (or go on training) the teacher; returns its network, with the averaged weights, and the training's figures."""
-    settings = config.train
+    settings, world = config.train, machine.world
     schedule = config.schedule.build()
-    # The weights' initial values are a function of the seed; dropout of the seed and the update.
+    # The weights' initial values are a function of the seed; dropout of the seed, the update and the process.
     torch.manual_seed(config.seed)
-    network = UNet(config.network, settings.dropout).to(device)
-    optimizer = Optimizer(network, clip=settings.clip, ema=settings.ema, weight_decay=settings.weight_decay)
-    draws = Draws(source, config.seed, 0, settings.batch_size, config.flip, device)
-    conditional = config.network.num_classes > 0
+    network = machine.trained(UNet(config.network, settings.dropout))
+    optimizer = machine.optimizer(network, clip=settings.clip, ema=settings.ema, weight_decay=settings.weight_decay)
+    draws = Draws(
+        source,
+        world,
+        seed=config.seed,
+        batch_size=settings.batch_size,
+        flip=config.flip,
+        conditional=config.network.num_classes > 0,
+    )
+    losses = Losses(world)
+    buckets = torch.full((), BUCKETS, device=world.device)
 
-    checkpoints = Checkpoints(config.run, "teacher")
+    def update_once() -> None:
+        values = teacher_gradient(network, draws, schedule, settings.weighting, config.engine.micro_batches)
+        losses.add(values, 1 + (draws.times() * BUCKETS).long(), buckets)
+        optimizer.step(values.mean())
+
+    checkpoints = Checkpoints(config.run, "teacher", world)
     checkpoint = checkpoints.latest()
     start, seconds = 0, 0.0
     if checkpoint:
@@ -61,30 +71,40 @@ def train_teacher(config: RunConfig, source: ImageSource, log: RunLog, device: t
 
     progress = Progress(
         log,
+        losses,
+        machine.speed(settings.batch_size, evaluations_per_image=1, forwards_of_flops=3),
+        optimizer,
+        draws,
         phase="teacher",
         steps=None,
         start=start,
         updates=settings.updates,
         seconds=seconds,
-        batch_size=settings.batch_size,
         every=config.log_every,
     )
     network.train()
+    run_update = machine.replayed(update_once)
     for update in range(start, settings.updates):
         factor = linear_warmup(update, settings.warmup) * linear_decay(update, settings.updates, settings.decay)
-        torch.manual_seed(config.seed << 32 | update)
-        loss = teacher_loss(network, draws, update, schedule, settings.weighting, conditional)
-        norm = optimizer.step(loss, settings.learning_rate * factor, update, "teacher")
-        progress.update(update + 1, loss, norm, settings.learning_rate * factor)
-        stopping = interrupt.requested()
+        if settings.dropout:
+            machine.seed_dropout(config.seed, update)
+        draws.load(0, update)
+        optimizer.set(update, settings.learning_rate * factor)
+        run_update()
+        progress.update(update + 1, settings.learning_rate * factor)
+        machine.stop_if_not_finite(optimizer, losses, update, "teacher", config.log_every)
+        stopping = machine.asked_to_stop(f"update {update + 1} of the teacher")
         if stopping or (update + 1) % config.checkpoint_every == 0 or update + 1 == settings.updates:
-            checkpoints.save(update + 1, optimizer.state(), {"seconds": progress.seconds})
+            checkpoints.save(update + 1, optimizer.state(), optimizer.counters(), {"seconds": progress.seconds})
+        checkpoints.poll()
         if stopping:
+            checkpoints.finish()
             progress.close()
             raise Interrupted(f"stopped at update {update + 1} of the teacher and saved it; {HINT}")
+    checkpoints.finish()
     progress.close()
 
-    network.load_state_dict(optimizer.weights())
+    optimizer.publish()
     images = settings.updates * settings.batch_size
     training = {
         "updates": settings.updates,
@@ -92,12 +112,14 @@ def train_teacher(config: RunConfig, source: ImageSource, log: RunLog, device: t
         "seconds": progress.seconds,
         "images_per_second": images / max(progress.seconds, 1e-9),
         "network_evaluations": images,
+        "skipped": int(optimizer.skipped[0]),
     }
     return network.eval().requires_grad_(False), training
 
 
 def write_teacher(
     config: RunConfig,
+    machine: Machine,
     network: UNet,
     training: dict | None,
     evaluator: Evaluator,
@@ -108,7 +130,8 @@ def write_teacher(
 
     What it draws at the first count is the reference that all later images are compared with.
     """
-    rows, samples, reference = [], None, None
+    rows, samples = [], np.empty(0)
+    reference: Tensor | None = None
     for steps in step_counts:
         images, seconds = evaluator.draw(network, steps)
         if reference is None:
@@ -116,30 +139,36 @@ def write_teacher(
             evaluator.set_reference(images)
         rows.append(evaluator.measure(images, steps, seconds))
         log.say(f"teacher, DDIM at {count_steps(steps)}: {evaluator.feature_space} {rows[-1]['fd']:.3f}")
+    weights = machine.whole_weights(network)
 
     def fill(folder):
-        fill_model_folder(folder, network.state_dict(), config.network, config.schedule, None)
+        fill_model_folder(folder, weights, config.network, config.schedule, None)
         write_json(folder / "metrics.json", evaluator.metrics(rows, training))
         np.save(folder / "samples.npy", samples)
         np.save(folder / "real.npy", evaluator.real_samples)
         np.save(folder / "reference.npy", reference.numpy())
         write_png(folder / "grid.png", image_grid(samples, columns=4, scale=4))
 
-    write_folder(config.run / "teacher", fill)
-    log.board.add_images("samples", samples, step_counts[0], dataformats="NHWC")
-    Checkpoints(config.run, "teacher").clear()
+    machine.world.on_first(lambda: write_folder(config.run / "teacher", fill))
+    log.images(samples, step_counts[0])
+    Checkpoints(config.run, "teacher", machine.world).clear()
 
 
-def open_evaluator(config: RunConfig, source: ImageSource, device: torch.device) -> Evaluator:
+def open_evaluator(config: RunConfig, machine: Machine, source: ImageSource) -> Evaluator:
     """The run's evaluator; it stops between batches where the run was asked to."""
+
+    def between() -> None:
+        if machine.asked_to_stop("the evaluation"):
+            raise Interrupted(f"stopped; {HINT}")  # what is not in a checkpoint is made again
+
     return Evaluator(
         config.evaluation,
         source,
         config.schedule.build(),
         seed=config.seed,
         num_classes=config.network.num_classes,
-        device=device,
-        between=stop_if_asked,
+        world=machine.world,
+        between=between,
     )
 
 
@@ -166,24 +195,26 @@ def refuse_eps_at_the_start(config: RunConfig) -> None:
 
 def main() -> None:
     config, extra = train_arguments()
-    device = open_device(config.device)
     refuse_eps_at_the_start(config)
     if extra.dry_run:
-        print_training_plan(config, device)
+        print_training_plan(config, open_device(config.device))
         return
-    source = open_data(config, device)
-    with open_run(config, source), RunLog(config.run) as log:
-        interrupt.install()
-        if (config.run / "teacher").exists():
-            log.say(f"already finished: {load_model(config.run / 'teacher', device).folder}")
-            return
-        log.say(f"{source.name}: {source.num_images} images of {source.shape}; run folder {config.run}")
-        network, training = train_teacher(config, source, log, device)
-        write_teacher(config, network, training, open_evaluator(config, source, device), config.evaluation_steps, log)
-        teacher = config.run / "teacher"
-        log.say(
-            f"wrote {teacher}; distill it with: python -m pdfast.distill --preset {config.preset} --teacher {teacher}"
-        )
+    with open_machine(config) as machine:
+        source = open_data(config, machine.world.device)
+        with open_run(config, source, machine.world), RunLog(config.run, machine.world) as log:
+            if (config.run / "teacher").exists():
+                log.say(f"already finished: {config.run / 'teacher'}")
+                return
+            log.say(f"{source.name}: {source.num_images} images of {source.shape}; run folder {config.run}")
+            log.say(machine.description)
+            interrupt.install()
+            network, training = train_teacher(config, machine, source, log)
+            evaluator = open_evaluator(config, machine, source)
+            write_teacher(config, machine, network, training, evaluator, config.evaluation_steps, log)
+            teacher = config.run / "teacher"
+            log.say(
+                f"wrote {teacher}; distill it with: python -m pdfast.distill --preset {config.preset} --teacher {teacher}"
+            )
 
 
 if __name__ == "__main__":

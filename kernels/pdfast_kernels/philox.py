@@ -64,7 +64,12 @@ def _words(key: tuple[int, int, int, int] | Tensor, index: Tensor, groups: int) 
 
 def integers(seed: int, stream: int, round_index: int, update: int, index: Tensor, count: int) -> Tensor:
     """Uniform integers in [0, 2**32): int64 [n, count] for the int64 sample indices `index` [n]."""
-    words = _words(key_words(seed, stream, round_index, update), index, (count + 3) // 4)
+    return integers_from_key(key_words(seed, stream, round_index, update), index, count)
+
+
+def integers_from_key(key: tuple[int, int, int, int] | Tensor, index: Tensor, count: int) -> Tensor:
+    """`integers` for the words of `key_words`: four integers, or an int64 tensor [4] on the device of `index`."""
+    words = _words(key, index, (count + 3) // 4)
     return torch.stack(words, dim=-1).flatten(1)[:, :count]
 
 

@@ -24,25 +24,34 @@ class Stream(IntEnum):
     SAMPLE = 4  # the noise that sampling starts from
     ANCESTRAL = 5  # noise added by the ancestral sampler; its `update` is the step
     LABEL = 6  # class of a drawn sample
+    DROPOUT = 7  # seed of the dropout of an update
 
 
-def normal(
-    seed: int, stream: Stream, round_index: int, update: int, index: Tensor, shape: tuple[int, int, int]
-) -> Tensor:
+Key = tuple[int, int, int, int] | Tensor
+"""What the numbers of an update have in common: `key(...)`, or the same as an int64 tensor [4] on the device, which can be
+written between the replays of a CUDA graph."""
+
+
+def key(seed: int, stream: Stream, round_index: int = 0, update: int = 0) -> tuple[int, int, int, int]:
+    """seed in [0, 2**64), round_index in [0, 2**16), update in [0, 2**32); ValueError for others."""
+    return philox.key_words(seed, stream, round_index, update)
+
+
+def normal(key: Key, index: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """Standard normal noise, float32 [n, C, H, W] with channels-last strides, for int64 `index` [n] and shape (C, H, W)."""
     channels, height, width = shape
-    flat = philox.normals(seed, stream, round_index, update, index, math.prod(shape))
+    flat = philox.normals_from_key(key, index, math.prod(shape))
     return flat.view(-1, height, width, channels).permute(0, 3, 1, 2)
 
 
-def uniform(seed: int, stream: Stream, round_index: int, update: int, index: Tensor) -> Tensor:
-    """Uniform in (0, 1), float64 [n]."""
-    return (philox.integers(seed, stream, round_index, update, index, 1)[:, 0].double() + 0.5) * 2.0**-32
+def uniform(key: Key, index: Tensor) -> Tensor:
+    """Uniform in (0, 1), float64 [n], for int64 `index` [n]."""
+    return (philox.integers_from_key(key, index, 1)[:, 0].double() + 0.5) * 2.0**-32
 
 
-def integer(seed: int, stream: Stream, round_index: int, update: int, index: Tensor, bound: int) -> Tensor:
+def integer(key: Key, index: Tensor, bound: int | Tensor) -> Tensor:
     """Uniform in {0, ..., bound - 1}, int64 [n]; the bias of one part in 2**32 / bound is left."""
-    return (philox.integers(seed, stream, round_index, update, index, 1)[:, 0] * bound) >> 32
+    return (philox.integers_from_key(key, index, 1)[:, 0] * bound) >> 32
 
 
 @lru_cache(maxsize=4)

@@ -1,70 +1,177 @@
 """Checkpoints within a stage of a run (the teacher's training, or one round).
 
-checkpoints/STAGE-UPDATE/{state.safetensors, state.json}: tensors and plain JSON with the file's hash, no pickle. A folder
-appears by one rename, so that it is whole or absent, and the last two are kept.
+    checkpoints/STAGE-UPDATE/rank-0003.safetensors    the part of each tensor that shard 3 holds
+    checkpoints/STAGE-UPDATE/rank-0003.json           its hash
+    checkpoints/STAGE-UPDATE/state.json               update, number of parts, and what else the stage needs
+
+Tensors and plain JSON, no pickle. A background thread writes them while training goes on; when all processes have written
+theirs, one rename makes the folder appear: it is whole or absent, and the last few are kept. Parameters are divided along
+their first dimension, so that any number of processes can read what another number wrote.
 """
 
 import json
 import shutil
 import sys
+import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from pdfast.engine.files import sha256, write_folder, write_json
-from pdfast.errors import UsageError
+from pdfast.engine.files import commit_folder, sha256, sync, write_json, writing
+from pdfast.engine.layout import rows
+from pdfast.engine.world import World
+from pdfast.errors import RunError, UsageError
 
 KEEP = 2
+DAMAGED = (OSError, ValueError, KeyError, TypeError, SafetensorError)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     update: int
     tensors: dict[str, Tensor]
+    """On the CPU; of divided tensors this process's rows."""
     extra: dict[str, Any]
 
 
-class Checkpoints:
-    """The checkpoints of one stage."""
+@dataclass
+class _Writing:
+    """A checkpoint on its way to the disk."""
 
-    def __init__(self, run: Path, stage: str) -> None:
-        self._folder = run / "checkpoints"
-        self._stage = stage
+    update: int
+    thread: threading.Thread
+    failure: Exception | None = None
+
+
+class Checkpoints:
+    """The checkpoints of one stage; all processes call all methods."""
+
+    def __init__(self, run: Path, stage: str, world: World) -> None:
+        self._folder, self._stage, self._world = run / "checkpoints", stage, world
+        self._writing: _Writing | None = None
+
+    def _path(self, update: int) -> Path:
+        return self._folder / f"{self._stage}-{update:010d}"
+
+    def _temporary(self, update: int) -> Path:
+        return self._folder / f".{self._stage}-{update:010d}.tmp"
 
     def _folders(self) -> list[Path]:
         """Newest first."""
         return sorted(self._folder.glob(f"{self._stage}-[0-9]*"), reverse=True)
 
-    def save(self, update: int, tensors: dict[str, Tensor], extra: dict[str, Any]) -> None:
-        """Write the state after `update` updates, then delete all but the last two."""
-        path = self._folder / f"{self._stage}-{update:010d}"
-        if path.exists():
+    def save(
+        self, update: int, divided: Mapping[str, Tensor], common: Mapping[str, Tensor], extra: dict[str, Any]
+    ) -> None:
+        """Begin to write the state after `update` updates; it is copied before this returns.
+
+        divided: this process's rows of tensors that are divided over the shards; common: tensors equal on all.
+        """
+        self.finish()
+        if self._path(update).exists():
             return
+        temporary = self._temporary(update)
 
-        def fill(folder: Path) -> None:
-            weights = folder / "state.safetensors"
-            save_file({name: t.contiguous() for name, t in tensors.items()}, weights)
-            write_json(folder / "state.json", {"update": update, "sha256": sha256(weights), "extra": extra})
+        def prepare() -> None:
+            with writing(temporary):
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+                state = {"update": update, "parts": self._world.shards, "common": list(common), "extra": extra}
+                write_json(temporary / "state.json", state)
 
-        write_folder(path, fill)
-        for old in self._folders()[KEEP:]:
-            shutil.rmtree(old, ignore_errors=True)
+        try:
+            self._world.on_first(prepare)
+        except (UsageError, RunError) as error:
+            self._say(f"checkpoint at update {update} not written: {error}; trying again at the next")
+            return
+        tensors = self._copied(divided, common) if self._world.replica == 0 else None
+        writer = threading.Thread(target=self._write, args=(update, tensors), daemon=True)
+        self._writing = _Writing(update, writer)
+        writer.start()
+
+    def _copied(self, divided: Mapping[str, Tensor], common: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """On the CPU, with memory of their own."""
+        named = dict(divided) | (dict(common) if self._world.shard == 0 else {})
+        copies = {}
+        for name, tensor in named.items():
+            pinned = tensor.device.type == "cuda"
+            copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+            copies[name].copy_(tensor.detach(), non_blocking=True)
+        if self._world.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        return copies
+
+    def _write(self, update: int, tensors: dict[str, Tensor] | None) -> None:
+        """In the background: no collectives here."""
+        if tensors is None:
+            return
+        name = f"rank-{self._world.shard:04d}"
+        file = self._temporary(update) / f"{name}.safetensors"
+        try:
+            with writing(file):
+                save_file(tensors, file)
+                sync(file)
+                write_json(file.with_suffix(".json"), {"sha256": sha256(file)})
+        except Exception as error:
+            assert self._writing
+            self._writing.failure = error
+
+    def poll(self) -> None:
+        """Make a checkpoint appear that all processes have written; called after each update."""
+        if self._writing and not any(self._world.any(self._writing.thread.is_alive())):
+            self._commit()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, and make it appear."""
+        if self._writing:
+            self._writing.thread.join()
+            self._commit()
+
+    def _commit(self) -> None:
+        assert self._writing
+        update, failure, self._writing = self._writing.update, self._writing.failure, None
+        (failed,) = self._world.any(failure is not None)
+        if failure:
+            self._say(f"checkpoint at update {update} not written: {failure}", of_all=True)
+        if failed:
+            self._say("training goes on, the checkpoint before is kept, and the next is tried again")
+
+        def appear() -> None:
+            if failed:
+                shutil.rmtree(self._temporary(update), ignore_errors=True)
+                return
+            commit_folder(self._temporary(update), self._path(update))
+            for old in self._folders()[KEEP:]:
+                shutil.rmtree(old, ignore_errors=True)
+
+        try:
+            self._world.on_first(appear)
+        except (UsageError, RunError) as error:
+            self._say(f"checkpoint at update {update} not written: {error}")
+
+    def _say(self, message: str, of_all: bool = False) -> None:
+        if self._world.first or of_all:
+            print(f"pdfast: warning: {message}", file=sys.stderr, flush=True)
 
     def latest(self) -> Checkpoint | None:
         """The newest whole checkpoint, None where there is none. A damaged one is skipped with a warning; UsageError where
         all are damaged."""
+        update = self._world.on_first(self._newest_whole)
+        return None if update is None else self._load(self._path(update))
+
+    def _newest_whole(self) -> int | None:
         folders = self._folders()
         for folder in folders:
             try:
-                return self._load(folder)
-            except (OSError, ValueError, KeyError, SafetensorError) as error:
-                print(
-                    f"pdfast: warning: checkpoint {folder} is damaged ({error}); using the one before", file=sys.stderr
-                )
+                return self._check(folder)
+            except DAMAGED as error:
+                self._say(f"checkpoint {folder} is damaged ({error}); using the one before")
         if folders:
             raise UsageError(
                 f"every checkpoint of this stage is damaged ({', '.join(str(f) for f in folders)}): "
@@ -72,14 +179,44 @@ class Checkpoints:
             )
         return None
 
+    def _check(self, folder: Path) -> int:
+        """Its update; one of DAMAGED where something is missing or was changed."""
+        meta = json.loads((folder / "state.json").read_text())
+        for part in range(meta["parts"]):
+            file = folder / f"rank-{part:04d}.safetensors"
+            if sha256(file) != json.loads(file.with_suffix(".json").read_text())["sha256"]:
+                raise ValueError(f"the hash of {file.name} differs")
+        if f"{meta['update']:010d}" != folder.name.rsplit("-", 1)[1]:
+            raise ValueError(f"state.json is of update {meta['update']}")
+        return meta["update"]
+
     def _load(self, folder: Path) -> Checkpoint:
         meta = json.loads((folder / "state.json").read_text())
-        weights = folder / "state.safetensors"
-        if sha256(weights) != meta["sha256"]:
-            raise ValueError("its hash differs")
-        return Checkpoint(meta["update"], load_file(weights), meta["extra"])
+        files = [safe_open(folder / f"rank-{part:04d}.safetensors", framework="pt") for part in range(meta["parts"])]
+        tensors = {}
+        for name in files[0].keys():  # noqa: SIM118 (not a dict)
+            if name in meta["common"]:
+                tensors[name] = files[0].get_tensor(name)
+            else:
+                tensors[name] = _own_rows([file.get_slice(name) for file in files], self._world)
+        return Checkpoint(meta["update"], tensors, meta["extra"])
 
     def clear(self) -> None:
         """Delete this stage's checkpoints: the stage is finished and written elsewhere."""
-        for folder in self._folders():
-            shutil.rmtree(folder, ignore_errors=True)
+        self.finish()
+        if self._world.first:
+            for folder in self._folders():
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _own_rows(parts: list[Any], world: World) -> Tensor:
+    """This process's rows of a tensor that was written in parts: slices of safetensors files, one after the other."""
+    sizes = [part.get_shape()[0] for part in parts]
+    first, end = rows(sum(sizes), world.shards, world.shard)
+    pieces, start = [], 0
+    for part, size in zip(parts, sizes, strict=True):
+        low, high = max(first - start, 0), min(end - start, size)
+        if low < high:
+            pieces.append(part[low:high])
+        start += size
+    return torch.cat(pieces) if pieces else parts[0][:0]

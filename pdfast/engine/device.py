@@ -17,12 +17,8 @@ _GIB = 1 << 30
 def open_device(name: str) -> torch.device:
     """The device called `auto`, `cpu`, `cuda` or `cuda:N`; under torchrun `cuda` is the process's own GPU.
 
-    UsageError where there is none such, and for more than one process.
+    UsageError where there is none such, or fewer GPUs than processes of this machine.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError(
-            f"this version runs in one process, torchrun started {os.environ['WORLD_SIZE']}: use --nproc-per-node 1"
-        )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -32,15 +28,24 @@ def open_device(name: str) -> torch.device:
     if device.type == "cpu":
         _keep_freed_memory()
     elif device.type == "cuda":
-        count = torch.cuda.device_count()
+        _check_count(device)
         index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", "0"))
-        if index >= count:
-            raise UsageError(f"device {name!r} is not here: this machine has {count} GPUs; use --device cpu or auto")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     else:
         raise UsageError(f"device {name!r} is not supported: choose auto, cpu, cuda or cuda:N")
     return device
+
+
+def _check_count(device: torch.device) -> None:
+    count, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device.index is not None and (device.index >= count or processes > 1):
+        reason = f"this machine has {count} GPUs" if processes == 1 else f"{processes} processes share this machine"
+        raise UsageError(f"device '{device}' is not for this process: {reason}; use --device cuda, cpu or auto")
+    if processes > count:
+        raise UsageError(
+            f"{processes} processes, but this machine has {count} GPUs: use --nproc-per-node {max(count, 1)}, or --device cpu"
+        )
 
 
 def _keep_freed_memory() -> None:

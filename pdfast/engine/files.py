@@ -78,14 +78,20 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         temporary.mkdir(parents=True)
         try:
             fill(temporary)
-            for file in temporary.iterdir():
-                sync(file)
-            sync(temporary)
-            os.rename(temporary, path)
-            sync(path.parent)
+            commit_folder(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def commit_folder(temporary: Path, path: Path) -> None:
+    """Sync a folder and what is in it, then let it appear as `path`, by one rename."""
+    with writing(path):
+        for file in temporary.iterdir():
+            sync(file)
+        sync(temporary)
+        os.rename(temporary, path)
+        sync(path.parent)
 
 
 def sha256(path: Path) -> str:

@@ -1,4 +1,7 @@
-"""What a run says while it runs: log.jsonl, TensorBoard, and a progress bar (plain lines where there is no terminal)."""
+"""What a run says while it runs: log.jsonl, TensorBoard, and a progress bar (plain lines where there is no terminal).
+
+The first process alone writes; in the others all this is silent.
+"""
 
 import json
 import sys
@@ -6,44 +9,75 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from pdfast.engine.files import write_file, writing
+from pdfast.engine.metrics import Losses, Speed, peak_memory_mib
+from pdfast.engine.optimizer import Optimizer
+from pdfast.engine.step import Draws
+from pdfast.engine.world import World
 
 PLAIN_LINE_EVERY_SECONDS = 10.0
+SCALARS = (
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "images_per_second",
+    "network_evaluations_per_second",
+    "update_seconds",
+    "data_wait",
+    "model_flop_utilisation",
+    "peak_memory_mib",
+    "skipped",
+)
 
 
 class RunLog:
     """log.jsonl, TensorBoard and the console of one run."""
 
-    def __init__(self, run: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    def __init__(self, run: Path, world: World) -> None:
+        self.path, self.first = run / "log.jsonl", world.first
+        if self.first:
+            from torch.utils.tensorboard import SummaryWriter
 
-        self.path = run / "log.jsonl"
-        with writing(self.path):
-            self._file = open(self.path, "a")
-            self.board = SummaryWriter(str(run / "tb"))
+            with writing(self.path):
+                self._file = open(self.path, "a")
+                self._board = SummaryWriter(str(run / "tb"))
 
     def say(self, message: str) -> None:
         """A line for the console alone."""
-        tqdm.write(f"pdfast: {message}", file=sys.stdout)
-        sys.stdout.flush()
+        if self.first:
+            tqdm.write(f"pdfast: {message}", file=sys.stdout)
+            sys.stdout.flush()
 
     def record(self, entry: dict[str, Any]) -> None:
         """One JSON line."""
-        with writing(self.path):
-            self._file.write(json.dumps(entry) + "\n")
-            self._file.flush()
+        if self.first:
+            with writing(self.path):
+                self._file.write(json.dumps(entry) + "\n")
+                self._file.flush()
 
     def warn(self, message: str) -> None:
         """A warning on the console and in the log, from where the report takes it."""
         self.say(f"warning: {message}")
         self.record({"event": "warning", "message": message})
 
+    def scalars(self, tag: str, values: dict[str, float | None], update: int) -> None:
+        """Numbers for TensorBoard."""
+        if self.first:
+            for name, value in values.items():
+                if value is not None:
+                    self._board.add_scalar(f"{tag}/{name}", value, update)
+
+    def images(self, images: Any, steps: int) -> None:
+        """Samples, uint8 [n, H, W, C], of a model at a step count, for TensorBoard."""
+        if self.first:
+            self._board.add_images("samples", images, steps, dataformats="NHWC")
+
     def forget_after(self, steps: int | None, update: int) -> None:
         """Drop the log lines of this stage past `update`: they belong to updates that will be made again."""
+        if not self.first:
+            return
         self._file.close()
         lines = self.path.read_text().splitlines(keepends=True)
         kept = []
@@ -62,79 +96,91 @@ class RunLog:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
-        self.board.close()
+        if self.first:
+            self._file.close()
+            self._board.close()
 
 
 class Progress:
-    """Progress of one stage: averages the loss between log lines, and counts time over resumes."""
+    """Progress of one stage: reads the sums of losses for each log line, and counts time over resumes."""
 
     def __init__(
         self,
         log: RunLog,
+        losses: Losses,
+        speed: Speed,
+        optimizer: Optimizer,
+        draws: Draws,
         *,
         phase: str,
         steps: int | None,
         start: int,
         updates: int,
         seconds: float,
-        batch_size: int,
         every: int,
     ) -> None:
-        self._log, self._phase, self._steps = log, phase, steps
-        self._updates, self._batch_size, self._every = updates, batch_size, every
-        self._seconds_before, self._began = seconds, time.perf_counter()
-        self._first = self._window_start = start
-        self._window_began = self._last_line = self._began
-        self._losses: list[Tensor] = []
-        name = "teacher" if steps is None else count_steps(steps)
+        self._log, self._losses, self._speed, self._optimizer, self._draws = log, losses, speed, optimizer, draws
+        self._phase, self._steps, self._updates, self._every = phase, steps, updates, every
+        self._seconds_before, self._began, self._start = seconds, time.perf_counter(), start
+        self._last_line = self._began
+        speed.start(start, draws.waited)
+        self.name = "teacher" if steps is None else count_steps(steps)
+        silent = not (log.first and sys.stderr.isatty())
         self._bar = tqdm(
-            total=updates, initial=start, desc=name, unit="update", disable=not sys.stderr.isatty(), dynamic_ncols=True
+            total=updates, initial=start, desc=self.name, unit="update", disable=silent, dynamic_ncols=True
         )
-        self._name = name
 
     @property
     def seconds(self) -> float:
         """Seconds spent in this stage, over all resumes."""
         return self._seconds_before + time.perf_counter() - self._began
 
-    def update(self, done: int, loss: Tensor, norm: Tensor, learning_rate: float) -> None:
+    def update(self, done: int, learning_rate: float) -> None:
         """Report that `done` updates are done; writes a log line every `every` updates and after the last."""
-        self._losses.append(loss.detach())
         self._bar.update(1)
         if done % self._every and done != self._updates:
             return
-        now = time.perf_counter()
-        mean = float(torch.stack(self._losses).mean())
-        rate = (done - self._window_start) * self._batch_size / (now - self._window_began)
-        left = (self._updates - done) * (now - self._began) / (done - self._first)
+        loss, by_step = self._losses.read()
+        rates = self._speed.read(done, self._draws.waited)
+        norm = float(self._optimizer.norm)
         entry = {
             "phase": self._phase,
             "steps": self._steps,
             "update": done,
             "updates": self._updates,
-            "loss": mean if mean == mean and abs(mean) != float("inf") else None,
-            "grad_norm": float(norm) if bool(torch.isfinite(norm)) else None,
+            "loss": _finite(loss),
+            "loss_by_step": by_step,
+            "grad_norm": _finite(norm),
             "learning_rate": learning_rate,
-            "images": done * self._batch_size,
-            "images_per_second": round(rate, 1),
+            "images": done * self._speed.batch_size,
             "seconds": round(self.seconds, 3),
+            "skipped": int(self._optimizer.skipped[0]),
+            "peak_memory_mib": round(peak_memory_mib(self._optimizer.norm.device), 1),
+            **rates,
         }
         self._log.record(entry)
         tag = "teacher" if self._steps is None else f"round_{self._steps:04d}"
-        for key in ("loss", "grad_norm", "learning_rate", "images_per_second"):
-            if entry[key] is not None:
-                self._log.board.add_scalar(f"{tag}/{key}", entry[key], done)
-        self._bar.set_postfix_str(f"loss {mean:.3g}, {rate:.0f} images/s")
+        self._log.scalars(tag, {name: entry[name] for name in SCALARS}, done)
+        self._say(done, loss, rates)
+
+    def _say(self, done: int, loss: float, rates: dict[str, float]) -> None:
+        rate = (
+            f"loss {loss:.3g}, {rates['images_per_second']:.0f} images/s, "
+            f"{rates['update_seconds'] * 1e3:.3g} ms an update, MFU {rates['model_flop_utilisation']:.0%}"
+        )
+        self._bar.set_postfix_str(rate)
+        now = time.perf_counter()
         if self._bar.disable and (now - self._last_line > PLAIN_LINE_EVERY_SECONDS or done == self._updates):
-            self._log.say(
-                f"{self._name}: update {done}/{self._updates}, loss {mean:.3g}, {rate:.0f} images/s, {clock(left)} left"
-            )
+            left = (self._updates - done) * (now - self._began) / (done - self._start)
+            self._log.say(f"{self.name}: update {done}/{self._updates}, {rate}, {clock(left)} left")
             self._last_line = now
-        self._losses, self._window_start, self._window_began = [], done, now
 
     def close(self) -> None:
         self._bar.close()
+
+
+def _finite(value: float) -> float | None:
+    return value if abs(value) < float("inf") else None
 
 
 def count_steps(steps: int) -> str:

@@ -1,88 +1,222 @@
-"""Adam with a clipped gradient, an optional moving average of the weights, and a guard against non-finite updates."""
+"""Adam with a clipped gradient and an optional moving average of the weights, on this process's parts of the parameters.
+
+What changes between updates is in tensors on the device (learning rate, step, clip factor, whether to skip), so that a
+CUDA graph replays with what is written there and the host need not wait. An update whose loss or gradient is not finite,
+on any process, changes nothing but counts.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
-from pdfast.errors import RunError
+from pdfast.config import OptimizerName
+from pdfast.engine.layout import local
+from pdfast.engine.world import World
+from pdfast.errors import UsageError
 from pdfast_kernels import AdamEma, Scalar
 
-NON_FINITE_LIMIT = 10
+BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
+
+
+class Adam(Protocol):
+    def step(self, gradients: Sequence[Tensor], scalars: Tensor) -> None:
+        """Adam in place, with decoupled weight decay, then the average; nothing where the skip flag is not 0."""
+
+
+class _TorchAdam:
+    """PyTorch's fused Adam, and a foreach average after it."""
+
+    def __init__(self, parameters, exp_avgs, exp_avg_sqs, averages, weight_decay: float) -> None:
+        self._tensors = parameters, exp_avgs, exp_avg_sqs
+        self._averages, self._weight_decay = averages, weight_decay
+
+    def step(self, gradients: Sequence[Tensor], scalars: Tensor) -> None:
+        parameters, exp_avgs, exp_avg_sqs = self._tensors
+        on_cpu = scalars.device.type == "cpu"
+        values = scalars.float()
+        skip = values[Scalar.SKIP] != 0
+        before = values[Scalar.STEP] - 1
+        adamw(
+            parameters,
+            list(gradients),
+            exp_avgs,
+            exp_avg_sqs,
+            max_exp_avg_sqs=[],
+            state_steps=[before.clone() for _ in parameters],
+            fused=True,
+            capturable=not on_cpu,
+            grad_scale=1 / values[Scalar.CLIP],
+            found_inf=skip.float(),
+            amsgrad=False,
+            beta1=BETA1,
+            beta2=BETA2,
+            lr=float(scalars[Scalar.LEARNING_RATE]) if on_cpu else values[Scalar.LEARNING_RATE],
+            weight_decay=self._weight_decay,
+            eps=EPS,
+            maximize=False,
+        )
+        if self._averages:
+            rate = torch.where(skip, 0, values[Scalar.AVERAGE_RATE])
+            for average, parameter in zip(self._averages, parameters, strict=True):
+                average.lerp_(parameter, rate)
+
+
+class _ApexAdam:
+    """NVIDIA apex's multi-tensor Adam, and a foreach average after it."""
+
+    def __init__(self, parameters, exp_avgs, exp_avg_sqs, averages, weight_decay: float) -> None:
+        try:
+            import amp_C
+            from apex.multi_tensor_apply import multi_tensor_applier
+        except ImportError as error:
+            raise UsageError(
+                f"--optimizer apex: NVIDIA's apex is not installed ({error}); build it with APEX_CPP_EXT=1 "
+                "APEX_CUDA_EXT=1, or choose pdfast or torch"
+            ) from None
+        self._apply, self._adam = multi_tensor_applier, amp_C.multi_tensor_adam_capturable
+        self._tensors = [list(parameters), exp_avgs, exp_avg_sqs]
+        self._averages, self._weight_decay = averages, weight_decay
+
+    def step(self, gradients: Sequence[Tensor], scalars: Tensor) -> None:
+        values = scalars.float()
+        skip = values[Scalar.SKIP] != 0
+        self._apply(
+            self._adam,
+            skip.int().view(1),  # what apex calls an overflow: nothing happens
+            [[g.float() for g in gradients], *self._tensors],
+            values[Scalar.LEARNING_RATE],
+            BETA1,
+            BETA2,
+            EPS,
+            values[Scalar.STEP].int(),
+            1,  # decoupled weight decay
+            1,  # bias correction
+            self._weight_decay,
+            values[Scalar.CLIP].view(1),
+        )
+        if self._averages:
+            rate = torch.where(skip, 0, values[Scalar.AVERAGE_RATE])
+            for average, parameter in zip(self._averages, self._tensors[0], strict=True):
+                average.lerp_(parameter, rate)
 
 
 class Optimizer:
-    """Adam (decoupled weight decay) over `model`; with `ema` > 0 it also keeps an average of the weights."""
+    """Adam over this process's parts of the parameters; with `ema` > 0 it also keeps an average of the weights."""
 
-    def __init__(self, model: nn.Module, *, clip: float, ema: float = 0.0, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        world: World,
+        *,
+        clip: float,
+        ema: float = 0.0,
+        weight_decay: float = 0.0,
+        backend: OptimizerName = "pdfast",
+    ) -> None:
+        """UsageError for a backend that is not installed."""
+        self._model, self._world = model, world
+        self._clip, self._decay = clip, ema
         self._names = [name for name, _ in model.named_parameters()]
-        self._parameters = list(model.parameters())
+        self._parameters = [local(p).detach() for p in model.parameters()]
         self._exp_avgs = [torch.zeros_like(p) for p in self._parameters]
         self._exp_avg_sqs = [torch.zeros_like(p) for p in self._parameters]
-        self._averages = [p.detach().clone() for p in self._parameters] if ema else None
-        self._steps = torch.zeros((), dtype=torch.int64)
-        self._clip = clip
-        self._decay = ema
+        self._averages = [p.clone() for p in self._parameters] if ema else None
         states = self._parameters, self._exp_avgs, self._exp_avg_sqs, self._averages
-        self._adam = AdamEma(*states, weight_decay=weight_decay)
-        self._non_finite_in_a_row = 0
+        self._adam: Adam
+        if backend == "pdfast":
+            self._adam = AdamEma(*states, betas=(BETA1, BETA2), eps=EPS, weight_decay=weight_decay)
+        else:
+            kind = _TorchAdam if backend == "torch" else _ApexAdam
+            self._adam = kind(*states, weight_decay)
+        device = world.device
+        self._rates = torch.zeros(2, dtype=torch.float64, device=device)  # learning rate, 1 - decay of the average
+        self.steps = torch.zeros((), dtype=torch.int64, device=device)
+        """Steps that were taken: updates less those that were not finite."""
+        self.norm = torch.zeros((), device=device)
+        """The gradient's norm in the last update, before clipping."""
+        self.skipped = torch.zeros(2, dtype=torch.int64, device=device)
+        """Updates that were not finite: in all, and in a row up to now."""
 
-    def step(self, loss: Tensor, learning_rate: float, update: int, where: str) -> Tensor:
-        """Backward, clip, Adam, average. Returns the gradient's norm before clipping.
-
-        A non-finite loss or gradient changes nothing but a count; after NON_FINITE_LIMIT in a row the run ends with a
-        RunError that says `where`.
-        """
-        for p in self._parameters:
-            p.grad = None
-        loss.backward()
-        gradients = [p.grad for p in self._parameters]
-        norm = nn.utils.get_total_norm(gradients)
-        if not torch.isfinite(norm + loss.detach()):
-            self._non_finite_in_a_row += 1
-            if self._non_finite_in_a_row >= NON_FINITE_LIMIT:
-                raise RunError(
-                    f"{where}: the loss or its gradient was not finite in {NON_FINITE_LIMIT} updates in a row, up to update "
-                    f"{update}; the weights were left as they were: lower the learning rate, or try another weighting"
-                )
-            return norm
-        self._non_finite_in_a_row = 0
-        self._steps += 1
+    def set(self, update: int, learning_rate: float) -> None:
+        """What the next `step` uses; no wait for the device."""
         # The usual warm-up of an average: short memory while there is little to remember.
         decay = min(self._decay, (update + 1) / (update + 10))
-        values = {
-            Scalar.LEARNING_RATE: learning_rate,
-            Scalar.STEP: int(self._steps),
-            Scalar.CLIP: float((self._clip / (norm + 1e-6)).clamp(max=1.0)),
-            Scalar.AVERAGE_RATE: 1 - decay,
-            Scalar.SKIP: 0.0,
-        }
-        scalars = torch.tensor([values[place] for place in Scalar], dtype=torch.float64, device=norm.device)
-        self._adam.step(gradients, scalars)
-        return norm
+        rates = torch.tensor([learning_rate, 1 - decay], dtype=torch.float64)
+        self._rates.copy_(rates if self._rates.device.type == "cpu" else rates.pin_memory(), non_blocking=True)
 
-    def weights(self) -> dict[str, Tensor]:
-        """The weights that count: the average where there is one."""
-        values = self._averages or [p.detach() for p in self._parameters]
-        return dict(zip(self._names, values, strict=True))
+    def step(self, loss: Tensor) -> None:
+        """Clip, Adam, average, with the gradients that are in the parameters; then there are none.
+
+        loss: this process's, without gradient. Where it or the gradient is not finite, only `skipped` changes.
+        """
+        gradients = [local(p.grad) for p in self._model.parameters()]
+        norm = nn.utils.get_total_norm(gradients)
+        finite = torch.isfinite(norm + loss)
+        if self._world.mesh is not None:
+            norm, finite = self._over_all(norm, finite)
+        self.norm.copy_(norm)
+        self.skipped.add_(~finite).mul_(torch.stack([torch.ones_like(finite), ~finite]))
+        self.steps.add_(finite)
+        scalars = torch.stack(
+            [
+                self._rates[0],
+                self.steps.double(),
+                (self._clip / (norm + 1e-6)).clamp(max=1.0).double(),
+                self._rates[1],
+                (~finite).double(),
+            ]
+        )
+        self._adam.step(gradients, scalars)
+        for p in self._model.parameters():
+            p.grad = None
+
+    def _over_all(self, norm: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm over all shards, and whether everything is finite on all processes."""
+        # Each replica holds the same gradient: of the sum over all processes it is one part in so many.
+        square = norm.double().square() / (self._world.size // self._world.shards)
+        bad = (~finite).double()
+        totals = torch.stack([torch.where(finite, square, 0), bad])
+        dist.all_reduce(totals)
+        return totals[0].sqrt().float(), totals[1] == 0
+
+    def publish(self) -> None:
+        """Write the weights that count, the average where there is one, into the model."""
+        if self._averages:
+            torch._foreach_copy_(self._parameters, self._averages)
+
+    def reset(self) -> None:
+        """As new, for the weights that the model has now."""
+        for tensors in (self._exp_avgs, self._exp_avg_sqs):
+            torch._foreach_zero_(tensors)
+        if self._averages:
+            torch._foreach_copy_(self._averages, self._parameters)
+        for counter in (self.steps, self.skipped):
+            counter.zero_()
 
     def state(self) -> dict[str, Tensor]:
-        """Weights, average and Adam's state, by name: what a checkpoint holds."""
-        lists = {
-            "weight": [p.detach() for p in self._parameters],
-            "exp_avg": self._exp_avgs,
-            "exp_avg_sq": self._exp_avg_sqs,
-        }
+        """Weights, average and Adam's state, this process's parts, by name: what a checkpoint holds."""
+        lists = {"weight": self._parameters, "exp_avg": self._exp_avgs, "exp_avg_sq": self._exp_avg_sqs}
         if self._averages:
             lists["average"] = self._averages
-        tensors = {"steps": self._steps}
-        for key, values in lists.items():
-            tensors |= {f"{key}.{name}": value for name, value in zip(self._names, values, strict=True)}
-        return tensors
+        return {
+            f"{key}.{name}": value
+            for key, values in lists.items()
+            for name, value in zip(self._names, values, strict=True)
+        }
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state`. KeyError or RuntimeError where names or shapes differ."""
-        with torch.no_grad():
-            for name, value in self.state().items():
-                value.copy_(tensors[name])
+    def counters(self) -> dict[str, Tensor]:
+        """The rest of the state, equal on all processes."""
+        return {"steps": self.steps, "skipped": self.skipped}
+
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `state` and `counters`. KeyError or RuntimeError where names or shapes differ."""
+        for name, value in (self.state() | self.counters()).items():
+            value.copy_(tensors[name])
 
 
 def linear_warmup(update: int, warmup: int) -> float:

@@ -6,6 +6,8 @@ runs/NAME/{config.yaml, log.jsonl, tb/, checkpoints/, teacher/, students/NNNN/, 
 import fcntl
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -14,27 +16,29 @@ import yaml
 from pdfast.config import RunConfig, load_yaml, to_plain, to_yaml
 from pdfast.data import ImageSource
 from pdfast.engine.files import write_file, writing
+from pdfast.engine.world import World
 from pdfast.errors import UsageError
 
-MAY_CHANGE = {"run", "device", "log_every", "checkpoint_every"}
+MAY_CHANGE = {"run", "device", "log_every", "checkpoint_every", "engine", "guard"}
 
 
-def open_run(config: RunConfig, source: ImageSource) -> IO[str]:
-    """Create the run's folder, or check that it was begun with this configuration and these images; returns a lock to hold
-    until the end.
+@contextmanager
+def open_run(config: RunConfig, source: ImageSource, world: World) -> Iterator[None]:
+    """Create the run's folder, or check that it was begun with this configuration and these images; the first process locks
+    it until the end.
 
-    UsageError where the folder can't be written, another process works in it, or a field differs (it is named).
+    UsageError where the folder can't be written, another run works in it, or a field differs (it is named).
     """
-    run = config.run
-    with writing(run):
-        run.mkdir(parents=True, exist_ok=True)
-        lock = open(run / ".lock", "w")
-    try:
-        _begin_or_resume(config, source, lock)
-    except BaseException:
-        lock.close()
-        raise
-    return lock
+    with ExitStack() as until_the_end:
+
+        def open_folder() -> None:
+            with writing(config.run):
+                config.run.mkdir(parents=True, exist_ok=True)
+                lock = until_the_end.enter_context(open(config.run / ".lock", "w"))
+            _begin_or_resume(config, source, lock)
+
+        world.on_first(open_folder)
+        yield
 
 
 def _begin_or_resume(config: RunConfig, source: ImageSource, lock: IO[str]) -> None:
@@ -64,9 +68,11 @@ def _refuse_changes(before: dict, now: dict, run: Path, prefix: str = "") -> Non
     for name in sorted(before.keys() | now.keys()):
         path = f"{prefix}{name}"
         old, new = before.get(name), now.get(name)
+        if path in MAY_CHANGE:
+            continue
         if isinstance(old, dict) and isinstance(new, dict):
             _refuse_changes(old, new, run, f"{path}.")
-        elif old != new and path not in MAY_CHANGE:
+        elif old != new:
             raise UsageError(
                 f"{run} was begun with {path} = {old}, now it is {new}: give the same value, or choose another folder with --run"
             )

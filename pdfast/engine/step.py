@@ -1,14 +1,15 @@
-"""The losses of one update: the teacher's (Algorithm 1) and the student's (Algorithm 2 of Salimans & Ho 2022).
+"""One update: the teacher's (Algorithm 1) and the student's (Algorithm 2 of Salimans & Ho 2022).
 
-Every random number is a function of (seed, round, update, index in the batch): see `pdfast.diffusion.noise`.
+Every random number is a function of (seed, round, update, index in the global batch): see `pdfast.diffusion.noise`. What
+an update reads is in tensors that stay where they are, so that it can be replayed as a CUDA graph.
 """
 
-from dataclasses import dataclass
+import time
 
 import torch
 from torch import Tensor
 
-from pdfast.data import Batch, ImageSource
+from pdfast.data import ImageSource
 from pdfast.diffusion import (
     Model,
     Schedule,
@@ -20,88 +21,140 @@ from pdfast.diffusion import (
     output_coefficient,
 )
 from pdfast.diffusion.noise import Stream
-from pdfast_kernels import ddim_step, ddim_step_weighted_loss, diffuse, noise_key, weighted_loss
+from pdfast.engine.layout import last_of_batch
+from pdfast.engine.world import World
+from pdfast_kernels import ddim_step, ddim_step_weighted_loss, diffuse, weighted_loss
+
+STREAMS = (Stream.NOISE, Stream.TIME, Stream.FLIP)
 
 
-@dataclass(frozen=True)
 class Draws:
-    """The data and the random numbers of one update. round_index 0 is the teacher's training."""
+    """This process's part of each update's data and random numbers."""
 
-    source: ImageSource
-    seed: int
-    round_index: int
-    batch_size: int
-    flip: bool
-    device: torch.device
+    def __init__(
+        self, source: ImageSource, world: World, *, seed: int, batch_size: int, flip: bool, conditional: bool
+    ) -> None:
+        """batch_size: images an update on all processes, a multiple of their number."""
+        self._source, self._seed, self._batch_size, self._flip = source, seed, batch_size, flip
+        self._part = world.part(batch_size)
+        self.index = self._part.to(world.device)
+        """Places of this process's samples in the global batch: int64 [n]."""
+        count = len(self._part)
+        self.images = torch.empty(count, *source.shape, dtype=torch.uint8, device=world.device)
+        self.labels = torch.zeros(count, dtype=torch.int64, device=world.device) if conditional else None
+        self._keys = torch.zeros(len(STREAMS), 4, dtype=torch.int64, device=world.device)
+        self.waited = 0.0
+        """Seconds spent on getting data."""
 
-    def batch(self, update: int) -> Batch:
-        """The images of an update: the next `batch_size` global sample indices of this round."""
-        samples = torch.arange(update * self.batch_size, (update + 1) * self.batch_size)
-        return self.source.batch(samples, self.seed + (self.round_index << 32))
+    def load(self, round_index: int, update: int) -> None:
+        """Get the images of an update (round_index 0 is the teacher's training) and the keys of its random numbers."""
+        began = time.perf_counter()
+        samples = update * self._batch_size + self._part
+        batch = self._source.batch(samples, self._seed + (round_index << 32))
+        self.images.copy_(batch.images, non_blocking=True)
+        if self.labels is not None:
+            self.labels.copy_(batch.labels, non_blocking=True)
+        keys = torch.tensor([noise.key(self._seed, stream, round_index, update) for stream in STREAMS])
+        self._keys.copy_(keys if self._keys.device.type == "cpu" else keys.pin_memory(), non_blocking=True)
+        self.waited += time.perf_counter() - began
 
-    @property
-    def index(self) -> Tensor:
-        return torch.arange(self.batch_size, device=self.device)
+    def key(self, stream: Stream) -> Tensor:
+        return self._keys[STREAMS.index(stream)]
 
-    def times(self, update: int) -> Tensor:
+    def times(self) -> Tensor:
         """Diffusion times, uniform in (0, 1): float64 [n]."""
-        return noise.uniform(self.seed, Stream.TIME, self.round_index, update, self.index)
+        return noise.uniform(self.key(Stream.TIME), self.index)
 
-    def step_indices(self, update: int, steps: int) -> Tensor:
+    def step_indices(self, steps: Tensor) -> Tensor:
         """Step indices, uniform in 1..steps: int64 [n]."""
-        return 1 + noise.integer(self.seed, Stream.TIME, self.round_index, update, self.index, steps)
+        return 1 + noise.integer(self.key(Stream.TIME), self.index, steps)
 
-    def noise_key(self, update: int) -> Tensor:
-        """What `pdfast_kernels.diffuse` draws the update's noise by."""
-        return noise_key(self.seed, Stream.NOISE, self.round_index, update, self.device)
-
-    def flips(self, update: int) -> Tensor | None:
-        """Which images are flipped: bool [n], or None."""
-        if not self.flip:
-            return None
-        return noise.integer(self.seed, Stream.FLIP, self.round_index, update, self.index, 2).bool()
+    def diffused(self, phi: Tensor) -> Tensor:
+        """The images, flipped where that is drawn, and their noise, at angles phi [n]: float32 [n, C, H, W]."""
+        flip = noise.integer(self.key(Stream.FLIP), self.index, 2).bool() if self._flip else None
+        return diffuse(self.images, phi, self.key(Stream.NOISE), self.index, flip)
 
 
-def teacher_loss(
-    model: Model, draws: Draws, update: int, schedule: Schedule, weighting: Weighting, conditional: bool
+class RoundTable:
+    """The step table of the round under way, in tensors that serve all rounds."""
+
+    def __init__(self, largest: StepTable) -> None:
+        """largest: the table of the round with the most steps, on the device."""
+        self.rows = largest
+        self.steps = torch.full((), len(largest.phi), dtype=torch.int64, device=largest.phi.device)
+
+    def set(self, table: StepTable) -> None:
+        """Begin a round: rows past its last are left, and not used."""
+        for column, values in zip(self.rows, table, strict=True):
+            column[: len(values)] = values
+        self.steps.fill_(len(table.phi))
+
+
+def _parts(count: int, micro_batches: int) -> list[slice]:
+    each = count // micro_batches
+    return [slice(i * each, (i + 1) * each) for i in range(micro_batches)]
+
+
+def _of(labels: Tensor | None, part: slice) -> Tensor | None:
+    return None if labels is None else labels[part]
+
+
+def teacher_gradient(
+    model: Model, draws: Draws, schedule: Schedule, weighting: Weighting, micro_batches: int = 1
 ) -> Tensor:
-    """Algorithm 1: the weighted error of the network's prediction at a uniformly drawn time; a scalar."""
-    batch, flip, key = draws.batch(update), draws.flips(update), draws.noise_key(update)
-    phi = schedule.phi(draws.times(update))
-    z = diffuse(batch.images, phi, key, draws.index, flip)
-    target = diffuse(batch.images, natural_angle(model.prediction, phi), key, draws.index, flip)
-    output = model(z, phi.float(), batch.labels if conditional else None)
-    return weighted_loss(
-        output,
-        target,
-        output_coefficient(model.prediction, phi).float(),
-        natural_weight(model.prediction, weighting, phi).float(),
-    ).mean()
+    """Algorithm 1: the weighted error of the network's prediction at uniformly drawn times.
+
+    Leaves the gradient of the mean in the parameters. Returns the losses, float32 [n].
+    """
+    phi = schedule.phi(draws.times())
+    z, target = draws.diffused(phi), draws.diffused(natural_angle(model.prediction, phi))
+    coefficient = output_coefficient(model.prediction, phi).float()
+    weight = natural_weight(model.prediction, weighting, phi).float()
+    losses = []
+    parts = _parts(len(z), micro_batches)
+    for part in parts:
+        output = model(z[part], phi[part].float(), _of(draws.labels, part))
+        loss = weighted_loss(output, target[part], coefficient[part], weight[part])
+        last_of_batch(model, part is parts[-1])
+        (loss.mean() / micro_batches).backward()
+        losses.append(loss.detach())
+    return torch.cat(losses)
 
 
-def distillation_loss(
-    student: Model, teacher: Model, draws: Draws, update: int, table: StepTable, conditional: bool
-) -> Tensor:
-    """Algorithm 2: the weighted error of one student step against two DDIM steps of the teacher; a scalar."""
-    batch = draws.batch(update)
-    cond = batch.labels if conditional else None
-    index = draws.step_indices(update, len(table.phi)) - 1
-    phi = table.phi[index]
-    z = diffuse(batch.images, phi, draws.noise_key(update), draws.index, draws.flips(update))
+def distillation_gradient(
+    student: Model, teacher: Model, draws: Draws, table: RoundTable, micro_batches: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Algorithm 2: the weighted error of one student step against two DDIM steps of the teacher.
+
+    The teacher sees the whole batch, the student one of `micro_batches` parts at a time. Leaves the gradient of the mean in
+    the student's parameters. Returns the losses, float32 [n], and the step indices, int64 [n].
+    """
+    rows = table.rows
+    k = draws.step_indices(table.steps)
+    index = k - 1
+    phi = rows.phi[index]
+    z = draws.diffused(phi)
     with torch.no_grad():
-        first = teacher(z, phi, cond)
-        z_mid = ddim_step(z, first, table.ddim_z, table.ddim_output, index)
-        second = teacher(z_mid, table.phi_mid[index], cond)
-    output = student(z, phi, cond)
-    return ddim_step_weighted_loss(
-        output,
-        z,
-        first,
-        second,
-        table.target_z,
-        table.target_output,
-        table.target_output_mid,
-        table.output,
-        table.weight,
-        index,
-    ).mean()
+        first = teacher(z, phi, draws.labels)
+        z_mid = ddim_step(z, first, rows.ddim_z, rows.ddim_output, index)
+        second = teacher(z_mid, rows.phi_mid[index], draws.labels)
+    losses = []
+    parts = _parts(len(z), micro_batches)
+    for part in parts:
+        output = student(z[part], phi[part], _of(draws.labels, part))
+        loss = ddim_step_weighted_loss(
+            output,
+            z[part],
+            first[part],
+            second[part],
+            rows.target_z,
+            rows.target_output,
+            rows.target_output_mid,
+            rows.output,
+            rows.weight,
+            index[part],
+        )
+        last_of_batch(student, part is parts[-1])
+        (loss.mean() / micro_batches).backward()
+        losses.append(loss.detach())
+    return torch.cat(losses), k

@@ -26,7 +26,8 @@ def _init(weight: Tensor, fan_in: int, zero: bool) -> None:
 class Conv2d(nn.Module):
     """A same-padded convolution whose weight is stored contiguous as [out, height, width, in].
 
-    `fully_shard` accepts only contiguous parameters; conv2d gets the channels-last view of it, without a copy.
+    `fully_shard` accepts only contiguous parameters; conv2d gets the channels-last view of it, without a copy. Weight and
+    bias are cast to the dtype of the input at use, as in `Linear`.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, zero_init: bool = False) -> None:
@@ -36,7 +37,8 @@ class Conv2d(nn.Module):
         _init(self.weight, in_channels * kernel_size**2, zero_init)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight.permute(0, 3, 1, 2), self.bias, padding=self.weight.shape[1] // 2)
+        weight = self.weight.to(x.dtype).permute(0, 3, 1, 2)
+        return F.conv2d(x, weight, self.bias.to(x.dtype), padding=self.weight.shape[1] // 2)
 
 
 class Linear(nn.Linear):
@@ -46,6 +48,9 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features)
         _init(self.weight, in_features, zero_init)
         nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
 class GroupNorm(nn.GroupNorm):

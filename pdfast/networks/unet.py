@@ -1,5 +1,6 @@
 """The U-Net of Salimans & Ho 2022 (that of Nichol & Dhariwal 2021 with BigGAN up- and downsampling)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,11 +59,16 @@ class NetworkConfig:
 
 class UNet(nn.Module):
     """`unet(z, phi, cond) -> output`: z [N, C, H, W] float, phi [N] in radians, cond int64 [N] class indices (or None for an
-    unconditional network) to [N, P*C, H, W] float32, P = 2 if it predicts both x and eps."""
+    unconditional network) to [N, P*C, H, W] float32, P = 2 if it predicts both x and eps.
+
+    `dtype` is that of the activations of its blocks. What comes before and after, and the embedding, is float32: near
+    phi = 0 the rounding of a bf16 input would be larger than the noise in it.
+    """
 
     def __init__(self, config: NetworkConfig, dropout: float = 0.0) -> None:
         super().__init__()
         self.config = config
+        self.dtype = torch.float32
         self.prediction = config.prediction
         emb, groups = config.emb_channels, config.num_groups
         width = [config.channels * m for m in config.channel_mult]
@@ -114,13 +120,17 @@ class UNet(nn.Module):
             channels, outputs_per_channel(config.prediction) * config.image_channels, 3, zero_init=True
         )
 
+    def blocks(self) -> Iterator[nn.Module]:
+        """The blocks whose activations are of `dtype`: nearly all parameters, and all but a few of the operations."""
+        return (module for module in self.modules() if isinstance(module, ResBlock | Attention))
+
     def forward(self, z: Tensor, phi: Tensor, cond: Any = None) -> Tensor:
         emb = self.time_mlp(time_embedding(phi, self.config.channels))
         if self.class_embedding is not None:
             emb = emb + self.class_embedding(F.one_hot(cond, self.config.num_classes).to(emb.dtype))
-        emb = F.silu(emb)
+        emb = F.silu(emb).to(self.dtype)
 
-        h = self.conv_in(z.contiguous(memory_format=torch.channels_last))
+        h = self.conv_in(z.float().contiguous(memory_format=torch.channels_last)).to(self.dtype)
         skips = [h]
         for stage in self.down:
             for block, attention in zip(stage["blocks"], stage["attentions"], strict=True):
@@ -138,4 +148,4 @@ class UNet(nn.Module):
             if "upsample" in stage:
                 h = stage["upsample"](h, emb)
 
-        return self.conv_out(self.norm_out(h, silu=True)).float()
+        return self.conv_out(self.norm_out(h.float(), silu=True))

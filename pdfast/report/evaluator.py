@@ -1,6 +1,6 @@
 """Judging a model at a step count: images from fixed noise, against real images and against the first teacher's.
 
-Every model draws from the same noise and the same labels, at every step count, so that numbers and pictures compare.
+All processes of a world draw and measure, and all have the result. Every model draws from the same noise and the same labels, at every step count, so that numbers and pictures compare.
 """
 
 import time
@@ -17,6 +17,7 @@ from pdfast.data import ImageSource
 from pdfast.diffusion import Model, Schedule, noise, sample
 from pdfast.diffusion.noise import Stream
 from pdfast.engine.device import commit, describe
+from pdfast.engine.world import World
 from pdfast.report.features import load_feature_space
 from pdfast.report.metrics import FrechetDistance, channel_statistics, mean_squared_distance, psnr, split_real
 
@@ -34,26 +35,30 @@ def draw(
     steps: int,
     shape: tuple[int, int, int],
     count: int,
+    world: World,
     *,
     seed: int,
     num_classes: int = 0,
     batch_size: int = 256,
     clip: bool = False,
-    device: torch.device | str = "cpu",
     between: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """`count` images by DDIM in `steps` steps: uint8 [count, C, H, W] on the CPU. Image i depends on (seed, i) alone.
+    """`count` images by DDIM in `steps` steps: uint8 [count, C, H, W] on the CPU, the same in all processes, of which each
+    draws a part. Image i depends on (seed, i) alone.
 
-    shape: (C, H, W). num_classes: where not 0, classes are drawn uniformly. between: called before each batch.
+    shape: (C, H, W). num_classes: where not 0, classes are drawn uniformly. between: called before each batch. All batches
+    are of one size, since compiled code is for one: what is too many is dropped.
     """
     images = []
-    for start in range(0, count, batch_size):
+    part = world.part(count).to(world.device)
+    batch_size = -(-len(part) // -(-len(part) // batch_size))
+    for start in range(0, len(part), batch_size):
         between()
-        index = torch.arange(start, min(start + batch_size, count), device=device)
-        z = noise.normal(seed, Stream.SAMPLE, 0, 0, index, shape)
-        labels = noise.integer(seed, Stream.LABEL, 0, 0, index, num_classes) if num_classes else None
+        index = part[0] + start + torch.arange(batch_size, device=world.device)
+        z = noise.normal(noise.key(seed, Stream.SAMPLE), index, shape)
+        labels = noise.integer(noise.key(seed, Stream.LABEL), index, num_classes) if num_classes else None
         images.append(to_uint8(sample(model, z, schedule, steps, cond=labels, clip=clip)).cpu())
-    return torch.cat(images)
+    return world.gather(torch.cat(images)[: len(part)])[:count]
 
 
 class Evaluator:
@@ -67,17 +72,17 @@ class Evaluator:
         *,
         seed: int,
         num_classes: int,
-        device: torch.device,
+        world: World,
         between: Callable[[], None] = lambda: None,
     ) -> None:
         self._config, self._source, self._schedule = config, source, schedule
-        self._seed, self._num_classes, self._device, self._between = seed, num_classes, device, between
+        self._seed, self._num_classes, self._world, self._between = seed, num_classes, world, between
         reference, held_out = split_real(source.num_images, config.num_samples, seed=0)
         real = source.take(reference).images.permute(0, 3, 1, 2)
-        features = load_feature_space(config.features, device=device)
+        features = load_feature_space(config.features, device=world.device)
         self.feature_space: str = features.name
-        self._distance = FrechetDistance(features, real.to(device), batch_size=config.batch_size)
-        self._floor = self._distance.distance(source.take(held_out).images.permute(0, 3, 1, 2).to(device))
+        self._distance = FrechetDistance(features, real, world, batch_size=config.batch_size)
+        self._floor = self._distance.distance(source.take(held_out).images.permute(0, 3, 1, 2))
         self._real_mean, self._real_std = channel_statistics(real)
         self.real_samples = source.take(reference[:SHOWN]).images.cpu().numpy()
         self._reference_images: Tensor | None = None
@@ -96,11 +101,11 @@ class Evaluator:
             steps,
             (channels, height, width),
             self._config.num_samples,
+            self._world,
             seed=self._seed,
             num_classes=self._num_classes,
             batch_size=self._config.batch_size,
             clip=self._config.clip,
-            device=self._device,
             between=self._between,
         )
         return images, (time.perf_counter() - began) / len(images)
@@ -110,7 +115,7 @@ class Evaluator:
         mean, std = channel_statistics(images)
         row = {
             "steps": steps,
-            "fd": self._distance.distance(images.to(self._device)),
+            "fd": self._distance.distance(images),
             "mse": None,
             "psnr": None,
             "channel_mean": mean,
@@ -131,7 +136,8 @@ class Evaluator:
             "floor": self._floor,
             "sampler": "ddim",
             "clip": self._config.clip,
-            "device": describe(self._device),
+            "device": describe(self._world.device),
+            "processes": self._world.size,
             "versions": {"pdfast": pdfast.__version__, "torch": torch.__version__},
             "commit": commit(),
             "data": {

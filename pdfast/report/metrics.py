@@ -6,18 +6,19 @@ import warnings
 from torch import Tensor, nn
 
 from pdfast.diffusion.noise import permutation
+from pdfast.engine.world import World
 from pdfast.errors import UsageError
 
 
 class FrechetDistance:
     """The Frechet distance of Heusel et al. 2017 (arXiv 1706.08500) to one set of real images.
 
-    torchmetrics computes it, its sums in float64.
+    torchmetrics computes it, its sums in float64. Each process of a world computes the features of its part of the images.
     """
 
-    def __init__(self, features: nn.Module, real: Tensor, batch_size: int = 256) -> None:
-        """features: uint8 [n, C, H, W] -> float [n, num_features], with `name` and `num_features`.
-        real: uint8 [n, C, H, W], on the features' device; its statistics are computed once.
+    def __init__(self, features: nn.Module, real: Tensor, world: World, batch_size: int = 256) -> None:
+        """features: uint8 [n, C, H, W] -> float [n, num_features], with `name` and `num_features`, on the world's device.
+        real: uint8 [n, C, H, W], the same in all processes; its statistics are computed once.
         Warns where n <= num_features.
         """
         # A second and a half to import, which a command that measures nothing should not wait for.
@@ -29,18 +30,25 @@ class FrechetDistance:
                 "covariance is singular, take the distance as a trend",
                 stacklevel=2,
             )
-        # Without sync_on_compute=False a distance measured by one process of several would wait for the others.
+        # The sums over the processes are ours: torchmetrics would move them by the backend of the gradients.
         metric = FrechetInceptionDistance(features, reset_real_features=False, sync_on_compute=False)
-        self._metric = metric.to(real.device)
-        self._batch_size = batch_size
-        for batch in real.split(batch_size):
-            self._metric.update(batch, real=True)
+        self._metric = metric.to(world.device)
+        self._world, self._batch_size = world, batch_size
+        self._update(real, real=True)
+
+    def _update(self, images: Tensor, real: bool) -> None:
+        part = self._world.part(len(images))
+        for batch in images[part[part < len(images)]].split(self._batch_size):
+            if len(batch):
+                self._metric.update(batch.to(self._world.device), real=real)
+        for name in ("features_sum", "features_cov_sum", "features_num_samples"):
+            name = f"{'real' if real else 'fake'}_{name}"
+            setattr(self._metric, name, self._world.sum(getattr(self._metric, name)))
 
     def distance(self, generated: Tensor) -> float:
-        """The paper's d^2 between uint8 images [m, C, H, W] and the real ones, in this process alone."""
+        """The paper's d^2 between uint8 images [m, C, H, W], the same in all processes, and the real ones."""
         self._metric.reset()
-        for batch in generated.split(self._batch_size):
-            self._metric.update(batch, real=False)
+        self._update(generated, real=False)
         return float(self._metric.compute())
 
 

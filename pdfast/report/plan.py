@@ -3,55 +3,24 @@
 import time
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
 from pdfast.config import DistillConfig, RunConfig, TrainConfig
+from pdfast.engine.cost import activation_bytes, inputs, parameters_and_flops
 from pdfast.engine.log import clock, count_steps
 from pdfast.networks import NetworkConfig, UNet
 
 TIMED_IMAGES = 8
 
 
-def _inputs(network: NetworkConfig, count: int, device: torch.device | str) -> tuple:
-    cond = torch.zeros(count, dtype=torch.int64, device=device) if network.num_classes else None
-    return torch.zeros(count, *network.image_shape, device=device), torch.zeros(count, device=device), cond
-
-
-def parameters_and_flops(network: NetworkConfig) -> tuple[int, int]:
-    """Parameters, and floating-point operations of one forward of one image; nothing is allocated."""
-    with torch.device("meta"):
-        model = UNet(network)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(*_inputs(network, 1, "meta"))
-    return sum(p.numel() for p in model.parameters()), counter.get_total_flops()
-
-
-def activation_bytes(network: NetworkConfig) -> int:
-    """Bytes that a forward of one image keeps for the backward, the parameters not counted."""
-    with torch.device("meta"):
-        model = UNet(network)
-    kept = {p.untyped_storage()._cdata: (p, 0) for p in model.parameters()}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept.setdefault(storage._cdata, (tensor, storage.nbytes()))
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(*_inputs(network, 1, "meta"))
-    return sum(size for _, size in kept.values())
-
-
 def seconds_a_forward(network: NetworkConfig, device: torch.device) -> float:
     """Seconds of one forward of one image on the device, measured on a small batch."""
     model = UNet(network).to(device).eval()
-    inputs = _inputs(network, TIMED_IMAGES, device)
+    zeros = inputs(network, TIMED_IMAGES, device)
 
     def run() -> float:
         began = time.perf_counter()
         with torch.no_grad():
-            model(*inputs)
+            model(*zeros)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - began

@@ -1,0 +1,138 @@
+"""How a network lies in the machine: its dtype, what is recomputed, what is compiled, which process holds which part.
+
+    activation checkpointing -> compile each block, in place -> fully_shard each block, then the root
+
+in this order, all from outside of a plain module, whose state-dict keys stay. A network says by `blocks()` what its units
+are and by `dtype` what its activations are; one that has neither is a unit by itself.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from pdfast.engine.world import World
+
+MANY_GRAPHS = 1024  # of one code object: the blocks of a network share one, and each has its own shapes
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """The units of compilation, of recomputation and of sharding."""
+    return list(network.blocks()) if hasattr(network, "blocks") else [network]
+
+
+def halve(network: nn.Module, dtype: torch.dtype) -> None:
+    """Keep what the blocks multiply by in `dtype`, as the same blocks cast it at use: the values are equal, bit for bit."""
+    for block in blocks(network):
+        for module in block.modules():
+            if not isinstance(module, nn.GroupNorm):
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.to(dtype)
+
+
+def recompute(network: nn.Module) -> None:
+    """Keep only the inputs of each block for the backward, and run it again there."""
+    for block in blocks(network):
+        inner = block.forward
+
+        def forward(*arguments: Tensor, inner=inner) -> Tensor:
+            return checkpoint(inner, *arguments, use_reentrant=False)
+
+        block.forward = forward
+
+
+def compile_blocks(network: nn.Module) -> None:
+    """Compile each block in place, without graph breaks."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MANY_GRAPHS)
+    torch._dynamo.config.accumulated_recompile_limit = max(
+        torch._dynamo.config.accumulated_recompile_limit, MANY_GRAPHS
+    )
+    for block in blocks(network):
+        block.compile(fullgraph=True, dynamic=False)
+
+
+def compiled_graphs() -> int:
+    """How many graphs this process has compiled: a number that does not grow once everything ran."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def shard(network: nn.Module, world: World, *, reduced: torch.dtype = torch.float32) -> None:
+    """Divide the parameters over the mesh; gradients are averaged in `reduced`. One process alone keeps plain tensors.
+
+    Parameters travel in the network's dtype where its blocks use them so, the rest in their own.
+    """
+    if world.mesh is None:
+        return
+    dtype = getattr(network, "dtype", torch.float32)
+    own = MixedPrecisionPolicy(reduce_dtype=reduced, cast_forward_inputs=False)
+    of_blocks = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduced, cast_forward_inputs=False)
+    sharded = [block for block in blocks(network) if block is not network]
+    for block in sharded:
+        fully_shard(block, mesh=world.mesh, mp_policy=own if dtype == torch.float32 else of_blocks)
+    fully_shard(network, mesh=world.mesh, mp_policy=own, reshard_after_forward=True)
+    for block, following in zip(sharded, sharded[1:], strict=False):
+        block.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([block])
+
+
+def last_of_batch(network: nn.Module, last: bool) -> None:
+    """Whether the next backward completes the gradient: only then do the processes exchange it."""
+    if hasattr(network, "set_requires_gradient_sync"):
+        network.set_requires_gradient_sync(last)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a parameter, which shares its memory; a plain tensor is its own."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def rows(size: int, parts: int, part: int) -> tuple[int, int]:
+    """The first row of part `part` of `parts`, and the row after its last, of a tensor of `size` rows: as torch.chunk."""
+    each = -(-size // parts)
+    return min(part * each, size), min((part + 1) * each, size)
+
+
+@torch.no_grad()
+def set_weights(network: nn.Module, weights: Mapping[str, Tensor], world: World) -> None:
+    """Write whole tensors, of any dtype, into the parameters where they are. KeyError or ValueError where one does not fit.
+
+    Addresses stay, and so do CUDA graphs and compiled code.
+    """
+    for name, parameter in network.named_parameters():
+        value = weights[name]
+        if value.shape != parameter.shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(parameter.shape)}")
+        if isinstance(parameter, DTensor):
+            first, end = rows(len(value), world.shards, world.shard)
+            value = value[first:end]
+        local(parameter).copy_(value)
+
+
+@torch.no_grad()
+def promote(student: nn.Module, teacher: nn.Module, world: World) -> None:
+    """Write the student's weights into the teacher, where they are, in the teacher's dtype."""
+    pairs = zip(student.parameters(), teacher.parameters(), strict=True)
+    for source, target in pairs:
+        if isinstance(source, DTensor) and not isinstance(target, DTensor):
+            target.copy_(source.full_tensor())
+        else:
+            local(target).copy_(local(source))
+
+
+@torch.no_grad()
+def whole_weights(network: nn.Module, world: World) -> dict[str, Tensor]:
+    """All weights, float32 on the CPU, in the first process; elsewhere nothing. All processes must call it."""
+    weights = {}
+    for name, parameter in network.named_parameters():
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        if world.first:
+            weights[name] = whole.detach().float().cpu()
+    return weights
+
+
+def parameter_bytes(parameters: Iterable[Tensor]) -> int:
+    """Bytes of whole parameters."""
+    return sum(p.numel() * p.element_size() for p in parameters)

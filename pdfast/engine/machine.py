@@ -1,0 +1,147 @@
+"""What a run runs on: its processes, and how networks, updates and optimizers are laid out for them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pdfast.config import DistillConfig, EngineConfig, RunConfig
+from pdfast.diffusion import noise
+from pdfast.diffusion.noise import Stream
+from pdfast.engine import interrupt, layout
+from pdfast.engine.cost import parameters_and_flops
+from pdfast.engine.device import describe
+from pdfast.engine.graph import Replayed
+from pdfast.engine.metrics import Losses, Speed, peak_flops
+from pdfast.engine.optimizer import Optimizer
+from pdfast.engine.watchdog import Watchdog
+from pdfast.engine.world import World, open_world
+from pdfast.errors import RunError, UsageError
+from pdfast.networks import NetworkConfig, UNet
+
+TEACHER_SHARE = 1 / 8  # of a GPU's memory, from which on a copy of the teacher in each process is too much
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The processes of a run and the settings of its engine."""
+
+    world: World
+    settings: EngineConfig
+    network: NetworkConfig
+    dtype: torch.dtype
+    watchdog: Watchdog
+    peak_flops: float
+    """Of one device, a second, measured."""
+
+    @property
+    def compiled(self) -> bool:
+        return self.settings.compile == "on" or (self.settings.compile == "auto" and self.world.device.type == "cuda")
+
+    @property
+    def teacher_sharded(self) -> bool:
+        """Whether each process holds a part of the teacher only."""
+        if self.world.shards == 1 or self.settings.teacher_shard != "auto":
+            return self.world.shards > 1 and self.settings.teacher_shard == "on"
+        if self.world.device.type != "cuda":
+            return False
+        copy = parameters_and_flops(self.network)[0] * self.dtype.itemsize
+        return copy > TEACHER_SHARE * torch.cuda.get_device_properties(self.world.device).total_memory
+
+    @property
+    def description(self) -> str:
+        """In one line, for people."""
+        world = self.world
+        parts = [describe(world.device), str(self.dtype).removeprefix("torch.")]
+        parts += ["compiled"] if self.compiled else []
+        if world.size > 1:
+            parts += [f"{world.size} processes, {world.size // world.shards} copies in {world.shards} parts"]
+            parts += ["teacher in parts"] if self.teacher_sharded else []
+        return ", ".join(parts)
+
+    def trained(self, network: UNet) -> UNet:
+        """A network to train: float32 weights, divided over the processes."""
+        network.to(self.world.device).dtype = self.dtype
+        if self.settings.recompute:
+            layout.recompute(network)
+        if self.compiled:
+            layout.compile_blocks(network)
+        layout.shard(network, self.world)
+        return network
+
+    def frozen(self) -> UNet:
+        """A teacher to distill from, its weights yet to be written: what its blocks multiply by is kept in the dtype of
+        activations."""
+        network = UNet(self.network).to(self.world.device).eval().requires_grad_(False)
+        network.dtype = self.dtype
+        layout.halve(network, self.dtype)
+        if self.compiled:
+            layout.compile_blocks(network)
+        if self.teacher_sharded:
+            layout.shard(network, self.world)
+        return network
+
+    def optimizer(self, network: UNet, *, clip: float, ema: float, weight_decay: float = 0.0) -> Optimizer:
+        return Optimizer(
+            network, self.world, clip=clip, ema=ema, weight_decay=weight_decay, backend=self.settings.optimizer
+        )
+
+    def replayed(self, update: Callable[[], None]) -> Callable[[], None]:
+        """`update` as a CUDA graph, where that can be."""
+        return Replayed(update, self.world, self.settings.graph)
+
+    def whole_weights(self, network: UNet) -> dict[str, Tensor]:
+        """All weights, float32 on the CPU, in the first process. All processes must call it."""
+        return layout.whole_weights(network, self.world)
+
+    def speed(self, batch_size: int, *, evaluations_per_image: int, forwards_of_flops: int) -> Speed:
+        """The rates of a stage whose update costs so many forwards' floating-point operations an image."""
+        flops = forwards_of_flops * parameters_and_flops(self.network)[1]
+        return Speed(batch_size, evaluations_per_image, flops, self.peak_flops * self.world.size)
+
+    def seed_dropout(self, seed: int, update: int) -> None:
+        """Dropout is a function of the seed, the update and the process."""
+        index = torch.tensor([self.world.rank])
+        torch.manual_seed(int(noise.integer(noise.key(seed, Stream.DROPOUT, 0, update), index, 1 << 32)))
+
+    def asked_to_stop(self, place: str) -> bool:
+        """Whether any process was asked to stop; called by all, at least after each update and each batch of samples."""
+        self.watchdog.beat(place)
+        return self.world.any(interrupt.requested())[0]
+
+    def stop_if_not_finite(self, optimizer: Optimizer, losses: Losses, update: int, where: str, every: int) -> None:
+        """RunError after too many updates in a row that were not finite. A GPU is asked every so many updates: to wait for it
+        each time would cost more."""
+        if self.world.device.type == "cuda" and (update + 1) % every:
+            return
+        in_a_row = int(optimizer.skipped[1])
+        if in_a_row >= self.settings.non_finite_limit:
+            k = int(self.world.gather(torch.tensor([losses.bad_step_index])).max())
+            raise RunError(
+                f"{where}: the loss or its gradient was not finite in {in_a_row} updates in a row, up to update {update}"
+                f"{f', last at step index {k}' if k else ''}; the weights were left as they were: lower the learning rate, "
+                "or try another weighting"
+            )
+
+
+@contextmanager
+def open_machine(config: RunConfig) -> Iterator[Machine]:
+    """The machine of a run, until the end of the block. UsageError for settings that it cannot have."""
+    engine = config.engine
+    with open_world(config.device, engine.shard) as world:
+        batches = {"train.batch-size": config.train.batch_size}
+        if isinstance(config, DistillConfig):
+            batches |= {"batch-size": config.batch_size}
+        parts = world.size * engine.micro_batches
+        for flag, size in batches.items():
+            if size % parts:
+                raise UsageError(
+                    f"--{flag} {size} must be a multiple of {parts}: {world.size} processes times {engine.micro_batches} "
+                    "micro-batches"
+                )
+        bf16 = engine.dtype == "bf16" or (engine.dtype == "auto" and world.device.type == "cuda")
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        with Watchdog(world, engine.patience) as watchdog:
+            yield Machine(world, engine, config.network, dtype, watchdog, peak_flops(world.device, dtype))

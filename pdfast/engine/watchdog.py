@@ -1,0 +1,90 @@
+"""Ends a run of several processes in which one hangs, and says which: the others would wait for it for hours.
+
+Each process has a thread that writes into the store of the process group, every second, how far its process is and where
+in the code. A process whose main thread gets no further for too long reads what the others wrote: one that writes no
+more is dead or stopped; otherwise all places are named.
+"""
+
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from pdfast.engine.world import World
+
+EVERY = 1.0  # seconds between two signs of life
+SILENT = 5.0  # seconds in which another process's sign of life must change
+FIRST = 10  # times the patience, before the first update is done: it compiles
+HUNG = 1  # exit code
+_PACKAGE = str(Path(__file__).parents[1])
+
+
+class Watchdog:
+    """Watches the processes of a world from the `with` on; one process alone is not watched."""
+
+    def __init__(self, world: World, patience: float) -> None:
+        """patience: seconds without progress after which the run ends; ten times as many before the first."""
+        self._world, self._patience = world, patience
+        self._done, self._place, self._moved = 0, "the start", time.monotonic()
+        self._stopped = threading.Event()
+        self._main = threading.get_ident()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> "Watchdog":
+        if self._world.size > 1:
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(host, port, is_master=False)
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            self._store = dist.PrefixStore(f"watchdog/{attempt}", store)
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stopped.set()
+        if self._thread:
+            self._thread.join()
+
+    def beat(self, place: str) -> None:
+        """The main thread has got as far as `place`."""
+        self._done, self._place, self._moved = self._done + 1, place, time.monotonic()
+
+    def _watch(self) -> None:
+        signs = 0
+        while not self._stopped.wait(EVERY):
+            signs += 1
+            try:
+                self._store.set(str(self._world.rank), f"{signs} {self._place}, in {self._where()}")
+            except RuntimeError:  # the store's process has gone, and torchrun is ending the run
+                return
+            idle = time.monotonic() - self._moved
+            if idle > self._patience * (1 if self._done else FIRST):
+                self._end(idle)
+
+    def _where(self) -> str:
+        """The innermost place of our code that the main thread is in."""
+        frame = sys._current_frames().get(self._main)
+        while frame and not frame.f_code.co_filename.startswith(_PACKAGE):
+            frame = frame.f_back
+        return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame else "the interpreter"
+
+    def _signs(self) -> list[str]:
+        return [self._store.get(str(rank)).decode() for rank in range(self._world.size)]
+
+    def _end(self, idle: float) -> None:
+        before = self._signs()
+        time.sleep(SILENT)
+        after = self._signs()
+        hung = [rank for rank, (a, b) in enumerate(zip(before, after, strict=True)) if a == b]
+        hung = [rank for rank in hung if rank != self._world.rank]
+        if hung:
+            named = ", ".join(f"rank {rank} (last seen at {after[rank].split(' ', 1)[1]})" for rank in hung)
+            message = f"{named} gives no sign of life; the run ends after {idle:.0f} s without an update"
+        else:
+            places = "; ".join(f"rank {rank}: {sign.split(' ', 1)[1]}" for rank, sign in enumerate(after))
+            message = f"no update for {idle:.0f} s, the run ends; the processes are at: {places}"
+        print(f"pdfast: error: rank {self._world.rank}: {message}", file=sys.stderr, flush=True)
+        os._exit(HUNG)

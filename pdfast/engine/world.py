@@ -1,0 +1,124 @@
+"""The processes of a run: one alone, or those that torchrun started, on one machine or several.
+
+Several form a mesh (replicate, shard): gradients are averaged over all of it, parameters are divided over `shard`. Beside
+the backend that moves gradients (NCCL on GPUs) there is a gloo group for what the host must know: whether someone was
+asked to stop, sampled images, sums of metrics. One process alone has neither mesh nor group.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from pdfast.engine.device import open_device
+from pdfast.errors import RunError, UsageError
+
+PATIENCE = timedelta(hours=2)  # of a collective; the watchdog ends a run that hangs long before
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of them."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    mesh: DeviceMesh | None = None
+    control: dist.ProcessGroup | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes logs, students and reports."""
+        return self.rank == 0
+
+    @property
+    def shards(self) -> int:
+        """Into how many parts each parameter is divided."""
+        return 1 if self.mesh is None else self.mesh["shard"].size()
+
+    @property
+    def shard(self) -> int:
+        """Which of them this process holds."""
+        return 0 if self.mesh is None else self.mesh["shard"].get_local_rank()
+
+    @property
+    def replica(self) -> int:
+        """Which of the equal copies of the network this process works on."""
+        return 0 if self.mesh is None else self.mesh["replicate"].get_local_rank()
+
+    def part(self, count: int) -> Tensor:
+        """This process's indices of `count` things, int64; all have as many, and the last may have some past the end."""
+        each = -(-count // self.size)
+        return torch.arange(self.rank * each, (self.rank + 1) * each)
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Each flag, true if it is true in some process. All processes must call it."""
+        if self.control is None:
+            return flags
+        values = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=self.control)
+        return tuple(values.bool().tolist())
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of all processes' tensors of one shape, on their device."""
+        if self.control is None:
+            return values
+        total = values.detach().cpu().clone()
+        dist.all_reduce(total, group=self.control)
+        return total.to(values.device)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """All processes' CPU tensors [n, ...] of one shape, one after the other: [size * n, ...]."""
+        if self.control is None:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(parts, values.contiguous(), group=self.control)
+        return torch.cat(parts)
+
+    def on_first(self, function: Callable[[], T]) -> T:
+        """What `function` returns in the first process, which alone calls it; its UsageError or RunError is raised in all.
+
+        The result must be a number, a string, or None.
+        """
+        if self.control is None:
+            return function()
+        outcome: list[tuple[str, object]] = [("", None)]
+        if self.first:
+            try:
+                outcome = [("", function())]
+            except (UsageError, RunError) as error:
+                outcome = [(type(error).__name__, str(error))]
+        dist.broadcast_object_list(outcome, src=0, group=self.control)
+        [(failure, value)] = outcome
+        if failure:
+            raise {"UsageError": UsageError, "RunError": RunError}[failure](value)
+        return value  # type: ignore[return-value]
+
+
+@contextmanager
+def open_world(device_name: str, shard: int = 1) -> Iterator[World]:
+    """The world of this process, which ends with the block. UsageError for a device that is not here, or a --shard that
+    does not divide the number of processes."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if shard < 1 or size % shard:
+        raise UsageError(f"--shard {shard} must divide the number of processes, {size}")
+    device = open_device(device_name)
+    if size == 1:
+        yield World(device)
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE, device_id=device if device.type == "cuda" else None)
+    try:
+        mesh = init_device_mesh(device.type, (size // shard, shard), mesh_dim_names=("replicate", "shard"))
+        control = dist.new_group(backend="gloo", timeout=PATIENCE)
+        yield World(device, dist.get_rank(), size, mesh, control)
+    finally:
+        dist.destroy_process_group()

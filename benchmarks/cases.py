@@ -25,6 +25,8 @@ class Case:
     tensor_cores: bool = False
     narrow: tuple[str, ...] = ()
     """Arguments that need no wide accesses all the same."""
+    explicit: bool = False
+    """Whether somebody asked for this very shape."""
 
     @property
     def full_name(self) -> str:
@@ -175,7 +177,7 @@ def all_cases() -> list[Case]:
 def _diffuse() -> Iterator[Case]:
     def case(name: str, samples: int, image: str, flip: bool, dtype: str) -> Case:
         [(channels, size)] = sizes(image)
-        make = partial(work.diffuse_work, channels=channels, size=size, dtype=DTYPES[dtype], flip=flip)
+        make = partial(work.diffuse_work, channels=channels, size=(size, size), dtype=DTYPES[dtype], flip=flip)
         width = _width(channels * size * size)  # of z; of the images, a byte an element, a thread has 4 or 8 bytes
         name = f"{name} {samples}x{image} {'flip ' if flip else ''}{dtype}"
         return Case("diffuse", name, samples, make, width, narrow=("images_ptr",))
@@ -191,7 +193,7 @@ def _states(image: str, parts: int, channels_last: bool, dtype: str) -> tuple[di
     """Of an operation on states: the arguments of its work, the width of its accesses, and its name."""
     [(channels, size)] = sizes(image)
     run = channels if channels_last and parts > 1 else channels * size * size
-    arguments = {"channels": channels, "size": size, "parts": parts, "channels_last": channels_last}
+    arguments = {"channels": channels, "size": (size, size), "parts": parts, "channels_last": channels_last}
     arguments |= {"dtype": DTYPES[dtype], "steps": STEPS}
     return arguments, _width(run), f"{image} P={parts} {'NHWC' if channels_last else 'NCHW'} {dtype}"
 
@@ -226,7 +228,7 @@ def _loss() -> Iterator[Case]:
 
 def _group_norm() -> Iterator[Case]:
     def case(name: str, samples: int, channels: int, size: int, kind: str, dtype: str) -> Case:
-        arguments = {"channels": channels, "size": size, "groups": GROUPS, "dtype": DTYPES[dtype]}
+        arguments = {"channels": channels, "size": (size, size), "groups": GROUPS, "dtype": DTYPES[dtype]}
         make = partial(work.group_norm_work, **arguments, film=kind == "film+silu", silu=kind != "plain")
         return Case("group_norm", f"{name} {samples}x{channels}x{size} {kind} {dtype}", samples, make, _width(channels))
 
@@ -262,7 +264,7 @@ def _group_norm_attention() -> Iterator[Case]:
     for name in ("cifar10", "imagenet64", "lsun128"):
         network = NETWORKS[name]
         for (channels, size), (positions, heads, _) in zip(sizes(network.plain), sizes(network.attention), strict=True):
-            arguments = {"channels": channels, "size": size, "groups": GROUPS, "heads": heads}
+            arguments = {"channels": channels, "size": (size, size), "groups": GROUPS, "heads": heads}
             make = partial(work.group_norm_attention_work, **arguments, dtype=DTYPES[network.dtype])
             shape = f"{name} 2x{channels}x{size} heads={heads} {network.dtype}"
             yield Case("group_norm_attention", shape, 2, make, _width(channels), tensor_cores=positions >= 64)

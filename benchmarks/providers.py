@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.cases import GROUPS, Case
+from benchmarks.cases import Case
 from benchmarks.work import EPS, Work
 from pdfast_kernels import dispatch
 
@@ -36,7 +36,7 @@ def call_of(provider: str, case: Case, work: Work) -> Call:
         if case.op == "adam_ema":
             raise Unavailable("reads its scalars on the host")
         torch._dynamo.reset()
-        return torch.compile(work.plain)
+        return torch.compile(work.plain, fullgraph=True)
     if provider in SDPA:
         if case.op != "attention":
             raise Unavailable("for attention alone")
@@ -47,11 +47,17 @@ def call_of(provider: str, case: Case, work: Work) -> Call:
 
 
 def fallback(call: Call) -> str | None:
-    """The warning by which a call says that another implementation ran; the call is made once."""
+    """The warning by which a call says that another implementation ran; the call is made once. Unavailable where
+    PyTorch's attention has warned why it cannot run."""
     dispatch._warned.clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        call()
+        try:
+            call()
+        except RuntimeError as error:
+            if "No available kernel" not in str(error) or not caught:
+                raise
+            raise Unavailable(str(caught[-1].message).partition(" (Triggered")[0]) from None
     said = [str(w.message) for w in caught if "runs in PyTorch" in str(w.message) or "fall" in str(w.message).lower()]
     return said[0] if said else None
 
@@ -80,7 +86,7 @@ def _apex(case: Case, work: Work) -> Call:
     except ImportError as error:
         raise Unavailable(f"apex is not installed ({error})") from None
     act = "silu" if "silu" in case.name else ""
-    norm = GroupNorm(GROUPS, x.shape[1], eps=EPS, act=act).cuda().to(x.dtype)
+    norm = GroupNorm(case.make.keywords["groups"], x.shape[1], eps=EPS, act=act).cuda().to(x.dtype)
     norm.weight, norm.bias = torch.nn.Parameter(weight.to(x.dtype)), torch.nn.Parameter(bias.to(x.dtype))
     if x.shape[1] not in GroupNorm.SUPPORTED_CHANNELS:
         raise Unavailable(f"falls back to PyTorch for {x.shape[1]} channels")
@@ -95,5 +101,5 @@ def _liger(case: Case, work: Work) -> Call:
         raise Unavailable(f"Liger is not installed ({error})") from None
     if "silu" in case.name:
         raise Unavailable("has no SiLU")
-    x = x.detach().contiguous().requires_grad_()  # NCHW: what it takes
-    return lambda: LigerGroupNormFunction.apply(x, weight, bias, x.shape[1], GROUPS, EPS)
+    x, groups = x.detach().contiguous().requires_grad_(), case.make.keywords["groups"]  # NCHW: what it takes
+    return lambda: LigerGroupNormFunction.apply(x, weight, bias, x.shape[1], groups, EPS)

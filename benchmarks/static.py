@@ -6,18 +6,18 @@ the bytes that each operation moves are counted. Exit code 1 if a kernel does no
 with its shape and the reason; 2, in one line, for a bad argument.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from tqdm import tqdm
 
 from benchmarks import gate, machine_code, tables, traffic
+from benchmarks.arguments import Parser
 from benchmarks.cases import Case, all_cases
 from benchmarks.header import header
 from benchmarks.work import launches
@@ -26,13 +26,8 @@ from pdfast_kernels._triton import INTERPRETED
 COMPILED_FOR = tuple(gate.SHARED_MEMORY)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = _Parser(prog="benchmarks.static", description="The machine code of every kernel, and the bytes it moves.")
+    parser = Parser(prog="benchmarks.static", description="The machine code of every kernel, and the bytes it moves.")
     cases = all_cases()
     ops = list(dict.fromkeys(case.op for case in cases))
     parser.add_argument("--arch", type=int, nargs="+", choices=COMPILED_FOR, default=COMPILED_FOR, help="capabilities")
@@ -41,9 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
     parser.add_argument("--quick", action="store_true", help="a few shapes of each operation")
     args = parser.parse_args(arguments)
-    for file in (args.json, args.markdown):
-        if file and (file.is_dir() or not file.parent.is_dir()):
-            parser.error(f"{file} is no file that could be written")
+    parser.check_writable(args.json, args.markdown)
     if INTERPRETED:
         parser.error("TRITON_INTERPRET=1 is set, and Triton would interpret the kernels, not compile them: unset it")
 

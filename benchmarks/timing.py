@@ -3,13 +3,14 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 FLUSHED_BYTES = 256 << 20  # several times the L2 cache of any GPU
 CEILING_BYTES = {"cuda": 1 << 30, "cpu": 64 << 20}
-CEILING_SIZE = {"cuda": 8192, "cpu": 1024}
+CEILING_SIZE = {"cuda": 8192, "cpu": 256}
 LEAST_CALLS, MOST_CALLS = 5, 1000
 
 
@@ -77,16 +78,18 @@ def captured(call: Callable[[], object]) -> Callable[[], None]:
 
 
 def ceilings(device: torch.device, seconds: float) -> dict[str, float]:
-    """Copy bandwidth in GB/s (read and written), and the rate of a large bf16 matrix product in TFLOP/s."""
+    """Copy bandwidth in GB/s (read and written), and the rates of large matrix products in TFLOP/s."""
     kind = device.type
     source = torch.ones(CEILING_BYTES[kind] // 4, device=device)
     target = torch.empty_like(source)
     copy = measure(lambda: target.copy_(source), device, seconds)
     size = CEILING_SIZE[kind]
-    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
-    product = measure(lambda: a @ b, device, seconds)
-    bytes_moved = 2 * _bytes(source)
-    return {"copy_gb_s": bytes_moved / copy.median / 1e6, "matmul_bf16_tflop_s": 2 * size**3 / product.median / 1e9}
+    rates = {"copy_gb_s": 2 * _bytes(source) / copy.median / 1e6}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        product = measure(partial(torch.mm, a, b), device, seconds)
+        rates[f"matmul_{name}_tflop_s"] = 2 * size**3 / product.median / 1e9
+    return rates | {"matmul_tflop_s": max(rates["matmul_bf16_tflop_s"], rates["matmul_fp32_tflop_s"])}
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -36,6 +36,8 @@ class Work:
     """What the backward, if there is one, must write the gradients of. It must read the result's gradient."""
     reads_again: list[Tensor] = field(default_factory=list)
     """What it must read besides."""
+    same_numbers: Callable[[], Tensor] | None = None
+    """What `kernels` computes, in float64, where `plain` draws other random numbers."""
 
     def gradients(self, result: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(result, self.differentiated, gradient)
@@ -62,7 +64,14 @@ def launches(make: Callable[[], Work], arch: int) -> dict[str, list[Launch]]:
 
 
 def ddim_step_work(
-    samples: int, device: str, channels: int, size: int, dtype: torch.dtype, parts: int, channels_last: bool, steps: int
+    samples: int,
+    device: str,
+    channels: int,
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    parts: int,
+    channels_last: bool,
+    steps: int,
 ) -> Work:
     z = _image(samples, channels, size, dtype, device, channels_last).requires_grad_()
     output = _image(samples, parts * channels, size, dtype, device, channels_last).requires_grad_()
@@ -81,7 +90,7 @@ def loss_work(
     samples: int,
     device: str,
     channels: int,
-    size: int,
+    size: tuple[int, int],
     dtype: torch.dtype,
     parts: int,
     channels_last: bool,
@@ -127,12 +136,19 @@ def adam_ema_work(samples: int, device: str, sizes: tuple[int, ...], gradient_dt
 
 
 def group_norm_work(
-    samples: int, device: str, channels: int, size: int, dtype: torch.dtype, groups: int, film: bool, silu: bool
+    samples: int,
+    device: str,
+    channels: int,
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    groups: int,
+    film: bool,
+    silu: bool,
 ) -> Work:
     x = _image(samples, channels, size, dtype, device).requires_grad_()
     weight, bias = (torch.zeros(channels, device=device, requires_grad=True) for _ in range(2))
-    both = torch.zeros(samples, 2 * channels, dtype=dtype, device=device, requires_grad=True)
-    scale, shift = both.chunk(2, dim=1) if film else (None, None)
+    both = torch.zeros(samples, 2 * channels, dtype=dtype, device=device)  # of one linear layer
+    scale, shift = (half.requires_grad_() for half in both.chunk(2, dim=1)) if film else (None, None)
     inputs = [x, weight, bias, *([scale, shift] if film else [])]
 
     def call(function: Callable[..., Tensor]) -> Tensor:
@@ -166,7 +182,7 @@ def attention_work(
 
 
 def group_norm_attention_work(
-    samples: int, device: str, channels: int, size: int, dtype: torch.dtype, groups: int, heads: int
+    samples: int, device: str, channels: int, size: tuple[int, int], dtype: torch.dtype, groups: int, heads: int
 ) -> Work:
     x = _image(samples, channels, size, dtype, device).requires_grad_()
     shapes = ((channels,), (channels,), (3 * channels, channels), (3 * channels,), (channels, channels), (channels,))
@@ -180,20 +196,23 @@ def group_norm_attention_work(
     )
 
 
-def diffuse_work(samples: int, device: str, channels: int, size: int, dtype: torch.dtype, flip: bool) -> Work:
-    images = torch.zeros(samples, size, size, channels, dtype=torch.uint8, device=device)
+def diffuse_work(
+    samples: int, device: str, channels: int, size: tuple[int, int], dtype: torch.dtype, flip: bool
+) -> Work:
+    images = torch.zeros(samples, *size, channels, dtype=torch.uint8, device=device)
     phi = torch.zeros(samples, device=device)
     flips = torch.zeros(samples, dtype=torch.bool, device=device) if flip else None
     key, index = (torch.zeros(n, dtype=torch.int64, device=device) for n in (4, samples))
 
     def plain() -> Tensor:  # with PyTorch's own noise: eager Philox in int64 would flatter us
-        noise = torch.randn(samples, size, size, channels, device=device).permute(0, 3, 1, 2)
+        noise = torch.randn(images.shape, device=device).permute(0, 3, 1, 2)
         return reference.mix(images, phi, noise, flips).to(dtype)
 
     return Work(
         kernels=lambda: diffuse(images, phi, key, index, flips, dtype),
         plain=plain,
         reads=[images, phi, key, index, *([flips] if flip else [])],
+        same_numbers=lambda: reference.diffuse(images, phi, key, index, flips, torch.float64),
     )
 
 
@@ -203,7 +222,7 @@ def _column(device: str, *shape: int) -> Tensor:
 
 
 def _image(
-    samples: int, channels: int, size: int, dtype: torch.dtype, device: str, channels_last: bool = True
+    samples: int, channels: int, size: tuple[int, int], dtype: torch.dtype, device: str, channels_last: bool = True
 ) -> Tensor:
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.zeros(samples, channels, size, size, dtype=dtype, device=device).contiguous(memory_format=layout)
+    return torch.zeros(samples, channels, *size, dtype=dtype, device=device).contiguous(memory_format=layout)

@@ -89,7 +89,9 @@ class Rounds:
         ours = self.student(z[part], phi[part], None if labels is None else labels[part]).detach()
         far = (ours - theirs).abs().max() > SAME[self.machine.dtype] * theirs.abs().max()
         if world.any(bool(far))[0]:
-            raise RunError(f"before the round to {count_steps(steps)} the student is not its teacher: this is a bug, report it")
+            raise RunError(
+                f"before the round to {count_steps(steps)} the student is not its teacher: this is a bug, report it"
+            )
 
     def train(self, round_index: int, steps: int) -> dict:
         """One round: the student learns to do in `steps` steps what its teacher does in twice as many. Returns the round's
@@ -154,6 +156,11 @@ def write_student(rounds: Rounds, training: dict, evaluator: Evaluator, steps: i
     images, seconds = evaluator.draw(rounds.student.eval(), steps)
     row = evaluator.measure(images, steps, seconds)
     samples = shown(images)
+    teacher_rows = read_json(config.run / "teacher" / "metrics.json")["evaluation"]
+    before = config.run / "students" / f"{2 * steps:04d}" / "metrics.json"
+    row_before = read_json(before)["evaluation"][0] if before.exists() else teacher_rows[0]
+    for complaint in complaints(row, row_before, teacher_rows, config.guard):
+        log.warn(complaint, steps)
     weights = machine.whole_weights(rounds.student)
 
     def fill(folder):
@@ -162,16 +169,11 @@ def write_student(rounds: Rounds, training: dict, evaluator: Evaluator, steps: i
         np.save(folder / "samples.npy", samples)
         write_png(folder / "grid.png", image_grid(samples, columns=4, scale=4))
 
-    machine.world.on_first(lambda: write_folder(config.run / "students" / f"{steps:04d}", fill))
+    machine.finish(lambda: write_folder(config.run / "students" / f"{steps:04d}", fill))
     Checkpoints(config.run, f"student-{steps:04d}", machine.world).clear()
     log.images(samples, steps)
-    teacher_rows = read_json(config.run / "teacher" / "metrics.json")["evaluation"]
     ddim = next((f", the teacher's DDIM {r['fd']:.3f}" for r in teacher_rows if r["steps"] == steps), "")
     log.say(f"student, {count_steps(steps)}: {evaluator.feature_space} {row['fd']:.3f}{ddim}")
-    before = config.run / "students" / f"{2 * steps:04d}"
-    before = before if before.exists() else config.run / "teacher"
-    for complaint in complaints(row, read_json(before / "metrics.json")["evaluation"][0], teacher_rows, config.guard):
-        log.warn(complaint)
 
 
 def with_teachers_network(config: DistillConfig) -> tuple[DistillConfig, SavedModel | None]:
@@ -208,7 +210,7 @@ def distill(
         evaluator = open_evaluator(config, machine, source)
         halvings = [config.start_steps, *(n for n in config.round_steps if n <= config.evaluation.max_steps)]
         write_teacher(config, machine, teacher, training, evaluator, halvings, log)
-        world.on_first(lambda: build_report(config.run) and None)
+        machine.finish(lambda: build_report(config.run))
         del teacher
 
     last = teacher_folder
@@ -223,7 +225,7 @@ def distill(
                 evaluator = open_evaluator(config, machine, source)
                 evaluator.set_reference(torch.from_numpy(np.load(teacher_folder / "reference.npy")))
             write_student(rounds, training, evaluator, steps)
-            world.on_first(lambda: build_report(config.run) and None)
+            machine.finish(lambda: build_report(config.run))
         last = folder
 
     report = world.on_first(lambda: str(build_report(config.run)))

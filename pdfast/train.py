@@ -16,12 +16,12 @@ from pdfast.commands import train_arguments
 from pdfast.config import RunConfig
 from pdfast.data import ImageSource, load_source
 from pdfast.diffusion import check_start
-from pdfast.engine.machine import Machine, open_machine
 from pdfast.engine import interrupt
 from pdfast.engine.checkpoint import Checkpoints
 from pdfast.engine.device import open_device
 from pdfast.engine.files import write_folder, write_json
 from pdfast.engine.log import Progress, RunLog, count_steps
+from pdfast.engine.machine import Machine, open_machine
 from pdfast.engine.metrics import BUCKETS, Losses
 from pdfast.engine.model_folder import fill_model_folder
 from pdfast.engine.optimizer import Optimizer, linear_decay, linear_warmup
@@ -149,7 +149,7 @@ def write_teacher(
         np.save(folder / "reference.npy", reference.numpy())
         write_png(folder / "grid.png", image_grid(samples, columns=4, scale=4))
 
-    machine.world.on_first(lambda: write_folder(config.run / "teacher", fill))
+    machine.finish(lambda: write_folder(config.run / "teacher", fill))
     log.images(samples, step_counts[0])
     Checkpoints(config.run, "teacher", machine.world).clear()
 

@@ -1,6 +1,7 @@
 """A person's mistake is one line that says what and what to do, exit code 2 (1 for a failure in the middle), nothing lost."""
 
 import fcntl
+import json
 import os
 import re
 import resource
@@ -14,6 +15,8 @@ import pytest
 import torch
 
 from pdfast.config import parse_updates, resolve_steps
+from pdfast.engine.checkpoint import Checkpoints
+from pdfast.engine.world import World
 from pdfast.errors import UsageError
 from tests.commands import TINY_DISTILL, TINY_RUN, call, environment
 
@@ -173,15 +176,19 @@ def test_a_read_only_run_folder(tmp_path, capsys):
 
 
 def test_a_full_disk_in_the_middle(tmp_path):
-    """Files may grow to 40 kB and no more, as on a full disk: one line, exit code 1; with space it ends well."""
+    """Files may grow to 40 kB and no more, as on a full disk: training goes on and its end is tried again, then one line and
+    exit code 1; with space it ends well."""
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "pdfast.distill", *TINY_DISTILL, "--run", str(run)]
+    flags = [*TINY_DISTILL, "--engine.patience", "1", "--run", str(run)]
+    command = [sys.executable, "-m", "pdfast.distill", *flags]
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
 
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, preexec_fn=limit)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "checkpoint at update 3 not written: the disk is full" in done.stderr
+    assert "checkpoint at update 12 not written" in done.stderr and "trying again every few seconds" in done.stderr
     line = done.stderr.strip().splitlines()[-1]
     assert line.startswith("pdfast: error: the disk is full") and "run the same command again" in line
     assert not list(run.rglob("*.tmp"))
@@ -192,19 +199,27 @@ def test_a_loss_that_is_not_finite(tmp_path, capsys, monkeypatch):
     """Ten in a row end the run; the weights never see one, and what was saved before stays."""
     import pdfast.distill
 
-    original = pdfast.distill.distillation_loss
+    original, calls = pdfast.distill.distillation_gradient, []
 
-    def poisoned(student, teacher, draws, update, *rest):
-        loss = original(student, teacher, draws, update, *rest)
-        return loss * float("nan") if update >= 4 else loss
+    def poisoned(student, *rest):
+        losses, k = original(student, *rest)
+        calls.append(k)
+        if len(calls) > 4:
+            for parameter in student.parameters():
+                parameter.grad.mul_(float("nan"))
+            losses[3] = float("inf")
+        return losses, k
 
-    monkeypatch.setattr(pdfast.distill, "distillation_loss", poisoned)
-    code = call("distill", *TINY_DISTILL, "--updates", "20", "--run", str(tmp_path / "run"))
-    one_line(capsys, code, 1, "the round to 2 steps", "not finite", "10 updates in a row", "update 13")
-    from pdfast.engine.checkpoint import Checkpoints
-
-    saved = Checkpoints(tmp_path / "run", "student-0002").latest()
-    assert saved.update == 12 and all(bool(torch.isfinite(t).all()) for t in saved.tensors.values())
+    monkeypatch.setattr(pdfast.distill, "distillation_gradient", poisoned)
+    run = tmp_path / "run"
+    code = call("distill", *TINY_DISTILL, "--updates", "20", "--run", str(run), "--engine.non-finite-limit", "8")
+    step = f"step index {calls[-1][3]}"
+    one_line(capsys, code, 1, "the round to 2 steps", "not finite in 8 updates in a row", "up to update 11", step)
+    saved = Checkpoints(run, "student-0002", World(torch.device("cpu"))).latest()
+    assert saved.update == 9 and all(bool(torch.isfinite(t).all()) for t in saved.tensors.values())
+    assert int(saved.tensors["steps"]) == 4 and saved.tensors["skipped"].tolist() == [5, 5]
+    logged = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in logged if line.get("steps") == 2] == [0, 0, 2, 4, 6, 8]
 
 
 @pytest.mark.parametrize(

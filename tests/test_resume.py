@@ -7,8 +7,11 @@ import subprocess
 import time
 
 import pytest
+import torch
 
+from pdfast.engine import checkpoint
 from pdfast.engine.checkpoint import Checkpoints
+from pdfast.engine.world import World
 from tests.commands import TINY_DISTILL, call, spawn
 
 RESULTS = ["teacher/teacher.safetensors", "students/0002/student.safetensors", "students/0001/student.safetensors"]
@@ -59,7 +62,7 @@ def kill_at_random(run, seed, kills):
 
 
 def test_killed_at_random_moments(undisturbed, tmp_path):
-    assert kill_at_random(tmp_path / "run", 0, 2) > 0
+    assert kill_at_random(tmp_path / "run", 0, 5) > 2
     assert results(tmp_path / "run") == undisturbed
 
 
@@ -94,17 +97,19 @@ def crash(monkeypatch, target, after):
 @pytest.mark.parametrize(
     "target, after",
     [
-        ("pdfast.train.teacher_loss", 8),  # in the teacher's training
+        ("pdfast.train.teacher_gradient", 8),  # in the teacher's training
         ("pdfast.report.evaluator.sample", 2),  # in the teacher's evaluation
         ("pdfast.train.write_folder", 1),  # before the teacher is written
-        ("pdfast.distill.distillation_loss", 1),  # before the first update of a round
-        ("pdfast.distill.distillation_loss", 15),  # in the middle of the last round
+        ("pdfast.distill.distillation_gradient", 1),  # before the first update of a round
+        ("pdfast.distill.distillation_gradient", 15),  # in the middle of the last round
+        ("pdfast.engine.layout.set_weights", 3),  # where the student of a round becomes its teacher
+        ("pdfast.engine.checkpoint.save_file", 2),  # before a checkpoint is on the disk
         ("pdfast.distill.write_folder", 2),  # before the last student is written
         ("pdfast.distill.build_report", 2),  # between two rounds
         ("os.rename", 4),  # while a checkpoint becomes visible
     ],
 )
-def test_stopped_at_every_stage(finished_run, tmp_path, monkeypatch, target, after):
+def test_stopped_at_every_stage(finished_run, tmp_path, monkeypatch, written_at_once, target, after):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         crash(patch, target, after)
@@ -112,9 +117,13 @@ def test_stopped_at_every_stage(finished_run, tmp_path, monkeypatch, target, aft
             call("distill", *TINY_DISTILL, "--run", str(run))
     assert call("distill", *TINY_DISTILL, "--run", str(run)) == 0
     assert results(run) == results(finished_run)
+    assert logged(run) == logged(finished_run)
+
+
+def logged(run):
+    """Of each line its stage, and its update or its warning."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    updates = [(line["steps"], line["update"]) for line in lines if "update" in line]
-    assert len(updates) == len(set(updates)) == len((finished_run / "log.jsonl").read_text().splitlines())
+    return [(line["steps"], line.get("update"), line.get("message")) for line in lines]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -129,17 +138,29 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(number, undisturbed, tmp_p
     _, errors = process.communicate(timeout=60)
     last = errors.strip().splitlines()[-1]
     assert process.returncode == 130 and "the same command goes on" in last and "Traceback" not in errors
-    assert Checkpoints(run, "teacher").latest().update > 20
+    assert Checkpoints(run, "teacher", World(torch.device("cpu"))).latest().update > 20
     again = spawn("distill", *LONGER, "--run", str(run))
     out, errors = again.communicate(timeout=300)
     assert again.returncode == 0 and "resuming the teacher at update" in out, errors
     assert results(run) == undisturbed
 
 
+class AtOnce:
+    """In place of a thread: what it is to do is done when it starts."""
+
+    def __init__(self, target, args, daemon):
+        self.start, self.join, self.is_alive = lambda: target(*args), lambda: None, lambda: False
+
+
+@pytest.fixture
+def written_at_once(monkeypatch):
+    monkeypatch.setattr(checkpoint, "Thread", AtOnce)
+
+
 def stopped_in_the_round(tmp_path, monkeypatch):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        crash(patch, "pdfast.distill.distillation_loss", 9)
+        crash(patch, "pdfast.distill.distillation_gradient", 9)
         with pytest.raises(Killed):
             call("distill", *TINY_DISTILL, "--run", str(run))
     folders = sorted((run / "checkpoints").glob("student-0002-*"))
@@ -148,7 +169,9 @@ def stopped_in_the_round(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "tampered", "no-meta", "half-json"])
-def test_a_damaged_checkpoint_is_skipped_for_the_one_before(damage, finished_run, tmp_path, monkeypatch, capsys):
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
+    damage, finished_run, tmp_path, monkeypatch, written_at_once, capsys
+):
     run, (_, newest) = stopped_in_the_round(tmp_path, monkeypatch)
     break_checkpoint(newest, damage)
     assert call("distill", *TINY_DISTILL, "--run", str(run)) == 0
@@ -158,7 +181,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(damage, finished_run
 
 
 def break_checkpoint(folder, damage):
-    weights, meta = folder / "state.safetensors", folder / "state.json"
+    weights, meta = folder / "rank-0000.safetensors", folder / "state.json"
     content = weights.read_bytes()
     if damage == "truncated":
         weights.write_bytes(content[: len(content) // 2])
@@ -170,7 +193,7 @@ def break_checkpoint(folder, damage):
         meta.write_text(meta.read_text()[:20])
 
 
-def test_with_every_checkpoint_damaged_it_stops_and_says_so(tmp_path, monkeypatch, capsys):
+def test_with_every_checkpoint_damaged_it_stops_and_says_so(tmp_path, monkeypatch, written_at_once, capsys):
     run, folders = stopped_in_the_round(tmp_path, monkeypatch)
     for folder in folders:
         break_checkpoint(folder, "truncated")

@@ -12,10 +12,10 @@ their first dimension, so that any number of processes can read what another num
 import json
 import shutil
 import sys
-import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -45,8 +45,8 @@ class _Writing:
     """A checkpoint on its way to the disk."""
 
     update: int
-    thread: threading.Thread
-    failure: Exception | None = None
+    thread: Thread
+    failure: Exception | None = field(default_factory=lambda: RuntimeError("its writer did not end"))
 
 
 class Checkpoints:
@@ -91,7 +91,7 @@ class Checkpoints:
             self._say(f"checkpoint at update {update} not written: {error}; trying again at the next")
             return
         tensors = self._copied(divided, common) if self._world.replica == 0 else None
-        writer = threading.Thread(target=self._write, args=(update, tensors), daemon=True)
+        writer = Thread(target=self._write, args=(update, tensors), daemon=True)
         self._writing = _Writing(update, writer)
         writer.start()
 
@@ -109,17 +109,16 @@ class Checkpoints:
 
     def _write(self, update: int, tensors: dict[str, Tensor] | None) -> None:
         """In the background: no collectives here."""
-        if tensors is None:
-            return
-        name = f"rank-{self._world.shard:04d}"
-        file = self._temporary(update) / f"{name}.safetensors"
+        assert self._writing
+        file = self._temporary(update) / f"rank-{self._world.shard:04d}.safetensors"
         try:
-            with writing(file):
-                save_file(tensors, file)
-                sync(file)
-                write_json(file.with_suffix(".json"), {"sha256": sha256(file)})
+            if tensors is not None:
+                with writing(file):
+                    save_file(tensors, file)
+                    sync(file)
+                    write_json(file.with_suffix(".json"), {"sha256": sha256(file)})
+            self._writing.failure = None
         except Exception as error:
-            assert self._writing
             self._writing.failure = error
 
     def poll(self) -> None:

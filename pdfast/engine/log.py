@@ -57,10 +57,10 @@ class RunLog:
                 self._file.write(json.dumps(entry) + "\n")
                 self._file.flush()
 
-    def warn(self, message: str) -> None:
-        """A warning on the console and in the log, from where the report takes it."""
+    def warn(self, message: str, steps: int | None = None) -> None:
+        """A warning on the console and in the log, from where the report takes it; steps: of which stage it is."""
         self.say(f"warning: {message}")
-        self.record({"event": "warning", "message": message})
+        self.record({"event": "warning", "steps": steps, "message": message})
 
     def scalars(self, tag: str, values: dict[str, float | None], update: int) -> None:
         """Numbers for TensorBoard."""
@@ -75,7 +75,7 @@ class RunLog:
             self._board.add_images("samples", images, steps, dataformats="NHWC")
 
     def forget_after(self, steps: int | None, update: int) -> None:
-        """Drop the log lines of this stage past `update`: they belong to updates that will be made again."""
+        """Drop the log lines of this stage past `update`, and its warnings: they belong to what will be done again."""
         if not self.first:
             return
         self._file.close()
@@ -86,7 +86,7 @@ class RunLog:
                 entry = json.loads(line)
             except ValueError:
                 continue  # cut off by a kill
-            if not ("update" in entry and entry["steps"] == steps and entry["update"] > update):
+            if entry.get("steps") != steps or entry.get("update", update + 1) <= update:
                 kept.append(line)
         write_file(self.path, "".join(kept))
         with writing(self.path):

@@ -1,5 +1,7 @@
 """What a run runs on: its processes, and how networks, updates and optimizers are laid out for them."""
 
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from pdfast.engine.world import World, open_world
 from pdfast.errors import RunError, UsageError
 from pdfast.networks import NetworkConfig, UNet
 
+RETRY_SECONDS = 5.0
 TEACHER_SHARE = 1 / 8  # of a GPU's memory, from which on a copy of the teacher in each process is too much
 
 
@@ -105,6 +108,26 @@ class Machine:
         """Dropout is a function of the seed, the update and the process."""
         index = torch.tensor([self.world.rank])
         torch.manual_seed(int(noise.integer(noise.key(seed, Stream.DROPOUT, 0, update), index, 1 << 32)))
+
+    def finish(self, write: Callable[[], object]) -> None:
+        """Write what a stage ends with, in the first process. Work is finished then, and not to be lost: where the disk is full
+        it is tried again for half the patience. RunError where that did not help."""
+
+        def attempt() -> None:
+            end, warned = time.monotonic() + self.settings.patience / 2, False
+            while True:
+                try:
+                    write()
+                    return
+                except RunError as error:
+                    if time.monotonic() > end or interrupt.requested():
+                        raise
+                    if not warned:
+                        print(f"pdfast: warning: {error}; trying again every few seconds", file=sys.stderr, flush=True)
+                    warned = True
+                    time.sleep(min(RETRY_SECONDS, self.settings.patience / 4))
+
+        self.world.on_first(attempt)
 
     def asked_to_stop(self, place: str) -> bool:
         """Whether any process was asked to stop; called by all, at least after each update and each batch of samples."""

@@ -33,7 +33,10 @@ def test_fields_give_other_numbers(change):
 
 def test_distributions():
     index = torch.arange(4000)
-    assert stats.kstest(noise.normal(noise.key(1, Stream.NOISE, 0, 0), index, (1, 4, 4)).flatten().numpy(), "norm").pvalue > 1e-3
+    assert (
+        stats.kstest(noise.normal(noise.key(1, Stream.NOISE, 0, 0), index, (1, 4, 4)).flatten().numpy(), "norm").pvalue
+        > 1e-3
+    )
     assert stats.kstest(noise.uniform(noise.key(1, Stream.TIME, 0, 0), index).numpy(), "uniform").pvalue > 1e-3
     counts = torch.bincount(noise.integer(noise.key(1, Stream.TIME, 0, 0), index, 5), minlength=5)
     assert len(counts) == 5 and stats.chisquare(counts.numpy()).pvalue > 1e-3

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pdfast.data import load_source
 from pdfast.diffusion.noise import permutation
+from pdfast.engine.world import World
 from pdfast.errors import UsageError
 from pdfast.report import features, mobilenet
 from pdfast.report.features import NUM_TRAINED, SEED, load_feature_space
@@ -117,7 +118,7 @@ def test_digits_is_the_same_with_gradients_off_and_another_number_of_threads(dig
 
 def test_digits_ranks_images_by_quality(digits, real):
     reference, held_out = split_real(1797, 898, seed=0)
-    distance = FrechetDistance(digits, real[reference])
+    distance = FrechetDistance(digits, real[reference], World(torch.device("cpu")))
     generator = torch.Generator().manual_seed(0)
     good = real[held_out].float()
     kernel = torch.tensor([1.0, 2.0, 1.0]).outer(torch.tensor([1.0, 2.0, 1.0])) / 16

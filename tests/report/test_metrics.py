@@ -9,8 +9,11 @@ import scipy.linalg
 import torch
 from torch import Tensor, nn
 
+from pdfast.engine.world import World
 from pdfast.errors import UsageError
 from pdfast.report.metrics import FrechetDistance, channel_statistics, mean_squared_distance, psnr, split_real
+
+ALONE = World(torch.device("cpu"))
 
 
 class Pixels(nn.Module):
@@ -43,7 +46,7 @@ def frechet(a: Tensor, b: Tensor) -> float:
 
 def test_frechet_distance_agrees_with_a_float64_matrix_square_root():
     real, other, fewer = correlated_images(500, 0), correlated_images(500, 1, mean=120.0), correlated_images(333, 2)
-    distance = FrechetDistance(Pixels(64), real, batch_size=128)
+    distance = FrechetDistance(Pixels(64), real, ALONE, batch_size=128)
     # The second value is right only if the sums of the first were dropped and those of the real images kept.
     assert distance.distance(other) == pytest.approx(frechet(real, other), rel=1e-6)
     assert distance.distance(fewer) == pytest.approx(frechet(real, fewer), rel=1e-6)
@@ -51,20 +54,20 @@ def test_frechet_distance_agrees_with_a_float64_matrix_square_root():
 
 def test_frechet_distance_does_not_depend_on_the_batch_size():
     real, other = correlated_images(300, 0), correlated_images(300, 1)
-    values = [FrechetDistance(Pixels(64), real, batch_size=size).distance(other) for size in (7, 300)]
+    values = [FrechetDistance(Pixels(64), real, ALONE, batch_size=size).distance(other) for size in (7, 300)]
     assert values[0] == pytest.approx(values[1], rel=1e-6)
 
 
 def test_frechet_distance_of_images_to_themselves_is_zero():
     real = correlated_images(500, 0)
     scale = float(real.flatten(1).double().var(0).sum())
-    assert abs(FrechetDistance(Pixels(64), real).distance(real.flip(0))) < 1e-6 * scale
+    assert abs(FrechetDistance(Pixels(64), real, ALONE).distance(real.flip(0))) < 1e-6 * scale
 
 
 def test_frechet_distance_of_a_shift_and_of_a_stretch():
     generator = torch.Generator().manual_seed(0)
     values = torch.randint(40, 60, (1000, 3, 2, 2), generator=generator)
-    distance = FrechetDistance(Pixels(12), values.to(torch.uint8))
+    distance = FrechetDistance(Pixels(12), values.to(torch.uint8), ALONE)
     assert distance.distance((values + 7).to(torch.uint8)) == pytest.approx(12 * 7**2, rel=1e-6)
     x = values.flatten(1).double()
     # Twice the deviation: (2 - 1)^2 of each variance, and the mean moves by itself.
@@ -74,17 +77,17 @@ def test_frechet_distance_of_a_shift_and_of_a_stretch():
 
 def test_too_few_images_for_the_features_warn():
     with pytest.warns(UserWarning, match=r"64 images are too few for the 64 features of FD-pixels"):
-        FrechetDistance(Pixels(64), correlated_images(64, 0))
+        FrechetDistance(Pixels(64), correlated_images(64, 0), ALONE)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        FrechetDistance(Pixels(64), correlated_images(65, 0)).distance(correlated_images(65, 1))
+        FrechetDistance(Pixels(64), correlated_images(65, 0), ALONE).distance(correlated_images(65, 1))
 
 
 def test_a_distance_waits_for_no_other_process(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a collective in a measurement of one process")
 
-    distance = FrechetDistance(Pixels(64), correlated_images(100, 0))
+    distance = FrechetDistance(Pixels(64), correlated_images(100, 0), ALONE)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         for name in ("all_gather", "barrier"):

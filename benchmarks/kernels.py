@@ -25,7 +25,7 @@ from benchmarks import accuracy, plots, traffic
 from benchmarks.arguments import Parser, add_choice_of_cases, chosen_cases
 from benchmarks.cases import Case
 from benchmarks.header import header
-from benchmarks.providers import NAMES, Unavailable, call_of, fallback
+from benchmarks.providers import NAMES, Call, Unavailable, call_of, fallback
 from benchmarks.timing import Timing, captured, ceilings, measure
 from benchmarks.work import Work
 from pdfast_kernels import dispatch
@@ -98,12 +98,12 @@ def _measured(
     graphs, samples = GRAPHS[options.graph], options.samples or case.samples
     try:
         work = case.make(samples, device.type)
-        _fill(work)
+        fill(work)
         if mode != "fwd" and not work.differentiated:
             raise Unavailable("has no backward")
         forward = call_of(provider, case, work)
         said = fallback(forward)
-        call = _call(forward, work, mode)
+        call = call_in_mode(forward, work, mode)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -158,7 +158,7 @@ def _reason(failure: Exception) -> str:
     return f"{type(failure).__name__}: {(str(failure).strip().splitlines() or [''])[0][:200]}"
 
 
-def _fill(work: Work) -> None:
+def fill(work: Work) -> None:
     """With numbers: zeros cost less power than what a user has. Matrices such that products are of about 1."""
     generator = torch.Generator(work.reads[0].device).manual_seed(0)
     for tensor in {id(t): t.data for t in [*work.reads, *work.differentiated]}.values():
@@ -170,7 +170,8 @@ def _fill(work: Work) -> None:
                 tensor.abs_()
 
 
-def _call(forward, work: Work, mode: str):
+def call_in_mode(forward: Call, work: Work, mode: str) -> Call:
+    """What is timed."""
     if mode == "fwd":
         return torch.no_grad()(forward)
     result = forward()

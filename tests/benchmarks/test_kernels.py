@@ -58,7 +58,7 @@ def test_a_wrong_provider_is_seen(tmp_path, monkeypatch):
 def test_a_wrong_optimizer_is_seen_and_the_state_stays(monkeypatch):
     [case] = [case for case in all_cases() if case.full_name == "adam_ema any sizes, fp32 gradients"]
     work = case.make(1, "cpu")
-    kernels._fill(work)
+    kernels.fill(work)
     before = [tensor.clone() for tensor in work.writes]
     assert accuracy.error(work.kernels, work, "fwd") < 1e-6
     assert accuracy.error(lambda: None, work, "fwd") > 1e-4

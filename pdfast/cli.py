@@ -16,6 +16,7 @@ from pdfast.errors import RunError, UsageError
 
 INTERRUPTED = 130
 _FORMAT_WARNING = warnings.formatwarning
+_LOST = r"Connection (closed|reset)|Broken pipe|Read error|Timed out|NCCL|gloo"  # how a collective ends without a peer
 
 
 class Interrupted(Exception):
@@ -79,9 +80,19 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except (UsageError, RunError, Interrupted) as error:
         message = " ".join(str(error).split())
         prefix = "pdfast: " if isinstance(error, Interrupted) else "pdfast: error: "
-        print(f"{prefix}{message}", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") == "0":  # what is wrong is wrong for all; of the others torchrun tells
+            print(f"{prefix}{message}", file=sys.stderr, flush=True)
         _tell_torchrun(f"{prefix}{message}")
         sys.exit(error.exit_code)
+    except RuntimeError as error:
+        if "WORLD_SIZE" not in os.environ or not re.search(_LOST, str(error)):
+            raise
+        message = (
+            f"pdfast: error: lost another process of the run ({str(error).splitlines()[0][:100]}); see what it said"
+        )
+        print(message, file=sys.stderr, flush=True)
+        _tell_torchrun(message)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("pdfast: stopped before there was anything to save", file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED)

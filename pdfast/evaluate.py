@@ -8,7 +8,7 @@ Every model draws from the same noise; n and the real-against-real floor are pri
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -16,6 +16,7 @@ import tyro
 from pdfast.cli import parse, run_command
 from pdfast.config import EvaluationConfig, OptionalInt, OptionalPath, OptionalString, from_plain, load_yaml
 from pdfast.data import load_source
+from pdfast.engine import layout
 from pdfast.engine.device import open_device
 from pdfast.engine.files import write_json, writing
 from pdfast.engine.model_folder import SavedModel, load_model
@@ -46,6 +47,10 @@ class Arguments:
     """Write the figures here as well."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of activations; auto is bf16 on a GPU, fp32 on a CPU, as in a run."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the networks' blocks; auto is on for a GPU, off for a CPU."""
 
 
 def run_of(folder: Path) -> dict[str, Any]:
@@ -96,6 +101,8 @@ def main() -> None:
         if steps < 1:
             raise UsageError(f"--steps must be at least 1, got {steps}")
     first = wanted[0][1]
+    for network in {id(saved): saved.network for _, saved, _ in wanted}.values():
+        layout.for_sampling(network, device, arguments.dtype, arguments.compile)
     network = first.network.config
     evaluator = Evaluator(
         evaluation_settings(arguments, run),

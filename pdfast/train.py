@@ -24,7 +24,7 @@ from pdfast.engine.log import Progress, RunLog, count_steps
 from pdfast.engine.machine import Machine, open_machine
 from pdfast.engine.metrics import BUCKETS, Losses
 from pdfast.engine.model_folder import fill_model_folder
-from pdfast.engine.optimizer import Optimizer, linear_decay, linear_warmup
+from pdfast.engine.optimizer import linear_decay, linear_warmup
 from pdfast.engine.run import open_run
 from pdfast.engine.step import Draws, teacher_gradient
 from pdfast.errors import UsageError

@@ -19,6 +19,25 @@ from pdfast.engine.world import World
 MANY_GRAPHS = 1024  # of one code object: the blocks of a network share one, and each has its own shapes
 
 
+def chosen_dtype(name: str, device: torch.device) -> torch.dtype:
+    """That of activations for `auto`, `fp32` or `bf16`."""
+    bf16 = name == "bf16" or (name == "auto" and device.type == "cuda")
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def chosen_compile(name: str, device: torch.device) -> bool:
+    """Whether blocks are compiled for `auto`, `on` or `off`."""
+    return name == "on" or (name == "auto" and device.type == "cuda")
+
+
+def for_sampling(network: nn.Module, device: torch.device, dtype: str, compile: str) -> None:
+    """Lay out a network that only draws, as the run that made it did when it judged it."""
+    network.dtype = chosen_dtype(dtype, device)
+    halve(network, network.dtype)
+    if chosen_compile(compile, device):
+        compile_blocks(network)
+
+
 def blocks(network: nn.Module) -> list[nn.Module]:
     """The units of compilation, of recomputation and of sharding."""
     return list(network.blocks()) if hasattr(network, "blocks") else [network]

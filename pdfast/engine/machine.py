@@ -41,7 +41,7 @@ class Machine:
 
     @property
     def compiled(self) -> bool:
-        return self.settings.compile == "on" or (self.settings.compile == "auto" and self.world.device.type == "cuda")
+        return layout.chosen_compile(self.settings.compile, self.world.device)
 
     @property
     def teacher_sharded(self) -> bool:
@@ -164,7 +164,6 @@ def open_machine(config: RunConfig) -> Iterator[Machine]:
                     f"--{flag} {size} must be a multiple of {parts}: {world.size} processes times {engine.micro_batches} "
                     "micro-batches"
                 )
-        bf16 = engine.dtype == "bf16" or (engine.dtype == "auto" and world.device.type == "cuda")
-        dtype = torch.bfloat16 if bf16 else torch.float32
+        dtype = layout.chosen_dtype(engine.dtype, world.device)
         with Watchdog(world, engine.patience) as watchdog:
             yield Machine(world, engine, config.network, dtype, watchdog, peak_flops(world.device, dtype))

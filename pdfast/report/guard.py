@@ -23,5 +23,7 @@ def complaints(student: Row, before: Row, teacher: list[Row], bounds: GuardConfi
         said.append(f"the student of {steps} ({fd:.3f}) is behind its first teacher's own DDIM at {steps} ({ddim:.3f})")
     drift = max(abs(a - b) for a, b in zip(student["channel_mean"], teacher[0]["channel_mean"], strict=True))
     if drift > bounds.colour:
-        said.append(f"colours drift: a channel's mean of the student of {steps} is {drift:.3f} off, more than {bounds.colour:g}")
+        said.append(
+            f"colours drift: a channel's mean of the student of {steps} is {drift:.3f} off, more than {bounds.colour:g}"
+        )
     return said

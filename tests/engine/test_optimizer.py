@@ -1,0 +1,113 @@
+"""Adam, clip and average against float64; what is not finite; state."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from pdfast.engine.optimizer import Optimizer, linear_decay, linear_warmup
+from pdfast.engine.world import World
+from pdfast.errors import UsageError
+
+ALONE = World(torch.device("cpu"))
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 5), nn.SiLU(), nn.Linear(5, 2))
+
+
+def step(model, optimizer, update, scale=1.0, learning_rate=1e-2):
+    """One update of a quadratic loss; returns the loss."""
+    x = torch.randn(7, 3, generator=torch.Generator().manual_seed(update), dtype=torch.float64).to(
+        next(model.parameters()).dtype
+    )
+    loss = scale * model(x).square().mean()
+    loss.backward()
+    optimizer.set(update, learning_rate)
+    optimizer.step(loss.detach())
+    return loss.detach()
+
+
+def in_float64(updates, clip, ema, weight_decay):
+    """The same by torch.optim.AdamW, one parameter after the other, in float64."""
+    model = network().double()
+    adam = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=weight_decay, foreach=False)
+    averages = [p.detach().clone() for p in model.parameters()]
+    for update in range(updates):
+        x = torch.randn(7, 3, generator=torch.Generator().manual_seed(update), dtype=torch.float64)
+        adam.zero_grad()
+        model(x).square().mean().backward()
+        norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters()))
+        for p in model.parameters():
+            p.grad *= min(clip / (norm + 1e-6), 1)
+        adam.step()
+        decay = min(ema, (update + 1) / (update + 10))
+        for average, p in zip(averages, model.parameters(), strict=True):
+            average.mul_(decay).add_((1 - decay) * p.detach())
+    return [p.detach() for p in model.parameters()], averages
+
+
+@pytest.mark.parametrize("backend", ["pdfast", "torch"])
+@pytest.mark.parametrize("clip", [1e-2, 1e3])
+def test_as_in_float64(backend, clip):
+    model = network()
+    optimizer = Optimizer(model, ALONE, clip=clip, ema=0.9, weight_decay=0.1, backend=backend)
+    for update in range(6):
+        step(model, optimizer, update)
+    weights, averages = in_float64(6, clip, 0.9, 0.1)
+    for ours, theirs in zip(model.parameters(), weights, strict=True):
+        torch.testing.assert_close(ours.detach().double(), theirs, rtol=1e-5, atol=1e-6)
+    optimizer.publish()
+    for ours, theirs in zip(model.parameters(), averages, strict=True):
+        torch.testing.assert_close(ours.detach().double(), theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["pdfast", "torch"])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_what_is_not_finite_changes_only_counts(backend, scale):
+    model, spared = network(), network()
+    ours, others = (Optimizer(m, ALONE, clip=1.0, ema=0.9, backend=backend) for m in (model, spared))
+    for optimizer, m in ((ours, model), (others, spared)):
+        step(m, optimizer, 0)
+    before = {name: value.clone() for name, value in ours.state().items()}
+    step(model, ours, 1, scale=scale)
+    assert all(torch.equal(value, before[name]) for name, value in ours.state().items())
+    assert ours.skipped.tolist() == [1, 1] and int(ours.steps) == 1
+    for optimizer, m in ((ours, model), (others, spared)):
+        step(m, optimizer, 2)
+    assert ours.skipped.tolist() == [1, 0] and int(ours.steps) == 2
+    assert all(torch.equal(a, b) for a, b in zip(ours.state().values(), others.state().values(), strict=True))
+
+
+def test_state_and_reset():
+    model, other = network(), network(1)
+    optimizer, again = (Optimizer(m, ALONE, clip=1.0, ema=0.5) for m in (model, other))
+    step(model, optimizer, 0)
+    again.load_state({name: value.clone() for name, value in (optimizer.state() | optimizer.counters()).items()})
+    for m, o in ((model, optimizer), (other, again)):
+        step(m, o, 1)
+    assert all(torch.equal(a, b) for a, b in zip(optimizer.state().values(), again.state().values(), strict=True))
+    optimizer.reset()
+    fresh = Optimizer(other, ALONE, clip=1.0, ema=0.5)
+    assert all(torch.equal(a, b) for a, b in zip(optimizer.state().values(), fresh.state().values(), strict=True))
+    with pytest.raises(KeyError):
+        again.load_state({"weight.0.weight": torch.zeros(5, 3)})
+
+
+def test_gradients_are_gone_after_a_step():
+    model = network()
+    step(model, Optimizer(model, ALONE, clip=1.0), 0)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_apex_that_is_not_installed():
+    with pytest.raises(UsageError, match="apex is not installed"):
+        Optimizer(network(), ALONE, clip=1.0, backend="apex")
+
+
+def test_factors_of_the_learning_rate():
+    assert [linear_warmup(u, 4) for u in range(5)] == [0.25, 0.5, 0.75, 1, 1] and linear_warmup(0, 0) == 1
+    assert [linear_decay(u, 4) for u in range(4)] == [1, 0.75, 0.5, 0.25]
+    assert [linear_decay(u, 4, 0.5) for u in range(4)] == [1, 1, 1, 0.5] and linear_decay(3, 4, 0.0) == 1

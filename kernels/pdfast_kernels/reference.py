@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from pdfast_kernels import philox
+from pdfast_kernels.layout import is_channels_last
 
 
 def _like(coefficient: Tensor, z: Tensor) -> Tensor:
@@ -103,6 +104,15 @@ def ddim_step_weighted_loss_and_grad(
     return weight * error.square().flatten(1).mean(1), grad.to(output.dtype)
 
 
+def _normalise(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    wanted = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (weight, bias))
+    if wanted and not x.requires_grad and x.device.type == "cpu" and is_channels_last(x):
+        # PyTorch's channels-last backward on a CPU ends the process where dx is not asked for (seen in 2.13).
+        y = F.group_norm(x.contiguous(), num_groups, weight, bias, eps)
+        return y.contiguous(memory_format=torch.channels_last)
+    return F.group_norm(x, num_groups, weight, bias, eps)
+
+
 def group_norm(
     x: Tensor,
     num_groups: int,
@@ -114,7 +124,7 @@ def group_norm(
     shift: Tensor | None = None,
     silu: bool = False,
 ) -> Tensor:
-    y = F.group_norm(x, num_groups, weight, bias, eps)
+    y = _normalise(x, num_groups, weight, bias, eps)
     if scale is not None:
         y = y * (1 + _like_channels(scale, x))
     if shift is not None:
@@ -148,7 +158,8 @@ def group_norm_attention(
     eps: float = 1e-6,
 ) -> Tensor:
     n, c, h, w = x.shape
-    positions = F.group_norm(x, num_groups, norm_weight, norm_bias, eps).permute(0, 2, 3, 1).reshape(n, h * w, c)
+    normalised = _normalise(x, num_groups, norm_weight, norm_bias, eps)
+    positions = normalised.permute(0, 2, 3, 1).reshape(n, h * w, c)
     qkv = F.linear(positions, qkv_weight.to(x.dtype), qkv_bias.to(x.dtype)).view(n, h * w, 3, num_heads, c // num_heads)
     attended = attention_packed(qkv).view(n, h * w, c)
     branch = F.linear(attended, proj_weight.to(x.dtype), proj_bias.to(x.dtype))

@@ -1,0 +1,110 @@
+"""A distillation update on a GPU: as one CUDA graph, in bf16, compiled; the same as without."""
+
+import pytest
+import torch
+
+from pdfast.config import EngineConfig
+from pdfast.data import ResidentImages
+from pdfast.diffusion import Cosine, build_step_table
+from pdfast.engine import layout
+from pdfast.engine.graph import Replayed
+from pdfast.engine.optimizer import Optimizer
+from pdfast.engine.step import Draws, RoundTable, distillation_gradient
+from pdfast.engine.world import World
+from pdfast.networks import UNet
+from pdfast_kernels import use
+from tests.commands import TINY_DISTILL, call
+from tests.engine.test_layout import CONFIG
+
+pytestmark = pytest.mark.gpu
+ALONE = World(torch.device("cuda"))
+
+
+def table(steps):
+    return build_step_table(Cosine(), steps, "v", "truncated_snr", device="cuda")
+
+
+def course(graph, dtype=torch.float32, compiled=False, optimizer="pdfast", updates=8):
+    """The weights and the losses of a few updates, in rounds of 8 and of 2 steps."""
+    torch.manual_seed(0)
+    student, teacher = (UNet(CONFIG).cuda() for _ in range(2))
+    for network in (student, teacher):
+        network.dtype = dtype
+        if compiled:
+            layout.compile_blocks(network)
+    layout.set_weights(teacher, student.state_dict(), ALONE)
+    layout.halve(teacher.requires_grad_(False), dtype)
+    images = torch.randint(0, 256, (64, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    source = ResidentImages("noise", images, torch.arange(64) % 3, "cuda")
+    draws = Draws(source, ALONE, seed=0, batch_size=16, flip=True, conditional=True)
+    adam = Optimizer(student, ALONE, clip=1.0, ema=0.9, backend=optimizer)
+    rows, losses = RoundTable(table(8)), torch.zeros(16, device="cuda")
+
+    def update():
+        values, _ = distillation_gradient(student, teacher, draws, rows, micro_batches=2)
+        losses.copy_(values)
+        adam.step(values.mean())
+
+    run, seen = Replayed(update, ALONE, graph), []
+    for steps in (8, 2):
+        rows.set(table(steps))
+        for i in range(updates):
+            draws.load(1, i)
+            adam.set(i, 1e-3)
+            run()
+            seen.append(losses.clone())
+    if graph:
+        assert run._graph is not None
+    return torch.stack(seen), [p.detach().clone() for p in student.parameters()]
+
+
+@pytest.mark.parametrize("optimizer", ["pdfast", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_graph_does_what_its_function_does_over_two_rounds(dtype, optimizer):
+    torch.backends.cudnn.deterministic = True
+    (losses, weights), (expected, others) = (course(graph, dtype, optimizer=optimizer) for graph in (True, False))
+    assert torch.equal(losses, expected)
+    assert all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
+
+
+def test_optimizers_are_equal_in_results():
+    (losses, _), (expected, _) = (course(False, optimizer=name) for name in ("pdfast", "torch"))
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_bf16_is_near_float32():
+    losses, _ = course(True, torch.bfloat16, compiled=True)
+    expected, _ = course(False)
+    torch.testing.assert_close(losses.mean(1), expected.mean(1), rtol=0.1, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_command(tmp_path):
+    """Compiled, in bf16, as one CUDA graph: what a GPU runs unless said."""
+    flags = [*TINY_DISTILL[2:], "--device", "cuda", "--run", str(tmp_path / "run")]
+    assert EngineConfig().graph and call("distill", *flags) == 0
+    assert (tmp_path / "run/report.html").exists()
+
+
+def test_the_weights_are_bit_equal_after_a_stop(tmp_path):
+    """Checkpoints of a GPU's state: what was written is what is read."""
+    from pdfast.engine.checkpoint import Checkpoints
+
+    torch.manual_seed(0)
+    model = UNet(CONFIG).cuda()
+    optimizer = Optimizer(model, ALONE, clip=1.0, ema=0.9)
+    saving = Checkpoints(tmp_path, "teacher", ALONE)
+    saving.save(1, optimizer.state(), optimizer.counters(), {})
+    before = [p.detach().clone() for p in model.parameters()]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    saving.finish()
+    optimizer.load_state(saving.latest().tensors)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_the_reference_path_runs_too():
+    with use("reference"):
+        course(False, updates=2)

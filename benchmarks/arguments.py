@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
 
 def add_choice_of_cases(parser: Parser) -> None:
     ops = list(dict.fromkeys(case.op for case in all_cases()))
-    parser.add_argument("--op", nargs="+", choices=[*ops, "all"], default=["all"])
+    parser.add_argument("--op", nargs="+", choices=[*ops, "all"], default=["all"], help="in this order")
     parser.add_argument("--case", nargs="+", default=["*"], metavar="PATTERN", help="of the names that --list prints")
     parser.add_argument(
         "--shapes",
@@ -55,7 +55,7 @@ def chosen_cases(parser: Parser, options: argparse.Namespace) -> list[Case]:
     cases = [case for case in cases if _is_chosen(case, presets, options)]
     if not cases:
         parser.error("no such cases; --list names them")
-    return cases
+    return cases if "all" in options.op else sorted(cases, key=lambda case: options.op.index(case.op))
 
 
 def _is_chosen(case: Case, presets: list[str] | None, options: argparse.Namespace) -> bool:

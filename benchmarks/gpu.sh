@@ -2,49 +2,63 @@
 # What there is to run on a GPU, in order of value: benchmarks/gpu.sh OUT_DIR [PART ...]
 #
 # Part         seconds  what
-# tests            420  tests/gpu: values, gradients, determinism, CUDA graphs, torch.compile, more than 2^31 elements
-# norm             240  group_norm, forward and backward
-# attention        240  attention with every SDPA backend, and the attention block
-# steps            120  diffuse, ddim_step, the distillation loss, adam_ema
+# tests            270  tests/gpu: values, gradients, determinism, CUDA graphs, torch.compile, more than 2^31 elements
+# norm             160  group_norm of the cifar10 network, forward and backward, next to everybody else's
+# attention        160  attention with every SDPA backend, and the attention block
+# states           120  diffuse, ddim_step, the distillation loss, adam_ema: at the network's sizes and at more than 64 MB
+# shapes           190  the other networks' shapes next to eager PyTorch, as many as there is time for
+# tune             500  only when named: the fastest launch configurations of attention and group_norm
 #
-# Each part alone when named, all of them otherwise; a part that runs past its seconds is stopped, and what it wrote stays.
+# Each part alone when named, otherwise all but the last, which is 900 seconds; a part that runs past its seconds is stopped,
+# and what it wrote stays. OUT_DIR gets PART.json, and what all of them print in gpu.log.
 # PYTHON is the interpreter (default: that of .venv, else python3).
 set -u
 cd "$(dirname "$0")/.."
 out=${1:-}
 [ -n "$out" ] || { echo "benchmarks/gpu.sh: error: say where to write: benchmarks/gpu.sh OUT_DIR [PART ...]" >&2; exit 2; }
 shift
-parts=${*:-tests norm attention steps}
+all="tests norm attention states shapes"
+parts=${*:-$all}
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 export PYTHONPATH=.:kernels${PYTHONPATH:+:$PYTHONPATH}
 for part in $parts; do
-    case $part in tests | norm | attention | steps) ;; *) echo "benchmarks/gpu.sh: error: no part $part: tests, norm, attention or steps" >&2; exit 2 ;; esac
+    case " $all tune " in *" $part "*) ;; *) echo "benchmarks/gpu.sh: error: no part $part: ${all// /, }, tune" >&2; exit 2 ;; esac
 done
 "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' ||
     { echo "benchmarks/gpu.sh: error: $python finds no GPU" >&2; exit 2; }
 mkdir -p "$out" || exit 2
 
 failed=0
-run() { # part seconds command...: its output in OUT_DIR/part.log
-    local part=$1 seconds=$2
+run() { # part seconds command...: what it prints goes to gpu.log
+    local part=$1 seconds=$2 log=$out/gpu.log
     shift 2
-    echo "$part: at most $seconds seconds"
-    timeout "$seconds" "$@" >"$out/$part.log" 2>&1
+    echo "== $part: at most $seconds seconds" | tee -a "$log"
+    timeout "$seconds" "$@" >>"$log" 2>&1
     local code=$?
-    tail -n 3 "$out/$part.log"
-    [ $code = 0 ] || { echo "$part: exit code $code"; failed=1; }
+    tail -n 1 "$log"
+    case $code in
+    0) ;;
+    124) echo "== $part: stopped after $seconds seconds" | tee -a "$log" ;;
+    *) echo "== $part: exit code $code" | tee -a "$log"; failed=1 ;;
+    esac
 }
 kernels() { # part seconds arguments...
     local part=$1 seconds=$2
     shift 2
-    run "$part" "$seconds" "$python" -m benchmarks.kernels --device cuda --graph --json "$out/$part.json" --seconds 0.1 "$@"
+    run "$part" "$seconds" "$python" -m benchmarks.kernels --device cuda --graph both --seconds 0.1 --json "$out/$part.json" "$@"
 }
 for part in $parts; do
     case $part in
-    tests) run tests 420 "$python" -m pytest -q -m gpu tests/gpu -p no:cacheprovider ;;
-    norm) kernels norm 240 --op group_norm --mode fwd full --providers pdfast eager compile apex liger ;;
-    attention) kernels attention 240 --op attention group_norm_attention --mode fwd full --providers pdfast eager compile flash efficient cudnn ;;
-    steps) kernels steps 120 --op diffuse ddim_step ddim_step_weighted_loss ddim_step_weighted_loss_and_grad adam_ema --providers pdfast eager compile ;;
+    tests) run tests 270 "$python" -m pytest -q -m gpu tests/gpu -p no:cacheprovider ;;
+    norm) kernels norm 160 --op group_norm --shapes cifar10 --mode fwd full --providers pdfast eager compile apex liger ;;
+    attention) kernels attention 160 --op attention group_norm_attention --shapes cifar10 imagenet64 --mode fwd full \
+        --providers pdfast eager flash efficient cudnn compile ;;
+    states) kernels states 120 --op diffuse ddim_step ddim_step_weighted_loss ddim_step_weighted_loss_and_grad adam_ema \
+        --shapes cifar10 8192,3,32,32 --dtype bf16 fp32 --providers pdfast eager compile ;;
+    shapes) kernels shapes 190 --op group_norm attention --shapes imagenet64 lsun128 sd15 small-batch --mode fwd full \
+        --providers pdfast eager ;;
+    tune) run tune 500 "$python" -m benchmarks.tune --op attention group_norm --shapes imagenet64 \
+        --case 'attention *64x12x64*' 'attention *256x9x64*' 'group_norm *192x64*' --seconds 0.02 --json "$out/tune.json" ;;
     esac
 done
 exit $failed

@@ -117,6 +117,11 @@ def test_shapes_of_a_network(capsys):
     assert {name.split()[0] for name in names} == {case.op for case in all_cases()}
 
 
+def test_operations_come_in_the_order_asked_for(capsys):
+    names = listed(capsys, "--quick", "--op", "group_norm", "diffuse")
+    assert [name.split()[0] for name in names] == ["group_norm"] * 3 + ["diffuse"]
+
+
 def test_explicit_shapes(capsys, tmp_path):
     names = listed(capsys, "--shapes", "2,96,4,6", "--head-dim", "32", "--dtype", "fp32")
     assert "attention 2x24x3x32 packed fp32" in names and "group_norm 2x96x4x6 film+silu fp32" in names

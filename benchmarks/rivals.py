@@ -1,0 +1,212 @@
+"""How others make a distillation update: what `benchmarks.step` measures pdfast against.
+
+    eager      the same U-Net of PyTorch's own layers, fp32, AdamW, clip_grad_norm_, torch.randn: a port of the paper
+    compile    what a good engineer writes in a day: channels_last, bf16 autocast (--dtype fp32: none), SDPA, torch.compile of
+               each whole network, fused AdamW, cudnn.benchmark
+    diffusers  UNet2DModel of equal size, in the loop of eager, and in that of compile
+
+The formulas outside of the networks are those published, and run op by op: they are a thousandth of the work.
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.providers import Unavailable
+from benchmarks.updates import Batch, Setting, distillation_losses, reference
+from pdfast.diffusion import angles, ddim_coefficients, outputs_per_channel
+from pdfast.engine.cost import parameters_and_flops
+from pdfast.networks import NetworkConfig, UNet
+from pdfast.networks.layers import Conv2d
+from pdfast_kernels import dispatch
+
+
+def plain_unet(network: NetworkConfig, weights: Mapping[str, Tensor]) -> UNet:
+    """The U-Net with PyTorch's own convolutions, [out, in, height, width]; its other layers are plain PyTorch where
+    PDFAST_KERNELS is `reference`."""
+    model = UNet(network)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, Conv2d):
+                out_channels, size, _, in_channels = child.weight.shape
+                setattr(module, name, nn.Conv2d(in_channels, out_channels, size, padding=size // 2))
+    model.load_state_dict({name: w.permute(0, 3, 1, 2) if w.dim() == 4 else w for name, w in weights.items()})
+    return model
+
+
+def _unet64(network: NetworkConfig, model: nn.Module) -> Callable[..., Tensor]:
+    state = {name: w.permute(0, 2, 3, 1) if w.dim() == 4 else w for name, w in model.state_dict().items()}
+    return reference(network, state)
+
+
+class _Diffusers(nn.Module):
+    """diffusers' U-Net with our call: the same depths, widths, attention and scale-shift norms, BigGAN resampling."""
+
+    def __init__(self, network: NetworkConfig) -> None:
+        super().__init__()
+        try:
+            from diffusers import UNet2DModel
+        except ImportError as error:
+            raise Unavailable(f"diffusers is not installed ({error})") from None
+        sizes = [network.image_size >> level for level in range(len(network.channel_mult))]
+        attends = [size in network.attention_resolutions for size in sizes]
+        down = ["AttnDownBlock2D" if here else "ResnetDownsampleBlock2D" for here in attends]
+        up = ["AttnUpBlock2D" if here else "ResnetUpsampleBlock2D" for here in reversed(attends)]
+        self.network = network
+        self.unet = UNet2DModel(
+            sample_size=network.image_size,
+            in_channels=network.image_channels,
+            out_channels=outputs_per_channel(network.prediction) * network.image_channels,
+            block_out_channels=tuple(network.channels * m for m in network.channel_mult),
+            layers_per_block=network.num_res_blocks,
+            down_block_types=tuple(down),
+            up_block_types=tuple(up),
+            downsample_type="resnet",
+            upsample_type="resnet",
+            resnet_time_scale_shift="scale_shift",
+            attention_head_dim=network.head_dim,
+            norm_num_groups=network.num_groups,
+            num_class_embeds=network.num_classes or None,
+        )
+
+    def forward(self, z: Tensor, phi: Tensor, cond: Tensor | None = None) -> Tensor:
+        return self.unet(z, phi * (1000 / (torch.pi / 2)), class_labels=cond, return_dict=False)[0]
+
+
+class Rival:
+    """A training loop as others write it."""
+
+    def __init__(
+        self, setting: Setting, teacher: nn.Module, student: nn.Module, *, mode: str | None, fused: bool
+    ) -> None:
+        """mode: of torch.compile, None for none; fused: with all that the `compile` loop has."""
+        self.setting, self._fused, self._mode = setting, fused, mode
+        bf16 = fused and setting.bf16
+        self.dtype = "bf16 autocast" if bf16 else "fp32"
+        self._autocast = torch.autocast(setting.device.type, torch.bfloat16, enabled=bf16)
+        layout = torch.channels_last if fused else torch.contiguous_format
+        self._teacher = teacher.to(setting.device, memory_format=layout).eval().requires_grad_(False)
+        self._student = student.to(setting.device, memory_format=layout).train()
+        self._call_teacher, self._call_student = self._teacher, self._student
+        if mode is not None:
+            torch._dynamo.reset()
+            options: dict[str, Any] = {"mode": mode, "dynamic": False}
+            self._call_teacher = torch.compile(self._teacher, **options)
+            self._call_student = torch.compile(self._student, **options)
+        config = setting.config
+        self._optimizer = torch.optim.AdamW(
+            self._student.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True if fused else None
+        )
+        self._mark: Callable[[str], None] = lambda stage: None
+        self.losses = torch.empty(0)
+        self._batch: Batch | None = None
+
+    @property
+    def cost(self) -> tuple[int, int]:
+        network = self.setting.config.network
+        if not isinstance(self._student, _Diffusers):
+            return parameters_and_flops(network)
+        with torch.device("meta"):
+            model = _Diffusers(network)
+            z, phi = torch.empty(1, *network.image_shape), torch.zeros(1)
+            cond = torch.zeros(1, dtype=torch.int64) if network.num_classes else None
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(z, phi, cond)
+        return sum(p.numel() for p in model.parameters()), counter.get_total_flops()
+
+    @contextlib.contextmanager
+    def _as_they_run(self):
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = self._fused
+        try:
+            with dispatch.use("reference"):
+                if self._mode == "reduce-overhead":
+                    torch.compiler.cudagraph_mark_step_begin()
+                yield
+        finally:
+            torch.backends.cudnn.benchmark = before
+
+    def _draw(self) -> Batch:
+        setting, n = self.setting, self.setting.config.batch_size
+        drawn = setting.source.take(torch.randint(setting.source.num_images, (n,), device=setting.device))
+        x = drawn.images.permute(0, 3, 1, 2).float() / 127.5 - 1
+        if setting.config.flip:
+            x = torch.where(torch.rand(n, 1, 1, 1, device=setting.device) < 0.5, x.flip(-1), x)
+        k = torch.randint(1, setting.steps + 1, (n,), device=setting.device)
+        return Batch(x, torch.randn_like(x), k, drawn.labels)
+
+    def _network(self, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(z: Tensor, phi: Tensor, cond: Tensor | None) -> Tensor:
+            with self._autocast:
+                return call(z, phi, cond).float()
+
+        return run
+
+    def step(self) -> None:
+        with self._as_they_run():
+            self._batch = batch = self._draw()
+            teacher, student = self._network(self._call_teacher), self._network(self._call_student)
+            losses = distillation_losses(teacher, student, batch, self.setting, torch.float32, self._mark)
+            losses.mean().backward()
+            self.losses = losses.detach()
+            self._mark("backward")
+            nn.utils.clip_grad_norm_(self._student.parameters(), self.setting.config.clip)
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+            self._mark("optimizer")
+
+    def drawn(self) -> Batch:
+        assert self._batch
+        return self._batch
+
+    def references(self) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+        network = self.setting.config.network
+        if isinstance(self._student, _Diffusers):
+            copies = [_Diffusers(network).to(self.setting.device).double() for _ in range(2)]
+            for copy, own in zip(copies, (self._teacher, self._student), strict=True):
+                copy.load_state_dict(own.state_dict())
+            return copies[0], copies[1]
+        return _unet64(network, self._teacher), _unet64(network, self._student)
+
+    def tensors(self) -> list[Tensor]:
+        states = [value for state in self._optimizer.state.values() for value in state.values()]
+        return [*self._teacher.parameters(), *self._student.parameters(), *states]
+
+    def watch(self, mark: Callable[[str], None]) -> None:
+        self._mark = mark
+
+    @torch.no_grad()
+    def sample(self, steps: int) -> None:
+        config, device = self.setting.config, self.setting.device
+        n, prediction = config.batch_size, config.network.prediction
+        z = torch.randn(n, *config.network.image_shape, device=device)
+        classes = config.network.num_classes
+        labels = torch.randint(classes, (n,), device=device) if classes else None
+        phi = angles(config.schedule.build(), steps)
+        scale, shift = ddim_coefficients(prediction, phi[:-1], phi[:-1] - phi[1:])
+        with self._as_they_run():
+            network = self._network(self._call_teacher)
+            for here, a, b in zip(phi[:-1], scale, shift, strict=True):
+                output = network(z, here.float().expand(n).to(device), labels)
+                z = float(a) * z + sum(float(c) * o for c, o in zip(b, output.chunk(len(b), 1), strict=True))
+        ((z.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+
+
+def eager(setting: Setting) -> Rival:
+    networks = [plain_unet(setting.config.network, weights) for weights in setting.weights]
+    return Rival(setting, *networks, mode=None, fused=False)
+
+
+def compiled(setting: Setting, mode: str) -> Rival:
+    networks = [plain_unet(setting.config.network, weights) for weights in setting.weights]
+    return Rival(setting, *networks, mode=mode, fused=True)
+
+
+def diffusers(setting: Setting, mode: str | None) -> Rival:
+    torch.manual_seed(0)
+    networks = [_Diffusers(setting.config.network) for _ in range(2)]
+    return Rival(setting, *networks, mode=mode, fused=mode is not None)

@@ -1,21 +1,63 @@
-"""What a job will cost, before it is started: `--dry-run`."""
+"""What a job will cost, before it is started: `--dry-run`. For a job of N processes set WORLD_SIZE=N, as torchrun does."""
 
+import os
 import time
+from collections.abc import Mapping
 
 import torch
 
 from pdfast.config import DistillConfig, RunConfig, TrainConfig
-from pdfast.engine.cost import activation_bytes, inputs, parameters_and_flops
+from pdfast.engine.cost import Job, communication, inputs, memory, parameters_and_flops
 from pdfast.engine.log import clock, count_steps
+from pdfast.engine.machine import TEACHER_SHARE
+from pdfast.errors import UsageError
 from pdfast.networks import NetworkConfig, UNet
 
-TIMED_IMAGES = 8
+TIMED_FLOPS = {"cpu": 4e10, "cuda": 2e13}  # of one timed forward: seconds on a laptop, a tenth of one on a GPU
+ENOUGH = 4.0  # seconds of timing after which a forward is not run again
+WITHIN, BETWEEN = 450e9, 50e9
+"""Bytes a second out of one GPU: NVLink of an H100, and one 400 Gbit/s adapter for each GPU, as their makers state them."""
 
 
-def seconds_a_forward(network: NetworkConfig, device: torch.device) -> float:
-    """Seconds of one forward of one image on the device, measured on a small batch."""
+def _job(config: RunConfig, device: torch.device, batch_size: int, *, teacher: bool, average: bool) -> Job:
+    """One stage of a run. UsageError where the processes cannot share its batch."""
+    engine, processes = config.engine, int(os.environ.get("WORLD_SIZE", "1"))
+    if engine.shard < 1 or processes % engine.shard:
+        raise UsageError(f"--engine.shard {engine.shard} must divide the number of processes, {processes}")
+    if batch_size % (processes * engine.micro_batches):
+        raise UsageError(
+            f"a batch of {batch_size} does not divide by {processes} processes times {engine.micro_batches} micro-batches"
+        )
+    bf16 = engine.dtype == "bf16" or (engine.dtype == "auto" and device.type == "cuda")
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return Job(
+        config.network,
+        dtype,
+        batch_size,
+        processes=processes,
+        shards=engine.shard,
+        micro_batches=engine.micro_batches,
+        recompute=engine.recompute,
+        average=average,
+        teacher=teacher,
+        teacher_sharded=teacher and engine.shard > 1 and _teacher_in_parts(config, dtype, device),
+        fused=bf16 or device.type == "cuda",  # who asks for bf16 on a CPU plans for a GPU
+    )
+
+
+def _teacher_in_parts(config: RunConfig, dtype: torch.dtype, device: torch.device) -> bool:
+    if config.engine.teacher_shard != "auto" or device.type != "cuda":
+        return config.engine.teacher_shard == "on"
+    whole = parameters_and_flops(config.network)[0] * dtype.itemsize
+    return whole > TEACHER_SHARE * torch.cuda.get_device_properties(device).total_memory
+
+
+def seconds_a_forward(network: NetworkConfig, dtype: torch.dtype, most: int, device: torch.device) -> float:
+    """Seconds of one forward of one image on the device, measured on a batch of at most `most`, without compilation."""
+    count = int(min(most, max(1, TIMED_FLOPS[device.type] // parameters_and_flops(network)[1])))
     model = UNet(network).to(device).eval()
-    zeros = inputs(network, TIMED_IMAGES, device)
+    model.dtype = dtype
+    zeros = inputs(network, count, device)
 
     def run() -> float:
         began = time.perf_counter()
@@ -25,22 +67,77 @@ def seconds_a_forward(network: NetworkConfig, device: torch.device) -> float:
             torch.cuda.synchronize(device)
         return time.perf_counter() - began
 
-    run()
-    return min(run() for _ in range(3)) / TIMED_IMAGES
+    times = [run()]
+    while len(times) < 4 and sum(times) < ENOUGH:
+        times.append(run())
+    return min(times) / count
 
 
-def _print_network(config: RunConfig, device: torch.device, batch_size: int, copies: int) -> float:
+def _stages(config: RunConfig, device: torch.device) -> dict[str, Job]:
+    """The teacher's training, where there is one, and the rounds."""
+    stages = {}
+    if not (isinstance(config, DistillConfig) and config.teacher):
+        average = config.train.ema > 0
+        stages["teacher"] = _job(config, device, config.train.batch_size, teacher=False, average=average)
+    if isinstance(config, DistillConfig):
+        stages["rounds"] = _job(config, device, config.batch_size, teacher=True, average=config.ema > 0)
+    return stages
+
+
+def _print_table(title: str, columns: Mapping[str, Mapping[str, float]]) -> None:
+    names = list(dict.fromkeys(name for column in reversed(columns.values()) for name in column))
+    print(f"{title:<32}" + "".join(f"{stage:>12}" for stage in columns))
+    for name in names:
+        cells = (f"{column[name]:>12,.1f}" if name in column else f"{'-':>12}" for column in columns.values())
+        print(f"  {name:<30}" + "".join(cells))
+
+
+def _print_memory(stages: Mapping[str, Job]) -> None:
+    """What `cost.memory` says."""
+    columns = {}
+    for name, job in stages.items():
+        items = {item: count / 1e6 for item, count in memory(job).items()}
+        columns[name] = items | {"in all": sum(items.values())}
+    _print_table("memory of a process, MB", columns)
+
+
+def _print_communication(stages: Mapping[str, Job]) -> None:
+    """What `cost.communication` says, and the time that it takes where nothing else is waited for."""
+    columns = {}
+    for name, job in stages.items():
+        sent = communication(job)
+        total = sum(sent.values())
+        columns[name] = {item: count / 1e6 for item, count in sent.items()} | {
+            f"ms at {WITHIN / 1e9:.0f} GB/s (NVLink)": 1e3 * total / WITHIN,
+            f"ms at {BETWEEN / 1e9:.0f} GB/s (400 Gbit/s)": 1e3 * total / BETWEEN,
+        }
+    _print_table("sent by a process, MB an update", columns)
+
+
+def _print_machine(config: RunConfig, device: torch.device, stages: Mapping[str, Job]) -> float:
+    """Network, engine, memory and communication; returns the seconds of a forward and image on all processes."""
     parameters, flops = parameters_and_flops(config.network)
-    memory = 4 * parameters * copies + activation_bytes(config.network) * batch_size
-    forward = seconds_a_forward(config.network, device)
+    main = list(stages.values())[-1]
+    copies = f"{main.copies} cop{'y' if main.copies == 1 else 'ies'} of the network in {main.shards} part{'s' * (main.shards > 1)}"
+    kept = "blocks run again in the backward" if main.recompute else "all activations kept"
+    teacher = ", teacher in parts" if main.teacher_sharded else ""
     print(
         f"network      {parameters:,} parameters, {flops / 1e9:.3g} GFLOP a forward and image, predicts {config.network.prediction}"
     )
-    print(f"memory       about {memory / 1e9:.2g} GB for weights, optimizer and activations at batch {batch_size}")
     print(
-        f"device       {device}: {forward * 1e3:.3g} ms a forward and image ({flops / forward / 1e9:.3g} GFLOP/s), measured"
+        f"engine       {main.processes} process{'es' * (main.processes > 1)}, {copies}; {str(main.dtype).removeprefix('torch.')}, "
+        f"micro-batches of {main.micro_batch} images, {kept} ({'fused' if main.fused else 'PyTorch'} operations){teacher}"
     )
-    return forward
+    forward = seconds_a_forward(config.network, main.dtype, main.micro_batch, device)
+    print(
+        f"device       {device}: {forward * 1e3:.3g} ms a forward and image ({flops / forward / 1e9:.3g} GFLOP/s), measured\n"
+    )
+    _print_memory(stages)
+    if main.processes > 1:
+        print()
+        _print_communication(stages)
+    print(f"\n{'stage':<12} {'updates':>10} {'images':>14} {'network evals':>16} {'time':>12}")
+    return forward / main.processes
 
 
 def _row(name: str, updates: int, images: int, evaluations: int, seconds: float) -> None:
@@ -54,22 +151,30 @@ def _print_teacher(config: RunConfig, forward: float) -> float:
     return seconds
 
 
+def _silent() -> bool:
+    """Whether another process prints the plan."""
+    return os.environ.get("RANK", "0") != "0"
+
+
 def print_training_plan(config: TrainConfig, device: torch.device) -> None:
     """The plan of `pdfast.train`."""
+    if _silent():
+        return
+    stages = _stages(config, device)
     print(f"plan of {config.run}: a teacher for {config.data}")
-    forward = _print_network(config, device, config.train.batch_size, copies=5)
-    print(f"\n{'stage':<12} {'updates':>10} {'images':>14} {'network evals':>16} {'time':>12}")
-    total = _print_teacher(config, forward)
+    total = _print_teacher(config, _print_machine(config, device, stages))
     print(f"\nexpected time {clock(total)} and the evaluation of {config.evaluation.num_samples:,} images")
 
 
 def print_distillation_plan(config: DistillConfig, device: torch.device) -> None:
     """The plan of `pdfast.distill`: an update costs two forwards of the teacher and three forwards' worth of the student."""
+    if _silent():
+        return
+    stages = _stages(config, device)
     print(
         f"plan of {config.run}: {config.rounds} rounds, {config.start_steps} -> {config.end_steps} steps, on {config.data}"
     )
-    forward = _print_network(config, device, config.batch_size, copies=6 if config.ema else 5)
-    print(f"\n{'stage':<12} {'updates':>10} {'images':>14} {'network evals':>16} {'time':>12}")
+    forward = _print_machine(config, device, stages)
     total = 0.0 if config.teacher else _print_teacher(config, forward)
     for steps in config.round_steps:
         updates = config.updates_at(steps)

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from pdfast.engine.files import write_file
 from pdfast.engine.log import count_steps
 from pdfast.report.grids import steps_grid
-from pdfast.report.plots import loss_plot, quality_plot
+from pdfast.report.plots import loss_by_step_plot, loss_plot, quality_plot
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,41 @@ def _loss_curves(log: list[dict[str, Any]], phase: str) -> list[tuple[str, list[
             updates.append(entry["update"])
             losses.append(entry["loss"])
     return [("teacher" if steps is None else count_steps(steps), *curve) for steps, curve in curves.items()]
+
+
+def _last_lines(log: list[dict[str, Any]]) -> dict[int | None, dict[str, Any]]:
+    """The last log line of each stage, by its steps (None for the teacher's training)."""
+    return {entry["steps"]: entry for entry in log if "update" in entry}
+
+
+def _losses_by_step(last: dict[int | None, dict[str, Any]]) -> list[tuple[str, list[float | None]]]:
+    """Of each round; a loss of 0 has no place on a logarithmic axis."""
+    return [
+        (count_steps(steps), entry["loss_by_step"])
+        for steps, entry in last.items()
+        if steps is not None and any(entry.get("loss_by_step") or ())
+    ]
+
+
+def _speeds(stages: list[Stage], log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a stage: the medians over its log lines, of memory and of skipped updates the most; None for what a log of an
+    older version does not have."""
+    rows = []
+    for stage in stages:
+        lines = [e for e in log if "update" in e and e["steps"] == stage.steps]
+        row = {"steps": stage.steps, "processes": stage.metrics.get("processes")}
+        for name, merge in (
+            ("update_seconds", statistics.median),
+            ("network_evaluations_per_second", statistics.median),
+            ("model_flop_utilisation", statistics.median),
+            ("data_wait", statistics.median),
+            ("peak_memory_mib", max),
+            ("skipped", max),
+        ):
+            values = [e[name] for e in lines if e.get(name) is not None]
+            row[name] = merge(values) if values else None
+        rows.append(row)
+    return rows
 
 
 def _grid(teacher: Stage | None, students: list[Stage], real: np.ndarray | None) -> bytes | None:
@@ -109,6 +145,10 @@ def _shift(row: dict[str, Any], real: dict[str, Any], key: str) -> str:
     return ", ".join(f"{a - b:+.3f}" for a, b in zip(row[key], real[key], strict=True))
 
 
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _headline(teacher: Stage | None, students: list[Stage], rounds: int | None) -> str:
     if teacher is None:
         return "The teacher is being trained."
@@ -152,6 +192,8 @@ def build_report(run: Path) -> Path:
     grid = _grid(teacher, students, _read_images(run / "teacher" / "real.npy"))
     if grid:
         write_file(run / "grid.png", grid)
+    by_step = _losses_by_step(_last_lines(log))
+    stages = [s for s in (teacher, *students) if s and s.metrics["training"]]
     rounds, training = _loss_curves(log, "distill"), _loss_curves(log, "teacher")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pdfast.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -165,11 +207,14 @@ def build_report(run: Path) -> Path:
         round_losses=loss_plot(rounds) if rounds else None,
         teacher_loss=loss_plot(training) if training else None,
         grid="data:image/png;base64," + base64.b64encode(grid).decode() if grid else None,
-        stages=[s for s in (teacher, *students) if s and s.metrics["training"]],
+        loss_by_step=loss_by_step_plot(by_step) if by_step else None,
+        stages=stages,
+        speeds=_speeds(stages, log) if any("update_seconds" in entry for entry in log) else [],
         warnings=[entry["message"] for entry in log if entry.get("event") == "warning"],
         config=config_text,
         command=config.get("command"),
         count_steps=count_steps,
+        rate=_rate,
     )
     path = run / "report.html"
     write_file(path, page)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from pdfast.config import DistillConfig, RunConfig, TrainConfig
-from pdfast.engine.cost import Job, communication, inputs, memory, parameters_and_flops
+from pdfast.engine.cost import Job, activation_bytes, communication, inputs, memory, parameters_and_flops
 from pdfast.engine.log import clock, count_steps
 from pdfast.engine.machine import TEACHER_SHARE
 from pdfast.errors import UsageError
@@ -120,13 +120,14 @@ def _print_machine(config: RunConfig, device: torch.device, stages: Mapping[str,
     main = list(stages.values())[-1]
     copies = f"{main.copies} cop{'y' if main.copies == 1 else 'ies'} of the network in {main.shards} part{'s' * (main.shards > 1)}"
     kept = "blocks run again in the backward" if main.recompute else "all activations kept"
+    an_image = activation_bytes(main.network, main.dtype, main.recompute, main.fused) / 1e6
     teacher = ", teacher in parts" if main.teacher_sharded else ""
     print(
         f"network      {parameters:,} parameters, {flops / 1e9:.3g} GFLOP a forward and image, predicts {config.network.prediction}"
     )
     print(
         f"engine       {main.processes} process{'es' * (main.processes > 1)}, {copies}; {str(main.dtype).removeprefix('torch.')}, "
-        f"micro-batches of {main.micro_batch} images, {kept} ({'fused' if main.fused else 'PyTorch'} operations){teacher}"
+        f"micro-batches of {main.micro_batch} images, {kept} ({an_image:.3g} MB an image with {'fused' if main.fused else 'PyTorch'} operations){teacher}"
     )
     forward = seconds_a_forward(config.network, main.dtype, main.micro_batch, device)
     print(

@@ -25,6 +25,7 @@ def metrics(rows, training):
         "sampler": "ddim",
         "clip": False,
         "device": "a <machine>",
+        "processes": 4,
         "versions": {"pdfast": "0.1.0", "torch": "2.13.0"},
         "commit": "abc1234",
         "data": {"name": "digits", "num_images": 1797, "shape": [8, 8, 1]},
@@ -36,6 +37,19 @@ def metrics(rows, training):
             for n, fd in rows.items()
         ],
     }  # fmt: skip
+
+
+def rates(n):
+    """What a log line says of speed; every number another function of n."""
+    return {
+        "loss_by_step": [None, *(n / k for k in range(1, 8))],
+        "update_seconds": 1e-4 * n,
+        "network_evaluations_per_second": 1e5 / n,
+        "model_flop_utilisation": n / 1000,
+        "data_wait": n / 10000,
+        "peak_memory_mib": 20.0 * n,
+        "skipped": n // 50,
+    }
 
 
 @pytest.fixture
@@ -58,8 +72,10 @@ def run(tmp_path):
     (tmp_path / "run/config.yaml").write_text(
         "data: <script>alert(1)</script>\nrounds: 2\ncommand: python -m pdfast.distill --rounds 2\n"
     )
-    lines = [{"phase": "teacher", "steps": None, "update": u, "loss": 1 / u} for u in (50, 100)]
-    lines += [{"phase": "distill", "steps": n, "update": u, "loss": 1 / u} for n in (2, 1) for u in (50, 100)]
+    lines = [{"phase": "teacher", "steps": None, "update": u, "loss": 1 / u, **rates(u)} for u in (50, 100)]
+    lines += [
+        {"phase": "distill", "steps": n, "update": u, "loss": 1 / u, **rates(n * u)} for n in (2, 1) for u in (50, 100)
+    ]
     lines += [{"event": "warning", "message": "a <warning>"}]
     (tmp_path / "run/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut off')
     return tmp_path / "run"
@@ -94,6 +110,7 @@ def test_the_numbers(run):
     assert table["1"][1:4] == ["6.600", "1.50", "1223.250"]
     assert table["2"][1:4] == ["5.500", "1.25", "185.750"]
     assert table["2"][4:9] == ["0.0100", "26.0", "+0.010", "-0.010", "0.2"]
+    assert table["1"][9] == "10,000" and table["256"][9] == "39.1", "samples a second"
     cost = {row[0]: row for row in page.rows if row and row[0].endswith("steps") and len(row) == 6}
     assert cost["2 steps"] == ["2 steps", "100", "12,800", "38,400", "12.5", "1,024"]
     assert "In 1 step the student reaches FD-digits 6.60, 1.50 times its teacher's 4.40 in 256 steps" in page.text
@@ -103,6 +120,24 @@ def test_the_numbers(run):
         and "commit abc1234" in page.text
         and "a <warning>" in page.text
     )
+
+
+def test_speed_is_what_the_log_says(run):
+    page = Page(build_report(run))
+    speed = {row[0]: row for row in page.rows if len(row) == 8}
+    assert speed.keys() == {"stage", "teacher", "2 steps", "1 step"}
+    # Medians of the lines at updates 50 and 100, the most of memory and of skipped updates.
+    assert speed["teacher"] == ["teacher", "4", "7.5", "1,500", "7.5%", "0.8%", "2,000", "2"]
+    assert speed["2 steps"] == ["2 steps", "4", "15.0", "750", "15.0%", "1.5%", "4,000", "4"]
+    assert "Loss by step index" in page.text
+
+
+def test_a_log_of_an_older_version(run):
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()[:-1]]
+    old = [{k: v for k, v in line.items() if k not in rates(1)} for line in lines]
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in old))
+    page = Page(build_report(run))
+    assert "ms an update" not in page.text and "Loss by step index" not in page.text and "1,024" in page.text
 
 
 def test_it_stands_alone_and_escapes(run):
@@ -174,7 +209,7 @@ def test_in_a_browser(run, tmp_path, width):
     size = f"--window-size={width},2400"
     done = chromium(probed, tmp_path / "profile", size, "--dump-dom")
     seen = json.loads(re.search(r'data-seen="([^"]*)"', done.stdout)[1].replace("&quot;", '"'))
-    assert seen["images"] and min(seen["images"]) > 100 and len(seen["plots"]) == 3 and min(seen["plots"]) > 100
+    assert seen["images"] and min(seen["images"]) > 100 and len(seen["plots"]) == 4 and min(seen["plots"]) > 100
     assert seen["wide"] <= seen["window"] == width
     assert "CONSOLE" not in done.stderr
     shot = tmp_path / "shot.png"

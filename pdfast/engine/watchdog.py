@@ -11,9 +11,7 @@ import threading
 import time
 from pathlib import Path
 
-import torch.distributed as dist
-
-from pdfast.engine.world import World
+from pdfast.engine.world import World, open_store
 
 EVERY = 1.0  # seconds between two signs of life
 SILENT = 5.0  # seconds in which another process's sign of life must change
@@ -35,10 +33,7 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self._world.size > 1:
-            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = dist.TCPStore(host, port, is_master=False)
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            self._store = dist.PrefixStore(f"watchdog/{attempt}", store)
+            self._store = open_store("watchdog")
             self._thread = threading.Thread(target=self._watch, daemon=True)
             self._thread.start()
         return self

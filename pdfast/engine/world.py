@@ -103,6 +103,21 @@ class World:
         return value  # type: ignore[return-value]
 
 
+def open_store(name: str) -> dist.Store:
+    """A connection to the key-value store of the processes that torchrun started, under `name`.
+
+    torchrun keeps one store over restarts: without a prefix, processes would find the addresses of those before them.
+    """
+    of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=not of_torchrun and os.environ["RANK"] == "0",
+        multi_tenant=True,
+    )
+    return dist.PrefixStore(f"pdfast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}", store)
+
+
 @contextmanager
 def open_world(device_name: str, shard: int = 1) -> Iterator[World]:
     """The world of this process, which ends with the block. UsageError for a device that is not here, or a --shard that
@@ -115,7 +130,14 @@ def open_world(device_name: str, shard: int = 1) -> Iterator[World]:
         yield World(device)
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE, device_id=device if device.type == "cuda" else None)
+    dist.init_process_group(
+        backend,
+        store=open_store("processes"),
+        rank=int(os.environ["RANK"]),
+        world_size=size,
+        timeout=PATIENCE,
+        device_id=device if device.type == "cuda" else None,
+    )
     try:
         mesh = init_device_mesh(device.type, (size // shard, shard), mesh_dim_names=("replicate", "shard"))
         control = dist.new_group(backend="gloo", timeout=PATIENCE)

@@ -8,15 +8,14 @@ float64, of the largest loss, and tells a provider that computes something else.
 updates of its own. On a CPU the variants take turns; on a GPU each has the device to itself.
 """
 
-import contextlib
 import gc
 import json
 import sys
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -28,22 +27,20 @@ from benchmarks.arguments import Parser
 from benchmarks.clocks import Stopwatch, clocked, peak_mib
 from benchmarks.header import header
 from benchmarks.providers import Unavailable
-from benchmarks.updates import STAGES, Pdfast, Setting, distillation_losses, random_weights
-from pdfast.config import EngineConfig, OptimizerName, resolve_steps
-from pdfast.data import ResidentImages
+from benchmarks.updates import STAGES, Pdfast, Setting, distillation_losses, open_setting
+from pdfast.config import EngineConfig, OptimizerName
 from pdfast.engine.device import open_device
-from pdfast.engine.machine import open_machine
 from pdfast.engine.metrics import peak_flops
 from pdfast.errors import UsageError
 from pdfast.presets import PRESETS
 
-PROVIDERS = ("pdfast", "eager", "compile", "diffusers")
+PROVIDERS = ("eager", "pdfast", "compile", "diffusers")
 MODES = {"cuda": ("default", "reduce-overhead", "max-autotune-no-cudagraphs"), "cpu": ("default",)}
 WARM_UP = 4  # updates: compile, record a graph, and one more
 CHECKED = 8  # samples
 TURNS = 5
-NUM_IMAGES = 4096
 SAMPLING_STEPS = (1, 4)
+LACKED = "out of memory"
 
 Row = dict[str, Any]
 
@@ -73,34 +70,29 @@ def main(arguments: list[str] | None = None) -> int:
     if options.micro_batches < 1 or options.seconds <= 0:
         parser.error("--micro-batches is at least 1, --seconds more than 0")
     device = open_device(options.device or "auto")
-    name = options.preset or ("imagenet64" if device.type == "cuda" else "digits")
-    batches = [options.batch or PRESETS[name].batch_size]
+    presets = options.preset or ["imagenet64" if device.type == "cuda" else "digits"]
     if options.list:
         print("\n".join(_title(variant.row) for variant in _variants(options, device, None, None)))
         return 0
-    if options.halve:
-        batches += [batches[0] >> i for i in range(1, batches[0].bit_length())]
-    said = header(device) | _ceilings(device)
+    said = header(device) | _ceilings(device, min(options.seconds, 0.5))
     print(", ".join(f"{key} {f'{value:.4g}' if isinstance(value, float) else value}" for key, value in said.items()))
     rows: list[Row] = []
     try:
-        for batch in batches:
-            variants = list(_measured(options, device, name, batch, said, rows))
-            if not any("out of memory" in variant.row.get("unavailable", "") for variant in variants):
-                break
+        for name in presets:
+            batch = options.batch or PRESETS[name].batch_size
+            while _lacks_memory(options, device, name, batch, said, rows) and batch > 1:
+                batch //= 2
+            _summary([row for row in rows if row["preset"] == name and row["batch"] == batch])
     except UsageError as error:
         parser.error(str(error))
-    _summary(rows)
     return 0
 
 
 def _parser() -> Parser:
     parser = Parser("benchmarks.step", description="Images/s, memory and breakdown of a distillation update.")
-    parser.add_argument("--preset", choices=PRESETS, help="imagenet64 on a GPU, digits on a CPU unless said")
+    parser.add_argument("--preset", nargs="+", choices=PRESETS, help="imagenet64 on a GPU, digits on a CPU unless said")
     parser.add_argument("--batch", type=int, metavar="N", help="images an update, the preset's unless said")
-    parser.add_argument(
-        "--halve", action="store_true", help="while a provider lacks memory, all of it at half the batch"
-    )
+    parser.add_argument("--halve", action="store_true", help="while one lacks memory, all at half the batch")
     parser.add_argument("--providers", nargs="+", choices=[*PROVIDERS, "all"], default=["all"])
     parser.add_argument("--device", choices=["cuda", "cpu"])
     parser.add_argument("--seconds", type=float, default=10.0, help="for each row")
@@ -119,12 +111,10 @@ def _parser() -> Parser:
     return parser
 
 
-def _ceilings(device: torch.device) -> Row:
-    rates = {name: peak_flops(device, dtype, 1.0) / 1e12 for name, dtype in _DTYPES.items()}
+def _ceilings(device: torch.device, seconds: float) -> Row:
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    rates = {name: peak_flops(device, dtype, seconds) / 1e12 for name, dtype in dtypes.items()}
     return {f"matmul_{name}_tflop_s": rate for name, rate in rates.items()} | {"matmul_tflop_s": max(rates.values())}
-
-
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def _variants(options: Namespace, device: torch.device, setting: Setting | None, machine: Any) -> list[Variant]:
@@ -147,53 +137,13 @@ def _variants(options: Namespace, device: torch.device, setting: Setting | None,
     return found
 
 
-@contextlib.contextmanager
-def _settings(
-    options: Namespace, device: torch.device, name: str, batch: int
-) -> Iterator[tuple[Setting, Callable[[str], Any]]]:
-    preset = PRESETS[name]
-    rounds, start, end = resolve_steps((None, None, None), (preset.rounds, preset.start_steps, preset.end_steps))
-    engine = EngineConfig(
-        dtype=options.dtype,
-        graph=options.graph == "on",
-        optimizer=options.optimizer,
-        micro_batches=options.micro_batches,
-        recompute=options.recompute,
-    )
-    config = replace(
-        preset,
-        device=str(device),
-        batch_size=batch,
-        train=replace(preset.train, batch_size=batch),
-        rounds=rounds,
-        start_steps=start,
-        end_steps=end,
-        engine=engine,
-    )
-    network = config.network
-    generator = torch.Generator().manual_seed(0)
-    shape = NUM_IMAGES, network.image_size, network.image_size, network.image_channels
-    images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
-    classes = network.num_classes
-    labels = torch.randint(classes, (NUM_IMAGES,), generator=generator) if classes else None
-    source = ResidentImages("random", images, labels, device)
-    bf16 = options.dtype == "bf16" or (options.dtype == "auto" and device.type == "cuda")
-    weights = random_weights(network, 0), random_weights(network, 1)
-    with open_machine(config) as machine:
-        yield (
-            Setting(config, device, source, weights, bf16),
-            lambda compile: replace(machine, settings=replace(engine, compile=compile)),
-        )
-
-
-def _measured(
-    options: Namespace, device: torch.device, name: str, batch: int, said: Row, rows: list[Row]
-) -> Iterator[Variant]:
-    """All variants at a batch, their rows added to `rows` as they are done."""
-    with _settings(options, device, name, batch) as (setting, machine):
+def _lacks_memory(options: Namespace, device: torch.device, name: str, batch: int, said: Row, rows: list[Row]) -> bool:
+    """Measure all variants at a batch, their rows added to `rows` as they are done; with --halve no more of them, and true,
+    once one lacks memory."""
+    with open_setting(PRESETS[name], device, batch, _engine(options)) as (setting, machine):
         variants = _variants(options, device, setting, machine)
         for variant in variants:
-            variant.row.update({"preset": name, "batch": batch})
+            variant.row |= {"preset": name, "batch": batch}
         for group in [[v] for v in variants] if device.type == "cuda" else [variants]:
             for variant in group:
                 _trying(variant, partial(_prepare, variant, setting))
@@ -206,8 +156,20 @@ def _measured(
                 rows.append(variant.row)
                 _print(variant.row)
                 _write(options, said, rows)
-                yield variant
             _free(device)
+            if options.halve and any(LACKED in variant.row.get("unavailable", "") for variant in group):
+                return True
+    return False
+
+
+def _engine(options: Namespace) -> EngineConfig:
+    return EngineConfig(
+        dtype=options.dtype,
+        graph=options.graph == "on",
+        optimizer=options.optimizer,
+        micro_batches=options.micro_batches,
+        recompute=options.recompute,
+    )
 
 
 def _trying(variant: Variant, part: Callable[[], None]) -> None:
@@ -229,7 +191,7 @@ def _trying(variant: Variant, part: Callable[[], None]) -> None:
     except UsageError:
         raise
     except torch.cuda.OutOfMemoryError:
-        variant.row["unavailable"] = f"out of memory at batch {variant.row['batch']}"
+        variant.row["unavailable"] = f"{LACKED} at batch {variant.row['batch']}"
     except Unavailable as reason:
         variant.row["unavailable"] = str(reason)
     except Exception as failure:  # of another provider, of whatever kind
@@ -315,8 +277,8 @@ def _write(options: Namespace, said: Row, rows: list[Row]) -> None:
 
 
 def _summary(rows: list[Row]) -> None:
-    """The best of pdfast against the best of the others, at the last batch."""
-    done = [row for row in rows if "unavailable" not in row and row["batch"] == rows[-1]["batch"]]
+    """The best of pdfast against the best of each of the others."""
+    done = [row for row in rows if "unavailable" not in row]
     ours = [row for row in done if row["provider"] == "pdfast"]
     for provider in dict.fromkeys(row["provider"] for row in done if row["provider"] != "pdfast" and ours):
         mine, theirs = (

@@ -12,26 +12,28 @@ update.sample(steps)   draw a batch of images, down to uint8 on the host
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from pdfast.config import DistillConfig
+from pdfast.config import DistillConfig, EngineConfig, resolve_steps
 from pdfast.data import ResidentImages
 from pdfast.diffusion import Prediction, Weighting, noise
 from pdfast.diffusion.noise import Stream
 from pdfast.distill import Rounds
 from pdfast.engine import layout
 from pdfast.engine.cost import parameters_and_flops
-from pdfast.engine.machine import Machine
+from pdfast.engine.machine import Machine, open_machine
 from pdfast.engine.optimizer import linear_decay
 from pdfast.networks import NetworkConfig, UNet
 from pdfast.report.evaluator import draw
 from pdfast_kernels import dispatch
 
 STAGES = ("diffuse", "teacher", "student forward", "backward", "optimizer")
+NUM_IMAGES = 4096
 Network = Callable[..., Tensor]
 
 
@@ -45,6 +47,7 @@ class Setting:
     weights: tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
     """Of teacher and student: not equal, or their difference, which is the loss, would be all rounding."""
     bf16: bool
+    """Whether activations are bf16, where a provider has the choice."""
 
     @property
     def steps(self) -> int:
@@ -74,6 +77,34 @@ def random_weights(network: NetworkConfig, seed: int) -> dict[str, Tensor]:
         if weight.dim() > 1:
             weight.normal_(std=0.5 / math.sqrt(weight[0].numel()), generator=generator)
     return weights
+
+
+@contextmanager
+def open_setting(
+    preset: DistillConfig, device: torch.device, batch: int, engine: EngineConfig
+) -> Iterator[tuple[Setting, Callable[[str], Machine]]]:
+    """The preset's first round at that batch, on random images, and the machine by a value of --engine.compile.
+
+    UsageError where the batch does not divide into the micro-batches.
+    """
+    rounds, start, end = resolve_steps((None, None, None), (preset.rounds, preset.start_steps, preset.end_steps))
+    steps = {"rounds": rounds, "start_steps": start, "end_steps": end}
+    train = replace(preset.train, batch_size=batch)
+    config = replace(preset, device=str(device), batch_size=batch, train=train, engine=engine, **steps)
+    network = config.network
+    generator = torch.Generator().manual_seed(0)
+    shape = NUM_IMAGES, network.image_size, network.image_size, network.image_channels
+    images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+    classes = network.num_classes
+    labels = torch.randint(classes, (NUM_IMAGES,), generator=generator) if classes else None
+    source = ResidentImages("random", images, labels, device)
+    weights = random_weights(network, 0), random_weights(network, 1)
+    with open_machine(config) as machine:
+
+        def compiling(compile: str) -> Machine:
+            return replace(machine, settings=replace(engine, compile=compile))
+
+        yield Setting(config, device, source, weights, machine.dtype == torch.bfloat16), compiling
 
 
 def reference(network: NetworkConfig, weights: Mapping[str, Tensor]) -> Network:

@@ -1,0 +1,185 @@
+"""`python -m benchmarks.step`, `.safety` and `.resume` on the CPU, with a network that trains in milliseconds."""
+
+import json
+import sys
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from benchmarks import clocks, resume, rivals, safety, step, updates
+from pdfast.presets import PRESETS
+from tests.commands import TINY_NETWORK
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """The presets, but small."""
+    network = replace(
+        PRESETS["digits"].network, channels=8, channel_mult=(1,), head_dim=8, emb_channels=32, num_groups=4
+    )
+    both = replace(network, prediction="both", num_classes=3, attention_resolutions=(8,), image_channels=3)
+    for name, shape in {"digits": network, "imagenet64": both}.items():
+        monkeypatch.setitem(PRESETS, name, replace(PRESETS[name], network=shape, batch_size=4))
+    monkeypatch.setattr(step, "peak_flops", lambda *_: 1e10)  # half a second for each, in bf16
+    monkeypatch.setattr("pdfast.engine.machine.peak_flops", lambda *_: 1e10)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: None)
+
+
+def run(tmp_path, *arguments):
+    file = tmp_path / "rows.json"
+    assert step.main([*arguments, "--device", "cpu", "--seconds", "0.05", "--json", str(file)]) == 0
+    return json.loads(file.read_text())
+
+
+def test_rows(tmp_path, capsys):
+    report = run(tmp_path, "--sampling")
+    header, rows = report["header"], report["rows"]
+    assert {"device", "torch", "commit", "date", "matmul_tflop_s"} <= header.keys()
+    assert [row["provider"] for row in rows] == ["eager", "pdfast", "compile", "diffusers", "diffusers"]
+    for row in rows[:3]:
+        assert row["error"] < 1e-4 and (row["preset"], row["batch"], row["dtype"]) == ("digits", 4, "fp32")
+        assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] and row["updates"] >= 5
+        assert row["images_per_second"] == pytest.approx(4000 / row["median_ms"])
+        assert row["mfu"] == pytest.approx(row["tflop_s"] / header["matmul_tflop_s"]) and row["mfu"] > 0
+        assert 4 * 4 * row["parameters"] < row["peak_mib"] * 2**20  # two networks and Adam's moments
+        assert list(row["breakdown_ms"]) == list(updates.STAGES) and min(row["breakdown_ms"].values()) > 0
+        assert row["sampled_images_per_second"].keys() == {"1", "4"}
+    for row in rows[3:]:
+        assert row["unavailable"].startswith("diffusers is not installed (")
+    printed = capsys.readouterr().out
+    assert "unavailable: diffusers" in printed and "x the images/s of eager" in printed
+
+
+def test_other_networks_and_the_breakdown(tmp_path):
+    """Classes, both outputs, attention and flips; the stages make up the update, measured at another time."""
+    rows = run(tmp_path, "--preset", "imagenet64", "digits", "--providers", "pdfast", "eager", "--micro-batches", "2")[
+        "rows"
+    ]
+    assert [row["preset"] for row in rows] == ["imagenet64"] * 2 + ["digits"] * 2
+    assert all(row["error"] < 1e-4 for row in rows)
+    ratios = [sum(row["breakdown_ms"].values()) / row["median_ms"] for row in rows]
+    assert 0.5 < torch.tensor(ratios).median() < 2
+
+
+def test_stages_are_between_marks(monkeypatch):
+    now = iter([0.0, 1.0, 3.0, 4.0, 8.0])
+    monkeypatch.setattr(clocks.time, "perf_counter", lambda: next(now))
+    stopwatch = clocks.Stopwatch(torch.device("cpu"))
+
+    def call():
+        for stage in ("teacher", "student forward", "backward", "student forward"):
+            stopwatch.mark(stage)
+
+    assert stopwatch._stages(call) == {"teacher": 1000, "student forward": 6000, "backward": 1000}
+
+
+def test_peak_memory():
+    kept = torch.zeros(1 << 18)
+
+    def call():
+        for _ in range(3):
+            torch.zeros(1 << 18) + 1
+
+    assert clocks.peak_mib(call, torch.device("cpu"), [kept, kept.view(2, -1)]) == pytest.approx(3, abs=0.1)
+
+
+@pytest.mark.parametrize("provider", ["pdfast", "eager"])
+def test_a_wrong_provider_is_seen(tmp_path, monkeypatch, provider):
+    if provider == "pdfast":
+        monkeypatch.setattr("pdfast.engine.step.ddim_step", lambda z, *others: 1.01 * z)
+    else:
+        published = rivals.distillation_losses
+
+        def wrong(teacher, student, batch, *others):
+            return published(teacher, student, replace(batch, x=1.1 * batch.x), *others)
+
+        monkeypatch.setattr(rivals, "distillation_losses", wrong)
+    [row] = run(tmp_path, "--providers", provider)["rows"]
+    assert row["error"] > 1e-3
+
+
+def test_every_update_learns():
+    """The weights move by about the learning rate, as Adam's do."""
+    with updates.open_setting(PRESETS["digits"], torch.device("cpu"), 4, step.EngineConfig()) as (setting, machine):
+        for update in (
+            updates.Pdfast(setting, machine("off")),
+            rivals.eager(setting),
+            rivals.compiled(setting, "default"),
+        ):
+            parameters = [tensor.detach() for tensor in update.tensors()]
+            before = [tensor.clone() for tensor in parameters]
+            update.step()
+            moved = max(float((now - then).abs().max()) for now, then in zip(parameters, before, strict=True))
+            assert moved >= 0.9 * setting.config.learning_rate
+
+
+def test_a_provider_that_fails_has_a_row(tmp_path, monkeypatch):
+    def failing(setting):
+        raise RuntimeError("no kernel\nfor this")
+
+    monkeypatch.setattr(rivals, "eager", failing)
+    [row] = run(tmp_path, "--providers", "eager")["rows"]
+    assert row["unavailable"] == "RuntimeError: no kernel"
+
+
+def test_memory_that_lacks_halves_the_batch(tmp_path, monkeypatch):
+    eager = rivals.eager
+
+    def limited(setting):
+        if setting.config.batch_size > 2:
+            raise torch.cuda.OutOfMemoryError
+        return eager(setting)
+
+    monkeypatch.setattr(rivals, "eager", limited)
+    rows = run(tmp_path, "--providers", "eager", "--batch", "8", "--halve")["rows"]
+    said = {row["batch"]: row.get("unavailable") for row in rows}
+    assert said == {8: "out of memory at batch 8", 4: "out of memory at batch 4", 2: None}
+    [row] = run(tmp_path, "--providers", "eager", "--batch", "8")["rows"]
+    assert row["unavailable"] == "out of memory at batch 8"
+
+
+def test_settings_of_pdfast_are_flags(tmp_path):
+    flags = (
+        "--providers pdfast --compile off on --dtype bf16 --optimizer torch --micro-batches 2 --recompute --graph off"
+    )
+    rows = run(tmp_path, *flags.split())["rows"]
+    assert [row["variant"] for row in rows] == ["compile off", "compile on"]
+    assert all(row["dtype"] == "bf16" and 1e-6 < row["error"] < 0.1 for row in rows)
+
+
+def test_list(capsys):
+    assert step.main(["--list", "--device", "cpu", "--modes", "default", "reduce-overhead"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert listed[:4] == ["eager", "pdfast compile auto", "compile default", "compile reduce-overhead"]
+
+
+@pytest.mark.parametrize(
+    "command, arguments, message",
+    [
+        (step, ["--batch", "0"], "--batch is at least 1"),
+        (step, ["--seconds", "0"], "--micro-batches is at least 1, --seconds more than 0"),
+        (step, ["--preset", "nothing"], "argument --preset: invalid choice: 'nothing'"),
+        (step, ["--json", "/nowhere/at/all"], "/nowhere/at/all is no file that could be written"),
+        (step, ["--batch", "3", "--micro-batches", "2"], "--train.batch-size 3 must be a multiple of 2"),
+        (safety, ["--updates", "0"], "--updates is at least 1"),
+        (resume, ["--json", "/nowhere/at/all"], "/nowhere/at/all is no file that could be written"),
+    ],
+)
+def test_bad_arguments_are_one_line(capsys, command, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        command.main([*arguments, "--device", "cpu"])
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.count("\n") == 1
+
+
+def test_the_cost_of_safety(tmp_path):
+    file = tmp_path / "safety.json"
+    flags = "--device cpu --updates 6 --checkpoint-every 3 --log-every 2 --evaluation.num-samples 64 --batch-size 4"
+    assert safety.main([*flags.split(), *TINY_NETWORK, "--json", str(file)]) in (0, 1)  # so short a run says nothing
+    [row] = json.loads(file.read_text())["rows"]
+    assert row["logging_calls"] == 2 + 6 and row["writer_calls"] == 1 + 2  # the teacher's two updates, then the round
+    assert row["seconds"] > row["checkpoints_seconds"] > 0 and 0 < row["logging_share"] < 1

@@ -113,6 +113,8 @@ class EngineConfig:
     """Compile the networks' blocks; auto is on for a GPU, off for a CPU."""
     graph: bool = True
     """On a GPU, run an update as one CUDA graph where that is possible."""
+    deterministic: bool = True
+    """On a GPU, use only algorithms that give the same bits in every run."""
     optimizer: OptimizerName = "pdfast"
     """Whose Adam: pdfast (one pass with the average), torch (fused), apex (where it is installed); equal in results."""
     micro_batches: int = 1

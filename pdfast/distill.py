@@ -7,11 +7,10 @@ students/NNNN for every step count and report.html.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pdfast.cli import Interrupted, run_command
 from pdfast.commands import distill_arguments
@@ -72,9 +71,11 @@ class Rounds:
         self.losses.add(losses, k, self.table.steps)
         self.optimizer.step(losses.mean())
 
-    def begin(self, weights: Mapping[str, Tensor], round_index: int, steps: int) -> None:
-        """Student and teacher have the weights of the last round; RunError unless they then say the same."""
+    def begin(self, last: Path, round_index: int, steps: int) -> None:
+        """Give student and teacher the weights of the model in folder `last`; RunError unless they then say the same."""
         world = self.machine.world
+        weights = load_model(last, torch.device("cpu")).network.state_dict()
+        self.teacher_sha256 = read_json(last / "config.json")["sha256"]
         for network in (self.student, self.teacher):
             layout.set_weights(network, weights, world)
         self.optimizer.reset()
@@ -102,6 +103,11 @@ class Rounds:
         checkpoint = checkpoints.latest()
         start, seconds = 0, 0.0
         if checkpoint:
+            if checkpoint.extra["teacher_sha256"] != self.teacher_sha256:
+                raise UsageError(
+                    f"the round to {count_steps(steps)} in {config.run} was begun from another teacher than there is now: "
+                    "restore that one, or delete the round's checkpoints to start it again"
+                )
             optimizer.load_state(checkpoint.tensors)
             start, seconds = checkpoint.update, checkpoint.extra["seconds"]
             log.say(f"resuming the round to {count_steps(steps)} at update {start}")
@@ -130,7 +136,13 @@ class Rounds:
             machine.stop_if_not_finite(optimizer, self.losses, update, where, config.log_every)
             stopping = machine.asked_to_stop(f"update {update + 1} of {where}")
             if stopping or (update + 1) % config.checkpoint_every == 0 or update + 1 == updates:
-                checkpoints.save(update + 1, optimizer.state(), optimizer.counters(), {"seconds": progress.seconds})
+                extra = {
+                    "seconds": progress.seconds,
+                    "round": round_index,
+                    "samples": (update + 1) * config.batch_size,
+                    "teacher_sha256": self.teacher_sha256,
+                }
+                checkpoints.save(update + 1, optimizer.state(), optimizer.counters(), extra)
             checkpoints.poll()
             if stopping:
                 checkpoints.finish()
@@ -219,7 +231,7 @@ def distill(
         folder = config.run / "students" / f"{steps:04d}"
         if not world.on_first(folder.exists):
             rounds = rounds or Rounds(config, machine, source, log)
-            rounds.begin(load_model(last, torch.device("cpu")).network.state_dict(), round_index, steps)
+            rounds.begin(last, round_index, steps)
             training = rounds.train(round_index, steps)
             if evaluator is None:
                 evaluator = open_evaluator(config, machine, source)

@@ -95,7 +95,8 @@ def train_teacher(config: RunConfig, machine: Machine, source: ImageSource, log:
         machine.stop_if_not_finite(optimizer, losses, update, "teacher", config.log_every)
         stopping = machine.asked_to_stop(f"update {update + 1} of the teacher")
         if stopping or (update + 1) % config.checkpoint_every == 0 or update + 1 == settings.updates:
-            checkpoints.save(update + 1, optimizer.state(), optimizer.counters(), {"seconds": progress.seconds})
+            extra = {"seconds": progress.seconds, "samples": (update + 1) * settings.batch_size}
+            checkpoints.save(update + 1, optimizer.state(), optimizer.counters(), extra)
         checkpoints.poll()
         if stopping:
             checkpoints.finish()

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from pdfast.config import DistillConfig, from_plain, load_yaml
+from pdfast.engine import interrupt, layout
 from pdfast.engine.model_folder import load_model
 from tests.commands import TINY_DISTILL, TINY_RUN, call, environment, spawn
 
@@ -78,6 +79,36 @@ def test_a_round_without_updates_is_its_teacher(finished_run, tmp_path):
     a = load_file(finished_run / "teacher/teacher.safetensors")
     b = load_file(tmp_path / "r/students/0001/student.safetensors")
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_student_that_is_not_its_teacher_is_a_bug(finished_run, tmp_path, monkeypatch, capsys):
+    """Asserted before the first update of each round."""
+    original = layout.set_weights
+
+    def broken(network, weights, world):
+        original(network, weights, world)
+        with torch.no_grad():
+            next(network.parameters()).add_(0.1 * (not network.training))
+
+    monkeypatch.setattr(layout, "set_weights", broken)
+    flags = [*TINY_RUN, "--teacher", str(finished_run / "teacher"), "--rounds", "1", "--run", str(tmp_path / "r")]
+    assert call("distill", *flags) == 1
+    assert "before the round to 1 step the student is not its teacher" in capsys.readouterr().err
+
+
+def test_a_round_that_was_begun_from_another_teacher(finished_run, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    shutil.rmtree(run / "students/0001")
+    monkeypatch.setattr(interrupt, "requested", lambda: True)  # stops after the first update
+    assert call("distill", *TINY_DISTILL, "--run", str(run)) == 130
+    monkeypatch.undo()
+    config = json.loads((run / "students/0002/config.json").read_text())
+    shutil.copy(run / "teacher/teacher.safetensors", run / "students/0002/student.safetensors")
+    config["sha256"] = json.loads((run / "teacher/config.json").read_text())["sha256"]
+    (run / "students/0002/config.json").write_text(json.dumps(config))
+    assert call("distill", *TINY_DISTILL, "--run", str(run)) == 2
+    assert "was begun from another teacher than there is now" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("prediction", ["x", "both", "eps"])

@@ -6,7 +6,7 @@ in this order, all from outside of a plain module, whose state-dict keys stay. A
 are and by `dtype` what its activations are; one that has neither is a unit by itself.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -131,17 +131,6 @@ def set_weights(network: nn.Module, weights: Mapping[str, Tensor], world: World)
 
 
 @torch.no_grad()
-def promote(student: nn.Module, teacher: nn.Module, world: World) -> None:
-    """Write the student's weights into the teacher, where they are, in the teacher's dtype."""
-    pairs = zip(student.parameters(), teacher.parameters(), strict=True)
-    for source, target in pairs:
-        if isinstance(source, DTensor) and not isinstance(target, DTensor):
-            target.copy_(source.full_tensor())
-        else:
-            local(target).copy_(local(source))
-
-
-@torch.no_grad()
 def whole_weights(network: nn.Module, world: World) -> dict[str, Tensor]:
     """All weights, float32 on the CPU, in the first process; elsewhere nothing. All processes must call it."""
     weights = {}
@@ -150,8 +139,3 @@ def whole_weights(network: nn.Module, world: World) -> dict[str, Tensor]:
         if world.first:
             weights[name] = whole.detach().float().cpu()
     return weights
-
-
-def parameter_bytes(parameters: Iterable[Tensor]) -> int:
-    """Bytes of whole parameters."""
-    return sum(p.numel() * p.element_size() for p in parameters)

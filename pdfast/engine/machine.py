@@ -165,5 +165,8 @@ def open_machine(config: RunConfig) -> Iterator[Machine]:
                     "micro-batches"
                 )
         dtype = layout.chosen_dtype(engine.dtype, world.device)
+        # What is float32 is meant so: TF32 would round the network's input more coarsely than the smallest noise in it.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = engine.deterministic
         with Watchdog(world, engine.patience) as watchdog:
             yield Machine(world, engine, config.network, dtype, watchdog, peak_flops(world.device, dtype))

@@ -7,9 +7,12 @@
 # attention        160  attention with every SDPA backend, and the attention block
 # states           120  diffuse, ddim_step, the distillation loss, adam_ema: at the network's sizes and at more than 64 MB
 # shapes           190  the other networks' shapes next to eager PyTorch, as many as there is time for
+# step             540  only when named: a distillation update next to others', of imagenet64 at a batch that eager can hold too,
+#                       then of cifar10
+# run              400  only when named: a run of cifar10-fast killed and resumed, and what checkpoints and logging cost
 # tune             500  only when named: the fastest launch configurations of attention and group_norm
 #
-# Each part alone when named, otherwise all but the last, which is 900 seconds; a part that runs past its seconds is stopped,
+# Each part alone when named, otherwise the first five, which is 900 seconds; a part that runs past its seconds is stopped,
 # and what it wrote stays. OUT_DIR gets PART.json, and what all of them print in gpu.log.
 # PYTHON is the interpreter (default: that of .venv, else python3).
 set -u
@@ -18,11 +21,12 @@ out=${1:-}
 [ -n "$out" ] || { echo "benchmarks/gpu.sh: error: say where to write: benchmarks/gpu.sh OUT_DIR [PART ...]" >&2; exit 2; }
 shift
 all="tests norm attention states shapes"
+named="step run tune"
 parts=${*:-$all}
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 export PYTHONPATH=.:kernels${PYTHONPATH:+:$PYTHONPATH}
 for part in $parts; do
-    case " $all tune " in *" $part "*) ;; *) echo "benchmarks/gpu.sh: error: no part $part: ${all// /, }, tune" >&2; exit 2 ;; esac
+    case " $all $named " in *" $part "*) ;; *) echo "benchmarks/gpu.sh: error: no part $part: ${all// /, }, ${named// /, }" >&2; exit 2 ;; esac
 done
 "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' ||
     { echo "benchmarks/gpu.sh: error: $python finds no GPU" >&2; exit 2; }
@@ -57,6 +61,11 @@ for part in $parts; do
         --shapes cifar10 8192,3,32,32 --dtype bf16 fp32 --providers pdfast eager compile ;;
     shapes) kernels shapes 190 --op group_norm attention --shapes imagenet64 lsun128 sd15 small-batch --mode fwd full \
         --providers pdfast eager ;;
+    step) run step 540 "$python" -m benchmarks.step --device cuda --preset imagenet64 cifar10 --batch 512 --halve \
+        --providers eager pdfast compile diffusers --modes default reduce-overhead --sampling --seconds 5 --json "$out/step.json" ;;
+    run)
+        run run 250 "$python" -m benchmarks.resume --device cuda --json "$out/run.json"
+        run run 150 "$python" -m benchmarks.safety --device cuda --updates 100 --json "$out/safety.json" ;;
     tune) run tune 500 "$python" -m benchmarks.tune --op attention group_norm --shapes imagenet64 \
         --case 'attention *64x12x64*' 'attention *256x9x64*' 'group_norm *192x64*' --seconds 0.02 --json "$out/tune.json" ;;
     esac

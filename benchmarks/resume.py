@@ -70,11 +70,11 @@ def _command(options: Any, device: torch.device, folder: Path, others: list[str]
     ).split()
     if options.data:
         return [sys.executable, "-m", "pdfast.distill", *flags, options.data, *others]
-    return [sys.executable, "-m", "pdfast.distill", *flags, *_random_data(preset, folder), *others]
+    return [sys.executable, "-m", "pdfast.distill", *flags, *random_data(preset, folder), *others]
 
 
-def _random_data(preset: DistillConfig, folder: Path) -> list[str]:
-    """The value of --data, and the flags of a feature space that needs no download."""
+def random_data(preset: DistillConfig, folder: Path) -> list[str]:
+    """The value of --data of `pdfast.distill`, and the flags of a feature space that needs no download."""
     size, channels = preset.network.image_size, preset.network.image_channels
     images = np.random.default_rng(0).integers(0, 256, (NUM_IMAGES, size, size, channels), dtype=np.uint8)
     np.savez(folder / "images.npz", images=images)

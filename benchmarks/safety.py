@@ -3,8 +3,9 @@
 A short real run of `pdfast.distill`, one round from random weights, on the built-in digits or on random images (any other
 flag is handed to it). Counted is the time that the training loop spends in saving checkpoints and in progress, log and
 TensorBoard, the device idle at the start of each, and, on a CPU, which the writer of checkpoints shares with the training,
-the writer's processor time. Both are at the preset's own intervals; a run too short for two checkpoints saves more often,
-and their share is taken down to that interval. Exit code 1 where checkpoints take more than 2 %, or logging more than 1 %.
+the writer's processor time; the run's time is that of its updates past the first quarter, in which it compiles. Both are at
+the preset's own intervals; a run too short for two checkpoints saves more often, and their share is taken down to that
+interval. Exit code 1 where checkpoints take more than 2 %, or logging more than 1 %.
 """
 
 import json
@@ -28,7 +29,6 @@ from pdfast.distill import main as distill
 from pdfast.engine.checkpoint import Checkpoints
 from pdfast.engine.device import open_device
 from pdfast.engine.log import Progress
-from pdfast.engine.model_folder import read_json
 from pdfast.presets import PRESETS
 
 MOST = {"checkpoints": 0.02, "logging": 0.01}
@@ -62,8 +62,10 @@ class Spent:
 
 
 @contextmanager
-def counted(device: torch.device) -> Iterator[dict[str, Spent]]:
-    """What is spent within the block: in checkpoints, logging, and the writer's thread (its processor time)."""
+def counted(device: torch.device) -> Iterator[tuple[dict[str, Spent], dict[int, float]]]:
+    """What is spent within the block: in checkpoints, logging, and the writer's thread (its processor time); and when the
+    first quarter of the round and its end were reached, by update."""
+    moments: dict[int, float] = {}
     spent = {name: Spent(device) for name in ("checkpoints", "logging", "writer")}
     write, update = Checkpoints._write, Progress.update
 
@@ -77,14 +79,23 @@ def counted(device: torch.device) -> Iterator[dict[str, Spent]]:
     def reads(progress: Progress, done: int, *_: object) -> bool:
         return done % progress._every == 0 or done == progress._updates
 
+    logged = spent["logging"].counted(update, reads)
+
+    def timed_update(progress: Progress, done: int, learning_rate: float) -> None:
+        logged(progress, done, learning_rate)
+        if progress._steps is not None and done in (max(progress._updates // 4, 1), progress._updates):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            moments[done] = time.perf_counter()
+
     with (
         mock.patch.object(Checkpoints, "save", spent["checkpoints"].counted(Checkpoints.save, lambda *_: True)),
         mock.patch.object(Checkpoints, "poll", spent["checkpoints"].counted(Checkpoints.poll, lambda *_: False)),
         mock.patch.object(Checkpoints, "finish", spent["checkpoints"].counted(Checkpoints.finish, lambda *_: False)),
         mock.patch.object(Checkpoints, "_write", timed_write),
-        mock.patch.object(Progress, "update", spent["logging"].counted(update, reads)),
+        mock.patch.object(Progress, "update", timed_update),
     ):
-        yield spent
+        yield spent, moments
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -110,14 +121,17 @@ def main(arguments: list[str] | None = None) -> int:
         flags += f" --train.updates 2 --train.warmup 1 --checkpoint-every {every} --evaluation.num-samples 256"
         if preset.data != "digits":
             others = ["--data", *random_data(preset, Path(folder)), *others]
-        with mock.patch.object(sys, "argv", ["pdfast.distill", *flags.split(), *others]), counted(device) as spent:
+        with (
+            mock.patch.object(sys, "argv", ["pdfast.distill", *flags.split(), *others]),
+            counted(device) as (spent, moments),
+        ):
             try:
                 run_command(distill)
             except SystemExit as end:
                 if end.code:
                     return int(end.code)
-        metrics = [read_json(run / stage / "metrics.json") for stage in ("teacher", "students/0001")]
-        seconds = sum(metric["training"]["seconds"] for metric in metrics)
+    (first, began), (last, ended) = sorted(moments.items())
+    seconds = (ended - began) / (last - first) * updates
     row = {"preset": preset.preset, "device": device.type, "updates": updates, "seconds": seconds}
     row |= {"checkpoint_every": every, "checkpoint_every_of_preset": preset.checkpoint_every}
     for name, place in spent.items():

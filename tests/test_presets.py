@@ -10,13 +10,15 @@ from pdfast.data import ResidentImages
 from pdfast.diffusion import build_step_table
 from pdfast.engine.model_folder import load_model
 from pdfast.engine.optimizer import Optimizer
-from pdfast.engine.step import Draws, distillation_loss, teacher_loss
+from pdfast.engine.step import Draws, RoundTable, distillation_gradient, teacher_gradient
+from pdfast.engine.world import World
 from pdfast.networks import UNet
 from pdfast.presets import PRESETS
 from pdfast.report import mobilenet
 from tests.commands import call
 
 pytestmark = pytest.mark.slow
+ALONE = World(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -25,35 +27,36 @@ def test_an_update_of_teacher_and_student(name):
     channels, height, width = config.network.image_shape
     images = np.random.default_rng(0).integers(0, 256, (2, height, width, channels), dtype=np.uint8)
     labels = torch.tensor([3, 1]) if config.network.num_classes else None
-    draws = Draws(ResidentImages("noise", torch.from_numpy(images), labels), 0, 1, 2, config.flip, torch.device("cpu"))
-    schedule, conditional = config.schedule.build(), labels is not None
+    source, conditional = ResidentImages("noise", torch.from_numpy(images), labels), labels is not None
+    draws = Draws(source, ALONE, seed=0, batch_size=2, flip=config.flip, conditional=conditional)
+    schedule = config.schedule.build()
 
     torch.manual_seed(0)
     network = UNet(config.network, dropout=config.train.dropout).train()
-    optimizer = Optimizer(network, clip=config.train.clip, weight_decay=config.train.weight_decay)
+    optimizer = Optimizer(network, ALONE, clip=config.train.clip, weight_decay=config.train.weight_decay)
+    draws.load(0, 0)
     losses = []
-    for update in (0, 0):
-        loss = teacher_loss(network, draws, update, schedule, config.train.weighting, conditional)
-        assert optimizer.step(loss, 1e-3, update, name).isfinite()
-        losses.append(float(loss.detach()))
-    assert losses[1] < losses[0]
+    for update in range(2):
+        loss = teacher_gradient(network, draws, schedule, config.train.weighting).mean()
+        optimizer.set(update, 1e-3)
+        optimizer.step(loss)
+        losses.append(float(loss))
+    assert losses[1] < losses[0] and int(optimizer.steps) == 2
 
     del optimizer
     # A student that equals its teacher already does, but for the curvature, what two of the teacher's steps do; of many
     # steps there is little curvature, of one a lot.
     network.eval()
-    with torch.no_grad():
-        many, one = (
-            distillation_loss(
-                network,
-                network,
-                draws,
-                0,
-                build_step_table(schedule, steps, config.network.prediction, config.weighting),
-                conditional,
-            )
-            for steps in (1 << 16, 1)
-        )
+    draws.load(1, 0)
+    many, one = (
+        distillation_gradient(
+            network,
+            network,
+            draws,
+            RoundTable(build_step_table(schedule, steps, config.network.prediction, config.weighting)),
+        )[0].mean()
+        for steps in (1 << 16, 1)
+    )
     assert 0 < many < 0.01 * one
 
 

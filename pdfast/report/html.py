@@ -81,7 +81,11 @@ def _speeds(stages: list[Stage], log: list[dict[str, Any]]) -> list[dict[str, An
     rows = []
     for stage in stages:
         lines = [e for e in log if "update" in e and e["steps"] == stage.steps]
-        row = {"steps": stage.steps, "processes": stage.metrics.get("processes")}
+        row = {
+            "steps": stage.steps,
+            "processes": stage.metrics.get("processes"),
+            "samples_per_second": 1 / stage.metrics["evaluation"][0]["seconds_per_sample"],
+        }
         for name, merge in (
             ("update_seconds", statistics.median),
             ("network_evaluations_per_second", statistics.median),

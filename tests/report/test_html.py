@@ -110,7 +110,6 @@ def test_the_numbers(run):
     assert table["1"][1:4] == ["6.600", "1.50", "1223.250"]
     assert table["2"][1:4] == ["5.500", "1.25", "185.750"]
     assert table["2"][4:9] == ["0.0100", "26.0", "+0.010", "-0.010", "0.2"]
-    assert table["1"][9] == "10,000" and table["256"][9] == "39.1", "samples a second"
     cost = {row[0]: row for row in page.rows if row and row[0].endswith("steps") and len(row) == 6}
     assert cost["2 steps"] == ["2 steps", "100", "12,800", "38,400", "12.5", "1,024"]
     assert "In 1 step the student reaches FD-digits 6.60, 1.50 times its teacher's 4.40 in 256 steps" in page.text
@@ -124,11 +123,11 @@ def test_the_numbers(run):
 
 def test_speed_is_what_the_log_says(run):
     page = Page(build_report(run))
-    speed = {row[0]: row for row in page.rows if len(row) == 8}
+    speed = {row[0]: row for row in page.rows if len(row) == 9 and not row[0].isdigit() and row[0] != "steps"}
     assert speed.keys() == {"stage", "teacher", "2 steps", "1 step"}
     # Medians of the lines at updates 50 and 100, the most of memory and of skipped updates.
-    assert speed["teacher"] == ["teacher", "4", "7.5", "1,500", "7.5%", "0.8%", "2,000", "2"]
-    assert speed["2 steps"] == ["2 steps", "4", "15.0", "750", "15.0%", "1.5%", "4,000", "4"]
+    assert speed["teacher"] == ["teacher", "4", "7.5", "1,500", "7.5%", "0.8%", "2,000", "2", "39.1"]
+    assert speed["2 steps"] == ["2 steps", "4", "15.0", "750", "15.0%", "1.5%", "4,000", "4", "5,000"]
     assert "Loss by step index" in page.text
 
 

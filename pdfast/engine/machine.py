@@ -27,6 +27,14 @@ RETRY_SECONDS = 5.0
 TEACHER_SHARE = 1 / 8  # of a GPU's memory, from which on a copy of the teacher in each process is too much
 
 
+def teacher_in_parts(settings: EngineConfig, network: NetworkConfig, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a teacher is divided where the student is."""
+    if settings.teacher_shard != "auto" or device.type != "cuda":
+        return settings.teacher_shard == "on"
+    copy = parameters_and_flops(network)[0] * dtype.itemsize
+    return copy > TEACHER_SHARE * torch.cuda.get_device_properties(device).total_memory
+
+
 @dataclass(frozen=True)
 class Machine:
     """The processes of a run and the settings of its engine."""
@@ -46,12 +54,7 @@ class Machine:
     @property
     def teacher_sharded(self) -> bool:
         """Whether each process holds a part of the teacher only."""
-        if self.world.shards == 1 or self.settings.teacher_shard != "auto":
-            return self.world.shards > 1 and self.settings.teacher_shard == "on"
-        if self.world.device.type != "cuda":
-            return False
-        copy = parameters_and_flops(self.network)[0] * self.dtype.itemsize
-        return copy > TEACHER_SHARE * torch.cuda.get_device_properties(self.world.device).total_memory
+        return self.world.shards > 1 and teacher_in_parts(self.settings, self.network, self.dtype, self.world.device)
 
     @property
     def description(self) -> str:

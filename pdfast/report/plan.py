@@ -8,8 +8,9 @@ import torch
 
 from pdfast.config import DistillConfig, RunConfig, TrainConfig
 from pdfast.engine.cost import Job, activation_bytes, communication, inputs, memory, parameters_and_flops
+from pdfast.engine.layout import chosen_dtype
 from pdfast.engine.log import clock, count_steps
-from pdfast.engine.machine import TEACHER_SHARE
+from pdfast.engine.machine import teacher_in_parts
 from pdfast.errors import UsageError
 from pdfast.networks import NetworkConfig, UNet
 
@@ -28,8 +29,7 @@ def _job(config: RunConfig, device: torch.device, batch_size: int, *, teacher: b
         raise UsageError(
             f"a batch of {batch_size} does not divide by {processes} processes times {engine.micro_batches} micro-batches"
         )
-    bf16 = engine.dtype == "bf16" or (engine.dtype == "auto" and device.type == "cuda")
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype = chosen_dtype(engine.dtype, device)
     return Job(
         config.network,
         dtype,
@@ -40,16 +40,9 @@ def _job(config: RunConfig, device: torch.device, batch_size: int, *, teacher: b
         recompute=engine.recompute,
         average=average,
         teacher=teacher,
-        teacher_sharded=teacher and engine.shard > 1 and _teacher_in_parts(config, dtype, device),
-        fused=bf16 or device.type == "cuda",  # who asks for bf16 on a CPU plans for a GPU
+        teacher_sharded=teacher and engine.shard > 1 and teacher_in_parts(engine, config.network, dtype, device),
+        fused=dtype == torch.bfloat16 or device.type == "cuda",  # who asks for bf16 on a CPU plans for a GPU
     )
-
-
-def _teacher_in_parts(config: RunConfig, dtype: torch.dtype, device: torch.device) -> bool:
-    if config.engine.teacher_shard != "auto" or device.type != "cuda":
-        return config.engine.teacher_shard == "on"
-    whole = parameters_and_flops(config.network)[0] * dtype.itemsize
-    return whole > TEACHER_SHARE * torch.cuda.get_device_properties(device).total_memory
 
 
 def seconds_a_forward(network: NetworkConfig, dtype: torch.dtype, most: int, device: torch.device) -> float:

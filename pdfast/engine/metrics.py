@@ -31,7 +31,8 @@ class Losses:
         member = (member & finite[:, None]).double()
         values = torch.where(finite, losses, 0).double()
         self._sums.add_(torch.stack([values @ member, member.sum(0)]))
-        self._bad.copy_(torch.where(finite.all(), self._bad, k[finite.int().argmin()]))
+        worst = k.index_select(0, finite.int().argmin()[None])[0]  # an index of no dimension would wait for the device
+        self._bad.copy_(torch.where(finite.all(), self._bad, worst))
 
     def read(self) -> tuple[float, list[float | None]]:
         """The mean loss on all processes, and that of each bucket (None where there was none); forgets them. The host waits

@@ -7,7 +7,7 @@ an update reads is in tensors that stay where they are, so that it can be replay
 import time
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pdfast.data import ImageSource
 from pdfast.diffusion import (
@@ -100,12 +100,13 @@ def _of(labels: Tensor | None, part: slice) -> Tensor | None:
 
 
 def teacher_gradient(
-    model: Model, draws: Draws, schedule: Schedule, weighting: Weighting, micro_batches: int = 1
+    model: nn.Module, draws: Draws, schedule: Schedule, weighting: Weighting, micro_batches: int = 1
 ) -> Tensor:
     """Algorithm 1: the weighted error of the network's prediction at uniformly drawn times.
 
     Leaves the gradient of the mean in the parameters. Returns the losses, float32 [n].
     """
+    model.zero_grad(set_to_none=True)
     phi = schedule.phi(draws.times())
     z, target = draws.diffused(phi), draws.diffused(natural_angle(model.prediction, phi))
     coefficient = output_coefficient(model.prediction, phi).float()
@@ -122,13 +123,14 @@ def teacher_gradient(
 
 
 def distillation_gradient(
-    student: Model, teacher: Model, draws: Draws, table: RoundTable, micro_batches: int = 1
+    student: nn.Module, teacher: Model, draws: Draws, table: RoundTable, micro_batches: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Algorithm 2: the weighted error of one student step against two DDIM steps of the teacher.
 
     The teacher sees the whole batch, the student one of `micro_batches` parts at a time. Leaves the gradient of the mean in
     the student's parameters. Returns the losses, float32 [n], and the step indices, int64 [n].
     """
+    student.zero_grad(set_to_none=True)
     rows = table.rows
     k = draws.step_indices(table.steps)
     index = k - 1

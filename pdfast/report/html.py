@@ -66,13 +66,20 @@ def _last_lines(log: list[dict[str, Any]]) -> dict[int | None, dict[str, Any]]:
     return {entry["steps"]: entry for entry in log if "update" in entry}
 
 
-def _losses_by_step(last: dict[int | None, dict[str, Any]]) -> list[tuple[str, list[float | None]]]:
-    """Of each round; a loss of 0 has no place on a logarithmic axis."""
-    return [
-        (count_steps(steps), entry["loss_by_step"])
-        for steps, entry in last.items()
-        if steps is not None and any(entry.get("loss_by_step") or ())
-    ]
+def _losses_by_step(last: dict[int | None, dict[str, Any]]) -> list[tuple[str, list[tuple[float, float]]]]:
+    """Of each round the points (k / N, loss): the middle of each bucket of step indices that has a loss other than 0."""
+    curves = []
+    for steps, entry in last.items():
+        losses = entry.get("loss_by_step")
+        if steps is None or not losses:
+            continue
+        # Bucket b of B holds the k with (k - 1) B // N = b.
+        edges = [-(-b * steps // len(losses)) for b in range(len(losses) + 1)]
+        buckets = zip(edges, edges[1:], losses, strict=False)
+        points = [((first + 1 + end) / 2 / steps, loss) for first, end, loss in buckets if loss]
+        if points:
+            curves.append((count_steps(steps), points))
+    return curves
 
 
 def _speeds(stages: list[Stage], log: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -67,21 +67,19 @@ def loss_plot(curves: list[tuple[str, list[int], list[float]]]) -> str:
     return _svg(draw)
 
 
-def loss_by_step_plot(curves: list[tuple[str, list[float | None]]]) -> str:
-    """Loss against the step index, from the data to noise, logarithmic; one curve a round as (name, losses of equal parts of
-    the indices, None where nothing was drawn)."""
+def loss_by_step_plot(curves: list[tuple[str, list[tuple[float, float]]]]) -> str:
+    """Loss against the step index k of N, logarithmic; one curve a round as (name, points of k / N and loss)."""
 
     def draw(axes: Any) -> None:
         import matplotlib
 
         colours = matplotlib.colormaps["viridis"]
-        for i, (name, losses) in enumerate(curves):
-            points = [((n + 0.5) / len(losses), loss) for n, loss in enumerate(losses) if loss]
+        for i, (name, points) in enumerate(curves):
             colour = colours(0.9 * i / max(len(curves) - 1, 1))
             axes.plot(*zip(*points, strict=True), label=name, color=colour, linewidth=1.3, marker="o", markersize=3)
-        axes.set_xlim(0, 1)
+        axes.set_xlim(0, 1.02)
         axes.set_yscale("log")
-        axes.set_xlabel("step index k / N (data at 0, noise at 1)")
+        axes.set_xlabel("step index k / N (noise at 1)")
         axes.set_ylabel("loss")
         axes.legend(frameon=False, fontsize=8, ncols=2)
 

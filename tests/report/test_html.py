@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pdfast.report.grids import image_grid, steps_grid
-from pdfast.report.html import build_report
+from pdfast.report.html import _losses_by_step, build_report
 
 BROWSER = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
 TEACHER_FD = {256: 4.4, 2: 185.75, 1: 1223.25}
@@ -129,6 +129,16 @@ def test_speed_is_what_the_log_says(run):
     assert speed["teacher"] == ["teacher", "4", "7.5", "1,500", "7.5%", "0.8%", "2,000", "2", "39.1"]
     assert speed["2 steps"] == ["2 steps", "4", "15.0", "750", "15.0%", "1.5%", "4,000", "4", "5,000"]
     assert "Loss by step index" in page.text
+
+
+def test_where_losses_by_step_lie():
+    """As the log's buckets are made: k of N in bucket (k - 1) 8 // N."""
+    for steps in (1, 2, 4, 8, 24):
+        members = {b: [k for k in range(1, steps + 1) if (k - 1) * 8 // steps == b] for b in range(8)}
+        losses = [float(b + 1) if ks else None for b, ks in members.items()]
+        expected = [(sum(ks) / len(ks) / steps, b + 1.0) for b, ks in members.items() if ks]
+        [(_, points)] = _losses_by_step({None: {"loss_by_step": losses}, steps: {"loss_by_step": losses}})
+        assert points == [pytest.approx(point) for point in expected]
 
 
 def test_a_log_of_an_older_version(run):

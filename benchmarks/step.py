@@ -219,6 +219,7 @@ def _prepare(variant: Variant, setting: Setting) -> None:
     variant.row["error"] = float((losses - expected).abs().max() / expected.abs().max())
     del teacher, student
     gc.collect()
+    print(f"{_title(variant.row)}: ready after {time.perf_counter() - began:.1f} s", flush=True)
 
 
 def _time(variant: Variant, device: torch.device, seconds: float) -> None:

@@ -118,6 +118,10 @@ def check(config: DistillConfig | TrainConfig) -> None:
         "train.clip": train.clip,
         "evaluation.num-samples": evaluation.num_samples,
         "evaluation.batch-size": evaluation.batch_size,
+        "engine.micro-batches": config.engine.micro_batches,
+        "engine.shard": config.engine.shard,
+        "engine.patience": config.engine.patience,
+        "engine.non-finite-limit": config.engine.non_finite_limit,
     }
     fractions = {"train.ema": train.ema, "train.dropout": train.dropout}
     if isinstance(config, DistillConfig):

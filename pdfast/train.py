@@ -156,7 +156,8 @@ def write_teacher(
 
 
 def open_evaluator(config: RunConfig, machine: Machine, source: ImageSource) -> Evaluator:
-    """The run's evaluator; it stops between batches where the run was asked to."""
+    """The run's evaluator; it stops between steps where the run was asked to."""
+    machine.watchdog.begin()
 
     def between() -> None:
         if machine.asked_to_stop("the evaluation"):

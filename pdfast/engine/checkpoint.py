@@ -74,19 +74,21 @@ class Checkpoints:
         divided: this process's rows of tensors that are divided over the shards; common: tensors equal on all.
         """
         self.finish()
-        if self._path(update).exists():
-            return
         temporary = self._temporary(update)
 
-        def prepare() -> None:
+        def prepare() -> bool:
+            if self._path(update).exists():
+                return False
             with writing(temporary):
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
                 state = {"update": update, "parts": self._world.shards, "common": list(common), "extra": extra}
                 write_json(temporary / "state.json", state)
+            return True
 
         try:
-            self._world.on_first(prepare)
+            if not self._world.on_first(prepare):
+                return
         except (UsageError, RunError) as error:
             self._say(f"checkpoint at update {update} not written: {error}; trying again at the next")
             return
@@ -165,6 +167,7 @@ class Checkpoints:
         return None if update is None else self._load(self._path(update))
 
     def _newest_whole(self) -> int | None:
+        self._forget_unfinished()
         folders = self._folders()
         for folder in folders:
             try:
@@ -185,8 +188,8 @@ class Checkpoints:
             file = folder / f"rank-{part:04d}.safetensors"
             if sha256(file) != json.loads(file.with_suffix(".json").read_text())["sha256"]:
                 raise ValueError(f"the hash of {file.name} differs")
-        if f"{meta['update']:010d}" != folder.name.rsplit("-", 1)[1]:
-            raise ValueError(f"state.json is of update {meta['update']}")
+        if f"{meta['update']:010d}" != folder.name.rsplit("-", 1)[1] or not {"common", "extra"} <= meta.keys():
+            raise ValueError("its state.json was changed")
         return meta["update"]
 
     def _load(self, folder: Path) -> Checkpoint:
@@ -200,10 +203,15 @@ class Checkpoints:
                 tensors[name] = _own_rows([file.get_slice(name) for file in files], self._world)
         return Checkpoint(meta["update"], tensors, meta["extra"])
 
+    def _forget_unfinished(self) -> None:
+        for folder in self._folder.glob(f".{self._stage}-*.tmp"):
+            shutil.rmtree(folder, ignore_errors=True)
+
     def clear(self) -> None:
         """Delete this stage's checkpoints: the stage is finished and written elsewhere."""
         self.finish()
         if self._world.first:
+            self._forget_unfinished()
             for folder in self._folders():
                 shutil.rmtree(folder, ignore_errors=True)
 

@@ -52,27 +52,19 @@ class Parameters:
 
     all: int
     of_blocks: int
-    """They travel in the dtype of activations, the rest in float32."""
-    multiplied: int
-    """Of the blocks those that are cast at use: all but the normalisations'."""
+    """They are cast to the dtype of activations, the rest stays in float32."""
     of_largest_block: int
 
-    def sent(self, dtype: torch.dtype) -> int:
-        """Bytes of all parameters as they travel."""
+    def in_dtype(self, dtype: torch.dtype) -> int:
+        """Bytes of all parameters as they travel, and as a frozen copy keeps them."""
         return self.of_blocks * dtype.itemsize + (self.all - self.of_blocks) * FLOAT
-
-    def kept_by_teacher(self, dtype: torch.dtype) -> int:
-        """Bytes of a whole frozen copy."""
-        return self.multiplied * dtype.itemsize + (self.all - self.multiplied) * FLOAT
 
 
 @lru_cache
 def parameters(network: NetworkConfig) -> Parameters:
     model = _empty(network)
     blocks = [_count(block.parameters()) for block in model.blocks()]
-    norms = [m for block in model.blocks() for m in block.modules() if isinstance(m, nn.GroupNorm)]
-    of_norms = sum(_count(norm.parameters()) for norm in norms)
-    return Parameters(_count(model.parameters()), sum(blocks), sum(blocks) - of_norms, max(blocks))
+    return Parameters(_count(model.parameters()), sum(blocks), max(blocks))
 
 
 @dataclass(frozen=True)
@@ -215,7 +207,7 @@ def memory(job: Job) -> dict[str, int]:
     activations = kept(job.network, job.dtype, job.recompute, job.fused)
     items = {"weights": part, "gradients": gradients, "Adam": 2 * part, "average": part if job.average else 0}
     if job.teacher:
-        items["teacher"] = count.kept_by_teacher(job.dtype) // (job.shards if job.teacher_sharded else 1)
+        items["teacher"] = count.in_dtype(job.dtype) // (job.shards if job.teacher_sharded else 1)
     items["activations"] = activations.an_image * job.micro_batch
     if job.processes == 1:
         if job.dtype != torch.float32:
@@ -237,7 +229,7 @@ def communication(job: Job) -> dict[str, int]:
         gathers += 2
     gradients = FLOAT * count.all
     return {
-        "all-gather": round(gathers * others * count.sent(job.dtype)),
+        "all-gather": round(gathers * others * count.in_dtype(job.dtype)),
         "reduce-scatter": round(others * gradients),
         "all-reduce": round(2 * (job.copies - 1) / job.copies * gradients / job.shards),
     }

@@ -44,12 +44,9 @@ def blocks(network: nn.Module) -> list[nn.Module]:
 
 
 def halve(network: nn.Module, dtype: torch.dtype) -> None:
-    """Keep what the blocks multiply by in `dtype`, as the same blocks cast it at use: the values are equal, bit for bit."""
+    """Keep the blocks' parameters in `dtype`, as the same blocks cast them at use: the values are equal, bit for bit."""
     for block in blocks(network):
-        for module in block.modules():
-            if not isinstance(module, nn.GroupNorm):
-                for parameter in module.parameters(recurse=False):
-                    parameter.data = parameter.data.to(dtype)
+        block.to(dtype)
 
 
 def recompute(network: nn.Module) -> None:

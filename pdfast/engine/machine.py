@@ -69,6 +69,7 @@ class Machine:
 
     def trained(self, network: UNet) -> UNet:
         """A network to train: float32 weights, divided over the processes."""
+        self.watchdog.begin()
         network.to(self.world.device).dtype = self.dtype
         if self.settings.recompute:
             layout.recompute(network)

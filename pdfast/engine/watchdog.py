@@ -15,7 +15,7 @@ from pdfast.engine.world import World, open_store
 
 EVERY = 1.0  # seconds between two signs of life
 SILENT = 5.0  # seconds in which another process's sign of life must change
-FIRST = 10  # times the patience, before the first update is done: it compiles
+FIRST = 10  # times the patience, where something begins that compiles
 HUNG = 1  # exit code
 _PACKAGE = str(Path(__file__).parents[1])
 
@@ -43,6 +43,10 @@ class Watchdog:
         if self._thread:
             self._thread.join()
 
+    def begin(self) -> None:
+        """Something begins that compiles first: have more patience until the next `beat`."""
+        self._done, self._moved = 0, time.monotonic()
+
     def beat(self, place: str) -> None:
         """The main thread has got as far as `place`."""
         self._done, self._place, self._moved = self._done + 1, place, time.monotonic()
@@ -53,8 +57,8 @@ class Watchdog:
             signs += 1
             try:
                 self._store.set(str(self._world.rank), f"{signs} {self._place}, in {self._where()}")
-            except RuntimeError:  # the store's process has gone, and torchrun is ending the run
-                return
+            except RuntimeError:
+                pass  # whose process keeps the store has gone or hangs: then the time-out must do
             idle = time.monotonic() - self._moved
             if idle > self._patience * (1 if self._done else FIRST):
                 self._end(idle)
@@ -67,9 +71,19 @@ class Watchdog:
         return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame else "the interpreter"
 
     def _signs(self) -> list[str]:
-        return [self._store.get(str(rank)).decode() for rank in range(self._world.size)]
+        """What each process wrote last; "0 nowhere" where it has not yet. RuntimeError where the store does not answer."""
+        keys = [str(rank) for rank in range(self._world.size)]
+        return [self._store.get(key).decode() if self._store.check([key]) else "0 nowhere" for key in keys]
 
     def _end(self, idle: float) -> None:
+        try:
+            message = self._blame(idle)
+        except RuntimeError as error:
+            message = f"no update for {idle:.0f} s, and the process that keeps the store does not answer ({error})"
+        print(f"pdfast: error: rank {self._world.rank}: {message}", file=sys.stderr, flush=True)
+        os._exit(HUNG)
+
+    def _blame(self, idle: float) -> str:
         before = self._signs()
         time.sleep(SILENT)
         after = self._signs()
@@ -77,9 +91,6 @@ class Watchdog:
         hung = [rank for rank in hung if rank != self._world.rank]
         if hung:
             named = ", ".join(f"rank {rank} (last seen at {after[rank].split(' ', 1)[1]})" for rank in hung)
-            message = f"{named} gives no sign of life; the run ends after {idle:.0f} s without an update"
-        else:
-            places = "; ".join(f"rank {rank}: {sign.split(' ', 1)[1]}" for rank, sign in enumerate(after))
-            message = f"no update for {idle:.0f} s, the run ends; the processes are at: {places}"
-        print(f"pdfast: error: rank {self._world.rank}: {message}", file=sys.stderr, flush=True)
-        os._exit(HUNG)
+            return f"{named} gives no sign of life; the run ends after {idle:.0f} s without an update"
+        places = "; ".join(f"rank {rank}: {sign.split(' ', 1)[1]}" for rank, sign in enumerate(after))
+        return f"no update for {idle:.0f} s, the run ends; the processes are at: {places}"

@@ -1,5 +1,7 @@
 """The parts of the U-Net. Images are [N, C, H, W] with channels-last strides everywhere.
 
+Parameters are cast to the dtype of the activations at use: on whatever processes they lie, the values are the same.
+
 Weights are initialised as in the authors' Flax code: LeCun-normal kernels, zero biases, and zero where a residual branch
 or the network ends.
 """
@@ -62,7 +64,8 @@ class GroupNorm(nn.GroupNorm):
     def forward(
         self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = False
     ) -> Tensor:
-        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, scale=scale, shift=shift, silu=silu)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return group_norm(x, self.num_groups, weight, bias, self.eps, scale=scale, shift=shift, silu=silu)
 
 
 def time_embedding(phi: Tensor, dim: int) -> Tensor:
@@ -119,4 +122,5 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         norm, qkv, proj = self.norm, self.qkv, self.proj
         parameters = norm.weight, norm.bias, qkv.weight, qkv.bias, proj.weight, proj.bias
-        return group_norm_attention(x, norm.num_groups, *parameters, x.shape[1] // self.head_dim, norm.eps)
+        cast = (parameter.to(x.dtype) for parameter in parameters)
+        return group_norm_attention(x, norm.num_groups, *cast, x.shape[1] // self.head_dim, norm.eps)

@@ -5,6 +5,7 @@ All processes of a world draw and measure, and all have the result. Every model 
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 import pdfast
 from pdfast.config import EvaluationConfig
 from pdfast.data import ImageSource
-from pdfast.diffusion import Model, Schedule, noise, sample
+from pdfast.diffusion import Model, Prediction, Schedule, noise, sample
 from pdfast.diffusion.noise import Stream
 from pdfast.engine.device import commit, describe
 from pdfast.engine.world import World
@@ -27,6 +28,22 @@ SHOWN = 16  # images kept for sample grids
 def to_uint8(x: Tensor) -> Tensor:
     """Images in [-1, 1] to uint8, clipped and rounded; same shape."""
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """A model before each call of which something else is called."""
+
+    model: Model
+    before: Callable[[], None]
+
+    @property
+    def prediction(self) -> Prediction:
+        return self.model.prediction
+
+    def __call__(self, z: Tensor, phi: Tensor, cond: Any = None) -> Tensor:
+        self.before()
+        return self.model(z, phi, cond)
 
 
 def draw(
@@ -46,18 +63,18 @@ def draw(
     """`count` images by DDIM in `steps` steps: uint8 [count, C, H, W] on the CPU, the same in all processes, of which each
     draws a part. Image i depends on (seed, i) alone.
 
-    shape: (C, H, W). num_classes: where not 0, classes are drawn uniformly. between: called before each batch. All batches
+    shape: (C, H, W). num_classes: where not 0, classes are drawn uniformly. between: called before each step. All batches
     are of one size, since compiled code is for one: what is too many is dropped.
     """
     images = []
+    watched = _Watched(model, between)
     part = world.part(count).to(world.device)
     batch_size = -(-len(part) // -(-len(part) // batch_size))
     for start in range(0, len(part), batch_size):
-        between()
         index = part[0] + start + torch.arange(batch_size, device=world.device)
         z = noise.normal(noise.key(seed, Stream.SAMPLE), index, shape)
         labels = noise.integer(noise.key(seed, Stream.LABEL), index, num_classes) if num_classes else None
-        images.append(to_uint8(sample(model, z, schedule, steps, cond=labels, clip=clip)).cpu())
+        images.append(to_uint8(sample(watched, z, schedule, steps, cond=labels, clip=clip)).cpu())
     return world.gather(torch.cat(images)[: len(part)])[:count]
 
 

@@ -20,7 +20,7 @@ class Part(World):
     shard: int = 0
 
     def on_first(self, function):
-        return function() if self.shard == 0 else None
+        return function() if self.shard == 0 else True
 
 
 def parts(count):

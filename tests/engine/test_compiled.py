@@ -25,7 +25,17 @@ def test_three_rounds_and_their_evaluations_compile_once(finished_run, tmp_path,
         counts.append(compiled_graphs())
 
     monkeypatch.setattr(pdfast.distill, "write_student", counted)
-    flags = [*TINY_RUN, "--teacher", str(finished_run / "teacher"), "--rounds", "3", "--updates", "4", "--batch-size", "16"]
+    flags = [
+        *TINY_RUN,
+        "--teacher",
+        str(finished_run / "teacher"),
+        "--rounds",
+        "3",
+        "--updates",
+        "4",
+        "--batch-size",
+        "16",
+    ]
     plain, compiled = tmp_path / "plain", tmp_path / "compiled"
     assert call("distill", *flags, "--run", str(plain)) == 0
     counts.clear()

@@ -16,7 +16,7 @@ from tests.commands import TINY_DISTILL, call, spawn
 
 RESULTS = ["teacher/teacher.safetensors", "students/0002/student.safetensors", "students/0001/student.safetensors"]
 # Long enough to be killed in its middle: some seconds of training in each stage.
-LONGER = [*TINY_DISTILL, "--train.updates", "250", "--updates", "150", "--checkpoint-every", "20"]
+LONGER = [*TINY_DISTILL, "--train.updates", "150", "--updates", "60", "--checkpoint-every", "10"]
 
 
 def results(run):
@@ -43,9 +43,9 @@ def kill_at_random(run, seed, kills):
     A moment is a number of logged lines, which no other load of the machine moves, and part of a second more.
     """
     moments = random.Random(seed)
-    killed, lines_in_all = 0, (250 + 2 * 150) // 10
+    killed, lines_in_all = 0, (150 + 2 * 60) // 5
     for _ in range(kills):
-        process = spawn("distill", *LONGER, "--log-every", "10", "--run", str(run))
+        process = spawn("distill", *LONGER, "--log-every", "5", "--run", str(run))
         reached = lines(run) + moments.randint(0, lines_in_all // (kills + 1))
         while process.poll() is None and lines(run) < reached:
             time.sleep(0.02)
@@ -126,7 +126,7 @@ def logged(run):
     return [(line["steps"], line.get("update"), line.get("message")) for line in lines]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_asked_to_stop_it_saves_and_says_how_to_go_on(number, undisturbed, tmp_path):
     run = tmp_path / "run"
     process = spawn("distill", *LONGER, "--log-every", "1", "--run", str(run))

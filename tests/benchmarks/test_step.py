@@ -176,6 +176,7 @@ def test_bad_arguments_are_one_line(capsys, command, arguments, message):
     assert message in printed.err and printed.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_cost_of_safety(tmp_path):
     file = tmp_path / "safety.json"
     flags = "--device cpu --updates 6 --log-every 2 --evaluation.num-samples 64 --batch-size 4"

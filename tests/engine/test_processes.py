@@ -38,7 +38,7 @@ def assert_same_course(folder, reference, atol=1e-6):
             torch.testing.assert_close(value, b[key], rtol=1e-3, atol=2e-4, msg=f"{name} {key}")
 
 
-@pytest.mark.parametrize("processes, shard", [(2, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize("processes, shard", [(2, 1), (2, 2), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_the_same_course_as_one_process(processes, shard, finished_run, tmp_path):
     """Replicas, parts, and both: across a teacher's training and two rounds."""
     text = run(processes, *DISTILL, "--engine.shard", str(shard), "--run-dir", str(tmp_path / "run"))

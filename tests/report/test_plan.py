@@ -100,6 +100,7 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_four_processes_keep_and_send():
     """Replicas, hierarchical with micro-batches, all in parts with bf16: bytes counted at the collectives of one update."""
     text = run(4, "-m", "tests.report.sent", *CASES)

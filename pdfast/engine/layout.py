@@ -7,6 +7,7 @@ are and by `dtype` what its activations are; one that has neither is a unit by i
 """
 
 from collections.abc import Mapping
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -66,8 +67,10 @@ def compile_blocks(network: nn.Module) -> None:
     torch._dynamo.config.accumulated_recompile_limit = max(
         torch._dynamo.config.accumulated_recompile_limit, MANY_GRAPHS
     )
+    # Where there is that option (torch 2.13), no block looks through the graphs of all others before it finds its own.
+    isolated = {"isolate_recompiles": True} if "isolate_recompiles" in signature(torch.compile).parameters else {}
     for block in blocks(network):
-        block.compile(fullgraph=True, dynamic=False)
+        block.compile(fullgraph=True, dynamic=False, **isolated)
 
 
 def compiled_graphs() -> int:

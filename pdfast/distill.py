@@ -237,11 +237,12 @@ def distill(
                 evaluator = open_evaluator(config, machine, source)
                 evaluator.set_reference(torch.from_numpy(np.load(teacher_folder / "reference.npy")))
             write_student(rounds, training, evaluator, steps)
-            machine.finish(lambda: build_report(config.run))
+            if steps != config.end_steps:
+                machine.finish(lambda: build_report(config.run))
         last = folder
 
-    report = world.on_first(lambda: str(build_report(config.run)))
-    log.say(f"finished, {clock(total_seconds(config))} of training; open {report}")
+    machine.finish(lambda: build_report(config.run))
+    log.say(f"finished, {clock(total_seconds(config))} of training; open {config.run / 'report.html'}")
 
 
 def total_seconds(config: DistillConfig) -> float:

@@ -25,6 +25,19 @@ def _svg(draw: Callable[[Any], None]) -> str:
     return text[text.index("<svg") :]
 
 
+def _logarithmic(axes: Any) -> None:
+    """A logarithmic y axis with plain numbers: matplotlib would set its powers as formulas, most of the time of a report."""
+    from matplotlib.ticker import FuncFormatter
+
+    def between(value: float, place: int | None) -> str:
+        low, high = axes.get_ylim()
+        return f"{value:g}" if high < 10 * low else ""
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(FuncFormatter(between))
+
+
 def quality_plot(
     feature_space: str, student: list[tuple[int, float]], teacher: list[tuple[int, float]], floor: float
 ) -> str:
@@ -39,7 +52,7 @@ def quality_plot(
                 axes.plot(*zip(*sorted(points), strict=True), marker=marker, color=colour, label=name)
         axes.axhline(floor, color=FLOOR, linestyle="--", linewidth=1, label="real against real")
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
+        _logarithmic(axes)
         ticks = sorted({steps for steps, _ in student + teacher})
         axes.set_xticks(ticks, [str(t) for t in ticks])
         axes.minorticks_off()
@@ -59,7 +72,7 @@ def loss_plot(curves: list[tuple[str, list[int], list[float]]]) -> str:
         colours = matplotlib.colormaps["viridis"]
         for i, (name, updates, losses) in enumerate(curves):
             axes.plot(updates, losses, label=name, color=colours(0.9 * i / max(len(curves) - 1, 1)), linewidth=1.3)
-        axes.set_yscale("log")
+        _logarithmic(axes)
         axes.set_xlabel("update")
         axes.set_ylabel("loss")
         axes.legend(frameon=False, fontsize=8, ncols=2)
@@ -78,7 +91,7 @@ def loss_by_step_plot(curves: list[tuple[str, list[tuple[float, float]]]]) -> st
             colour = colours(0.9 * i / max(len(curves) - 1, 1))
             axes.plot(*zip(*points, strict=True), label=name, color=colour, linewidth=1.3, marker="o", markersize=3)
         axes.set_xlim(0, 1.02)
-        axes.set_yscale("log")
+        _logarithmic(axes)
         axes.set_xlabel("step index k / N (noise at 1)")
         axes.set_ylabel("loss")
         axes.legend(frameon=False, fontsize=8, ncols=2)

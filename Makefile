@@ -8,6 +8,8 @@
 VENV := .venv
 STAMP := $(VENV)/installed
 export PYTHON TORCH TORCH_INDEX
+# Two files of tests at a time, each file in one process: most tests have one thread.
+PYTEST := $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile
 
 .PHONY: help environment distill test test-all
 
@@ -24,7 +26,7 @@ distill: $(STAMP)
 	$(VENV)/bin/torchrun --standalone -m pdfast.distill --rounds 8 $(ARGS)
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest -q $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: $(STAMP)
-	$(VENV)/bin/python -m pytest -q -m "not gpu" $(ARGS)
+	$(PYTEST) -m "not gpu" $(ARGS)

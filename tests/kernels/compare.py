@@ -11,13 +11,6 @@ def channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
-def assert_as_near(ours: Tensor, plain: Tensor, expected: Tensor, relative: float = RELATIVE[torch.float32]) -> None:
-    """The same, or at most twice as far as plain PyTorch: where many sums follow each other, its errors depend on the CPU."""
-    plain, expected = plain.detach(), expected.detach()
-    difference = (plain.double() - expected.double()).abs().max()
-    assert_relative(ours, expected, max(relative, float(2 * difference / expected.double().abs().max())))
-
-
 def assert_relative(ours: Tensor, expected: Tensor, relative: float = RELATIVE[torch.float32]) -> None:
     """The largest difference, as a fraction of the largest expected value; NaN fails."""
     assert ours.shape == expected.shape

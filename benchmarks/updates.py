@@ -176,6 +176,22 @@ def distillation_losses(
     return (_weight(config.weighting, alpha, sigma) * error.square()).flatten(1).mean(1)
 
 
+class _Watched:
+    """A network that says when it is called and when it returns."""
+
+    def __init__(self, network: torch.nn.Module, before: Callable[[], None], after: Callable[[], None]) -> None:
+        self._network, self._before, self._after = network, before, after
+
+    def __call__(self, *arguments: Tensor | None) -> Tensor:
+        self._before()
+        output = self._network(*arguments)
+        self._after()
+        return output
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._network, name)
+
+
 class Pdfast:
     """The update of `pdfast.distill`, made by its own parts."""
 
@@ -231,34 +247,28 @@ class Pdfast:
         return [*rounds.teacher.parameters(), *rounds.optimizer.state().values()]
 
     def watch(self, mark: Callable[[str], None]) -> None:
-        rounds = self._rounds
-        diffused, optimize, in_student = rounds.draws.diffused, rounds.optimizer.step, False
+        rounds, optimize, last = self._rounds, self._rounds.optimizer.step, ""
 
-        def marked_diffused(phi: Tensor) -> Tensor:
-            z = diffused(phi)
-            mark("diffuse")
-            return z
-
-        def before_student(*_: object) -> None:
-            if in_student:  # of the micro-batch before
-                mark("backward")
-
-        def after_student(*_: object) -> None:
-            nonlocal in_student
-            in_student = True
-            mark("student forward")
+        def end(stage: str) -> None:
+            nonlocal last
+            last = stage
+            mark(stage)
 
         def marked_optimize(loss: Tensor) -> None:
-            nonlocal in_student
-            in_student = False
-            mark("backward")
+            end("backward")
             optimize(loss)
-            mark("optimizer")
+            end("optimizer")
 
-        rounds.draws.diffused, rounds.optimizer.step = marked_diffused, marked_optimize
-        rounds.teacher.register_forward_hook(lambda *_: mark("teacher"))
-        rounds.student.register_forward_pre_hook(before_student)
-        rounds.student.register_forward_hook(after_student)
+        rounds.optimizer.step = marked_optimize
+        rounds.teacher = _Watched(
+            rounds.teacher, lambda: end("teacher" if last == "teacher" else "diffuse"), lambda: end("teacher")
+        )
+        # Before it, what is around the teacher; or the backward of the micro-batch before.
+        rounds.student = _Watched(
+            rounds.student,
+            lambda: end("backward" if last == "student forward" else "teacher"),
+            lambda: end("student forward"),
+        )
         rounds.run_update = self._machine.replayed(rounds._update)
 
     def sample(self, steps: int) -> None:

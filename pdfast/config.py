@@ -110,7 +110,8 @@ class EngineConfig:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Of activations and of the teacher's weights; auto is bf16 on a GPU, fp32 on a CPU. Weights, sums and states are fp32."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the networks' blocks; auto is on for a GPU, off for a CPU."""
+    """Compile the networks, each block or in one process on a CPU the whole, and what is around them; auto is on for a GPU,
+    off for a CPU."""
     graph: bool = True
     """On a GPU, run an update as one CUDA graph where that is possible."""
     deterministic: bool = True

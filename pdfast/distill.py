@@ -67,7 +67,9 @@ class Rounds:
 
     def _update(self) -> None:
         micro_batches = self.config.engine.micro_batches
-        losses, k = distillation_gradient(self.student, self.teacher, self.draws, self.table, micro_batches)
+        losses, k = distillation_gradient(
+            self.student, self.teacher, self.draws, self.table, micro_batches, self.machine.compiled
+        )
         self.losses.add(losses, k, self.table.steps)
         self.optimizer.step(losses.mean())
 

@@ -17,7 +17,7 @@ DIGITS = DistillConfig(
     checkpoint_every=500,
     log_every=50,
     rounds=8,
-    updates="100,16:150,8:200,4:300,2:600,1:1000",
+    updates="50,16:75,8:100,4:150,2:300,1:600",
     batch_size=128,
     learning_rate=5e-4,
     weighting="x_mse",
@@ -30,11 +30,11 @@ DIGITS = DistillConfig(
         attention_resolutions=(),
         head_dim=16,
         emb_channels=64,
-        num_groups=4,
+        num_groups=2,
         prediction="v",
     ),
     train=TeacherConfig(
-        updates=3000, batch_size=128, learning_rate=2e-3, warmup=100, decay=0.5, ema=0.995, weighting="snr_plus_one"
+        updates=1750, batch_size=128, learning_rate=2e-3, warmup=100, decay=0.5, ema=0.995, weighting="snr_plus_one"
     ),
     evaluation=EvaluationConfig(features="digits", num_samples=898),
 )

@@ -56,7 +56,9 @@ def train_teacher(config: RunConfig, machine: Machine, source: ImageSource, log:
     buckets = torch.full((), BUCKETS, device=world.device)
 
     def update_once() -> None:
-        values = teacher_gradient(network, draws, schedule, settings.weighting, config.engine.micro_batches)
+        values = teacher_gradient(
+            network, draws, schedule, settings.weighting, config.engine.micro_batches, machine.compiled
+        )
         losses.add(values, 1 + (draws.times() * BUCKETS).long(), buckets)
         optimizer.step(values.mean())
 

@@ -16,7 +16,16 @@ from torch import Tensor
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
-_MASK = 0xFFFFFFFF
+_MASK, _HALF = 0xFFFFFFFF, 0x80000000
+
+
+def _product(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """High and low word of `word` times an odd 32-bit factor.
+
+    Without the top bit of `word`, or the product would leave int64: what that gives is not defined in compiled code.
+    """
+    product = (word - _HALF) * factor + _HALF
+    return (product >> 32) + (factor >> 1), product & _MASK
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -24,18 +33,13 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
 
     counter: four int64 tensors of one broadcastable shape, values in [0, 2**32). key: two integers in [0, 2**32),
     or int64 tensors of no dimension.
-    Returns four int64 tensors, values in [0, 2**32). The 64-bit products wrap, which leaves both halves right.
+    Returns four int64 tensors, values in [0, 2**32).
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        p0, p1 = c0 * _M0, c2 * _M1
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
-            p1 & _MASK,
-            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
-            p0 & _MASK,
-        )
+        (high0, low0), (high1, low1) = _product(c0, _M0), _product(c2, _M1)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
     return c0, c1, c2, c3
 

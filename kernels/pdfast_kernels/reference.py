@@ -125,9 +125,11 @@ def group_norm(
     silu: bool = False,
 ) -> Tensor:
     y = _normalise(x, num_groups, weight, bias, eps)
-    if scale is not None:
+    if scale is not None and shift is not None:
+        y = torch.addcmul(_like_channels(shift, x), y, 1 + _like_channels(scale, x))
+    elif scale is not None:
         y = y * (1 + _like_channels(scale, x))
-    if shift is not None:
+    elif shift is not None:
         y = y + _like_channels(shift, x)
     return F.silu(y) if silu else y
 

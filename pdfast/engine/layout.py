@@ -36,7 +36,7 @@ def for_sampling(network: nn.Module, device: torch.device, dtype: str, compile: 
     network.dtype = chosen_dtype(dtype, device)
     halve(network, network.dtype)
     if chosen_compile(compile, device):
-        compile_blocks(network)
+        compile_network(network, whole=device.type == "cpu")
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
@@ -61,15 +61,18 @@ def recompute(network: nn.Module) -> None:
         block.forward = forward
 
 
-def compile_blocks(network: nn.Module) -> None:
-    """Compile each block in place, without graph breaks."""
+def compile_network(network: nn.Module, *, whole: bool = False) -> None:
+    """Compile each block in place, without graph breaks; or the network as one.
+
+    One graph saves the calls between blocks, which a CPU feels and a CUDA graph does not have; it cannot be sharded.
+    """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MANY_GRAPHS)
     torch._dynamo.config.accumulated_recompile_limit = max(
         torch._dynamo.config.accumulated_recompile_limit, MANY_GRAPHS
     )
     # Where there is that option (torch 2.13), no block looks through the graphs of all others before it finds its own.
     isolated = {"isolate_recompiles": True} if "isolate_recompiles" in signature(torch.compile).parameters else {}
-    for block in blocks(network):
+    for block in [network] if whole else blocks(network):
         block.compile(fullgraph=True, dynamic=False, **isolated)
 
 

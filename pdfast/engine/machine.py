@@ -52,6 +52,10 @@ class Machine:
         return layout.chosen_compile(self.settings.compile, self.world.device)
 
     @property
+    def _in_one_graph(self) -> bool:
+        return self.world.device.type == "cpu" and self.world.mesh is None
+
+    @property
     def teacher_sharded(self) -> bool:
         """Whether each process holds a part of the teacher only."""
         return self.world.shards > 1 and teacher_in_parts(self.settings, self.network, self.dtype, self.world.device)
@@ -74,7 +78,7 @@ class Machine:
         if self.settings.recompute:
             layout.recompute(network)
         if self.compiled:
-            layout.compile_blocks(network)
+            layout.compile_network(network, whole=self._in_one_graph)
         layout.shard(network, self.world)
         return network
 
@@ -85,7 +89,7 @@ class Machine:
         network.dtype = self.dtype
         layout.halve(network, self.dtype)
         if self.compiled:
-            layout.compile_blocks(network)
+            layout.compile_network(network, whole=self._in_one_graph)
         if self.teacher_sharded:
             layout.shard(network, self.world)
         return network

@@ -4,7 +4,9 @@ Every random number is a function of (seed, round, update, index in the global b
 an update reads is in tensors that stay where they are, so that it can be replayed as a CUDA graph.
 """
 
+import functools
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from pdfast.data import ImageSource
 from pdfast.diffusion import (
     Model,
+    Prediction,
     Schedule,
     StepTable,
     Weighting,
@@ -99,52 +102,83 @@ def _of(labels: Tensor | None, part: slice) -> Tensor | None:
     return None if labels is None else labels[part]
 
 
+def _as_it_is(function: Callable) -> Callable:
+    return function
+
+
+@functools.cache
+def _one_graph(function: Callable) -> Callable:
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def _noisy_images(draws: Draws, schedule: Schedule, prediction: Prediction, weighting: Weighting) -> tuple[Tensor, ...]:
+    """For the teacher: z, its angle [n], what the network is to say of it, and the coefficient and weight of the error."""
+    phi = schedule.phi(draws.times())
+    z, target = draws.diffused(phi), draws.diffused(natural_angle(prediction, phi))
+    coefficient = output_coefficient(prediction, phi).float()
+    return z, phi.float(), target, coefficient, natural_weight(prediction, weighting, phi).float()
+
+
 def teacher_gradient(
-    model: nn.Module, draws: Draws, schedule: Schedule, weighting: Weighting, micro_batches: int = 1
+    model: nn.Module,
+    draws: Draws,
+    schedule: Schedule,
+    weighting: Weighting,
+    micro_batches: int = 1,
+    compiled: bool = False,
 ) -> Tensor:
     """Algorithm 1: the weighted error of the network's prediction at uniformly drawn times.
 
-    Leaves the gradient of the mean in the parameters. Returns the losses, float32 [n].
+    compiled: what is around the network too. Leaves the gradient of the mean in the parameters. Returns the losses, float32 [n].
     """
+    run = _one_graph if compiled else _as_it_is
     model.zero_grad(set_to_none=True)
-    phi = schedule.phi(draws.times())
-    z, target = draws.diffused(phi), draws.diffused(natural_angle(model.prediction, phi))
-    coefficient = output_coefficient(model.prediction, phi).float()
-    weight = natural_weight(model.prediction, weighting, phi).float()
+    z, phi, target, coefficient, weight = run(_noisy_images)(draws, schedule, model.prediction, weighting)
     losses = []
     parts = _parts(len(z), micro_batches)
     for part in parts:
-        output = model(z[part], phi[part].float(), _of(draws.labels, part))
-        loss = weighted_loss(output, target[part], coefficient[part], weight[part])
+        output = model(z[part], phi[part], _of(draws.labels, part))
+        loss = run(weighted_loss)(output, target[part], coefficient[part], weight[part])
         last_of_batch(model, part is parts[-1])
         (loss.mean() / micro_batches).backward()
         losses.append(loss.detach())
     return torch.cat(losses)
 
 
+def _images_at_steps(draws: Draws, table: RoundTable) -> tuple[Tensor, Tensor, Tensor]:
+    """For the student: step indices k [n], the angle [n] of each, and the images there."""
+    k = draws.step_indices(table.steps)
+    phi = table.rows.phi[k - 1]
+    return k, phi, draws.diffused(phi)
+
+
 def distillation_gradient(
-    student: nn.Module, teacher: Model, draws: Draws, table: RoundTable, micro_batches: int = 1
+    student: nn.Module,
+    teacher: Model,
+    draws: Draws,
+    table: RoundTable,
+    micro_batches: int = 1,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Algorithm 2: the weighted error of one student step against two DDIM steps of the teacher.
 
-    The teacher sees the whole batch, the student one of `micro_batches` parts at a time. Leaves the gradient of the mean in
-    the student's parameters. Returns the losses, float32 [n], and the step indices, int64 [n].
+    The teacher sees the whole batch, the student one of `micro_batches` parts at a time. compiled: what is around the
+    networks too. Leaves the gradient of the mean in the student's parameters. Returns the losses, float32 [n], and the step indices, int64 [n].
     """
+    run = _one_graph if compiled else _as_it_is
     student.zero_grad(set_to_none=True)
     rows = table.rows
-    k = draws.step_indices(table.steps)
+    k, phi, z = run(_images_at_steps)(draws, table)
     index = k - 1
-    phi = rows.phi[index]
-    z = draws.diffused(phi)
     with torch.no_grad():
         first = teacher(z, phi, draws.labels)
-        z_mid = ddim_step(z, first, rows.ddim_z, rows.ddim_output, index)
+        z_mid = run(ddim_step)(z, first, rows.ddim_z, rows.ddim_output, index)
         second = teacher(z_mid, rows.phi_mid[index], draws.labels)
     losses = []
     parts = _parts(len(z), micro_batches)
     for part in parts:
         output = student(z[part], phi[part], _of(draws.labels, part))
-        loss = ddim_step_weighted_loss(
+        loss = run(ddim_step_weighted_loss)(
             output,
             z[part],
             first[part],

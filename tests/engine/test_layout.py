@@ -55,7 +55,7 @@ def gradients(model, micro_batches=1):
 def test_the_names_of_parameters_stay():
     model, plain = network(), network()
     layout.recompute(model)
-    layout.compile_blocks(model)
+    layout.compile_network(model)
     assert list(model.state_dict()) == list(plain.state_dict())
 
 

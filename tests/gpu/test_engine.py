@@ -31,7 +31,7 @@ def course(graph, dtype=torch.float32, compiled=False, optimizer="pdfast", updat
     for network in (student, teacher):
         network.dtype = dtype
         if compiled:
-            layout.compile_blocks(network)
+            layout.compile_network(network)
     layout.set_weights(teacher, student.state_dict(), ALONE)
     layout.halve(teacher.requires_grad_(False), dtype)
     images = torch.randint(0, 256, (64, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -44,6 +44,15 @@ def test_published_vectors(counter, key, expected):
     assert " ".join(f"{int(w):08x}" for w in words) == expected
 
 
+@pytest.mark.filterwarnings("ignore")  # of the compiler's, about itself
+def test_compiled_for_a_cpu():
+    """No product leaves int64, which a compiler takes for granted."""
+    compiled, index = torch.compile(philox.integers_from_key, fullgraph=True, dynamic=False), torch.arange(16)
+    for update in range(8):
+        key = torch.tensor(philox.key_words(0, 1, 1, update))
+        assert torch.equal(compiled(key, index, 1), philox.integers_from_key(key, index, 1))
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**63 + 12345, 2**64 - 1])
 def test_integers_and_their_counters(seed):
     index = torch.tensor([0, 1, 77, 2**31 + 5, 2**32 - 1])

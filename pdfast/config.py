@@ -11,6 +11,7 @@ import tyro
 import yaml
 
 from pdfast import diffusion
+from pdfast.data import LoaderName
 from pdfast.diffusion import Weighting
 from pdfast.errors import UsageError
 from pdfast.networks import NetworkConfig
@@ -155,7 +156,12 @@ class RunConfig:
     preset: str = "digits"
     """Starting point that every other flag overrides: digits, cifar10-fast, cifar10, imagenet64, lsun128."""
     data: str = "digits"
-    """Images: digits (built in), a .npy or .npz file of uint8 images, or a folder of image files."""
+    """Images: digits (built in), a .npy or .npz file of uint8 images, or a folder of image files, tar shards or TFRecord."""
+    loader: LoaderName = "auto"
+    """What loads them: resident (all in memory, decoded once), dali, or portable (Pillow); auto is resident up to 1 GiB, then
+    dali where it is installed."""
+    max_bad: float = 0.001
+    """Fraction of the images in files that may be damaged; each is replaced by the next one."""
     run: Annotated[Path, tyro.conf.arg(aliases=["--run-dir"])] = Path("runs/digits")
     """Folder of the run; the same command resumes what it finds there. (Under torchrun say --run-dir: it takes --run for an
     abbreviation of an option of its own.)"""

@@ -35,7 +35,16 @@ from pdfast.report.grids import image_grid, write_png
 from pdfast.report.guard import complaints
 from pdfast.report.html import build_report
 from pdfast.report.plan import print_distillation_plan
-from pdfast.train import HINT, open_data, open_evaluator, refuse_eps_at_the_start, train_teacher, write_teacher
+from pdfast.train import (
+    HINT,
+    count_bad_images,
+    open_data,
+    open_evaluator,
+    record_bad_images,
+    refuse_eps_at_the_start,
+    train_teacher,
+    write_teacher,
+)
 
 SAME = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """How near a student's output must be to its teacher's before the first update, of the largest value."""
@@ -265,9 +274,11 @@ def main() -> None:
         source = open_data(config, machine.world.device)
         with open_run(config, source, machine.world), RunLog(config.run, machine.world) as log:
             interrupt.install()
-            log.say(f"{source.name}: {source.num_images} images of {source.shape}; run folder {config.run}")
+            log.say(f"{source.description}; run folder {config.run}")
             log.say(machine.description)
+            record_bad_images(source, log)
             distill(config, machine, given_teacher, source, log)
+            count_bad_images(source, log)
 
 
 if __name__ == "__main__":

@@ -179,13 +179,39 @@ def open_evaluator(config: RunConfig, machine: Machine, source: ImageSource) -> 
 def open_data(config: RunConfig, device: torch.device) -> ImageSource:
     """The run's images on the device. UsageError where they do not fit the network."""
     network = config.network
-    source = load_source(config.data, image_size=network.image_size, channels=network.image_channels, device=device)
+    source = load_source(
+        config.data,
+        image_size=network.image_size,
+        channels=network.image_channels,
+        device=device,
+        num_classes=network.num_classes,
+        loader=config.loader,
+        max_bad=config.max_bad,
+    )
     if network.num_classes and source.num_classes != network.num_classes:
         raise UsageError(
             f"the network is conditioned on {network.num_classes} classes, {config.data} has "
             f"{source.num_classes or 'no labels'}: set --network.num-classes {source.num_classes}"
         )
     return source
+
+
+def record_bad_images(source: ImageSource, log: RunLog) -> None:
+    """From now on each image that cannot be used is in the log, and so are those that were found before."""
+
+    def record(name: str, reason: str) -> None:
+        log.record({"event": "bad image", "name": name, "reason": reason})
+
+    for name, reason in source.bad.items():
+        record(name, reason)
+    source.on_bad = record
+
+
+def count_bad_images(source: ImageSource, log: RunLog) -> None:
+    """A line for the console, where there were any."""
+    if source.bad:
+        number = len(source.bad)
+        log.say(f"{number} of {source.num_images} images could not be used, and the next were instead: see {log.path}")
 
 
 def refuse_eps_at_the_start(config: RunConfig) -> None:
@@ -209,13 +235,15 @@ def main() -> None:
             if (config.run / "teacher").exists():
                 log.say(f"already finished: {config.run / 'teacher'}")
                 return
-            log.say(f"{source.name}: {source.num_images} images of {source.shape}; run folder {config.run}")
+            log.say(f"{source.description}; run folder {config.run}")
             log.say(machine.description)
+            record_bad_images(source, log)
             interrupt.install()
             network, training = train_teacher(config, machine, source, log)
             evaluator = open_evaluator(config, machine, source)
             write_teacher(config, machine, network, training, evaluator, config.evaluation_steps, log)
             teacher = config.run / "teacher"
+            count_bad_images(source, log)
             log.say(
                 f"wrote {teacher}; distill it with: python -m pdfast.distill --preset {config.preset} --teacher {teacher}"
             )

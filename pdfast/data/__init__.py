@@ -1,5 +1,6 @@
 """Sources of uint8 image batches."""
 
-from pdfast.data.source import Batch, ImageSource, ResidentImages, load_source
+from pdfast.data.load import load_source
+from pdfast.data.source import Batch, ImageSource, LoaderName, ResidentImages
 
-__all__ = ["Batch", "ImageSource", "ResidentImages", "load_source"]
+__all__ = ["Batch", "ImageSource", "LoaderName", "ResidentImages", "load_source"]

@@ -86,7 +86,8 @@ class RunLog:
                 entry = json.loads(line)
             except ValueError:
                 continue  # cut off by a kill
-            if entry.get("steps") != steps or entry.get("update", update + 1) <= update:
+            of_stage = "event" not in entry or "steps" in entry
+            if not of_stage or entry.get("steps") != steps or entry.get("update", update + 1) <= update:
                 kept.append(line)
         write_file(self.path, "".join(kept))
         with writing(self.path):

@@ -19,7 +19,7 @@ from pdfast.engine.files import write_file, writing
 from pdfast.engine.world import World
 from pdfast.errors import UsageError
 
-MAY_CHANGE = {"run", "device", "log_every", "checkpoint_every", "engine", "guard"}
+MAY_CHANGE = {"run", "device", "loader", "max_bad", "log_every", "checkpoint_every", "engine", "guard"}
 
 
 @contextmanager

@@ -6,12 +6,12 @@ an update reads is in tensors that stay where they are, so that it can be replay
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from pdfast.data import ImageSource
+from pdfast.data import Batch, ImageSource
 from pdfast.diffusion import (
     Model,
     Prediction,
@@ -45,6 +45,8 @@ class Draws:
         count = len(self._part)
         self.images = torch.empty(count, *source.shape, dtype=torch.uint8, device=world.device)
         self.labels = torch.zeros(count, dtype=torch.int64, device=world.device) if conditional else None
+        self._stream: Iterator[Batch] = iter(())
+        self._loaded: tuple[int, int] | None = None  # round and update
         self._keys = torch.zeros(len(STREAMS), 4, dtype=torch.int64, device=world.device)
         self.waited = 0.0
         """Seconds spent on getting data."""
@@ -52,11 +54,15 @@ class Draws:
     def load(self, round_index: int, update: int) -> None:
         """Get the images of an update (round_index 0 is the teacher's training) and the keys of its random numbers."""
         began = time.perf_counter()
-        samples = update * self._batch_size + self._part
-        batch = self._source.batch(samples, self._seed + (round_index << 32))
-        self.images.copy_(batch.images, non_blocking=True)
-        if self.labels is not None:
-            self.labels.copy_(batch.labels, non_blocking=True)
+        if self._loaded != (round_index, update):
+            if self._loaded != (round_index, update - 1):
+                seed = self._seed + (round_index << 32)
+                self._stream = self._source.stream(self._part, self._batch_size, update, seed)
+            batch = next(self._stream)
+            self.images.copy_(batch.images, non_blocking=True)
+            if self.labels is not None:
+                self.labels.copy_(batch.labels, non_blocking=True)
+            self._loaded = round_index, update
         keys = torch.tensor([noise.key(self._seed, stream, round_index, update) for stream in STREAMS])
         self._keys.copy_(keys if self._keys.device.type == "cpu" else keys.pin_memory(), non_blocking=True)
         self.waited += time.perf_counter() - began

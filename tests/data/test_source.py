@@ -137,7 +137,7 @@ def test_what_is_not_there_is_refused(tmp_path):
 
 
 def test_another_sort_of_file_is_refused(tmp_path):
-    path = tmp_path / "images.tar"
+    path = tmp_path / "images.zip"
     path.write_bytes(b"")
     message = refusal(load_source, str(path), image_size=4, channels=3, names=path)
     assert "not data that pdfast reads" in message and ".npz" in message

@@ -1,0 +1,56 @@
+"""What `--data` names, as a source of images."""
+
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+from pdfast.data.arrays import load_array_file
+from pdfast.data.source import ImageSource, LoaderName, ResidentImages
+from pdfast.errors import UsageError
+
+KINDS = "give `digits`, a .npy or .npz file, or a folder or file of image files, tar shards or TFRecord"
+
+
+def load_source(
+    spec: str,
+    *,
+    image_size: int,
+    channels: int,
+    device: torch.device | str = "cpu",
+    num_classes: int = 0,
+    loader: LoaderName = "auto",
+    max_bad: float = 0.001,
+) -> ImageSource:
+    """The built-in `digits`, a .npy or .npz file of uint8 images, or encoded images in files (`./digits` if so named): see
+    `pdfast.data.encoded.find_images`.
+
+    num_classes: of a network that is conditioned on them, else 0. max_bad: the fraction of encoded images that may be bad.
+    UsageError, in one line that names the path, for data that are missing, damaged, or of images that are not
+    [image_size, image_size, channels].
+    """
+    path = Path(spec)
+    if spec == "digits":
+        with resources.as_file(resources.files("pdfast.data") / "digits.npz") as file:
+            images, labels = load_array_file(file)
+    elif not path.exists():
+        raise UsageError(f"there are no data at {spec}: {KINDS}")
+    elif path.suffix in (".npy", ".npz"):
+        images, labels = load_array_file(path)
+    else:
+        from pdfast.data.loaders import open_files  # with Pillow, which arrays do without
+
+        options = {"num_classes": num_classes, "loader": loader, "max_bad": max_bad}
+        if source := open_files(path, image_size=image_size, channels=channels, device=device, **options):
+            return source
+        raise UsageError(f"{spec} is not data that pdfast reads: {KINDS}")
+    if loader not in ("auto", "resident"):
+        raise UsageError(f"{spec} is an array, which is always resident: leave out --loader {loader}")
+    expected = (image_size, image_size, channels)
+    if images.shape[1:] != expected:
+        raise UsageError(
+            f"{spec} has images of (height, width, channels) {images.shape[1:]}, the network takes {expected}: "
+            "set --network.image-size and --network.image-channels, or prepare the data at that size"
+        )
+    tensors = torch.from_numpy(images), None if labels is None else torch.from_numpy(labels)
+    return ResidentImages(path.absolute().name, *tensors, device)

@@ -1,0 +1,62 @@
+"""Small image files, tar shards and TFRecord files to read."""
+
+import io
+import struct
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def solid(path: Path, colour: object, mode: str = "RGB", size: tuple[int, int] = (4, 4), **options: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path, **options)
+
+
+def encoded(pixels: np.ndarray, kind: str = "PNG", **options: object) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, kind, **options)
+    return content.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def write_index(shard: Path) -> None:
+    """As DALI's wds2idx writes it: the extension, offset, size and name of each member, a sample a line."""
+    samples: dict[str, list[str]] = {}
+    with tarfile.open(shard) as tar:
+        for member in tar:
+            stem, _, extension = member.name.partition(".")
+            fields = samples.setdefault(stem, [])
+            fields.append(f"{extension} {member.offset_data} {member.size} {member.name}")
+    lines = [f"v1.2 {len(samples)}", *(" ".join(fields) for fields in samples.values())]
+    shard.with_suffix(".idx").write_text("\n".join(lines) + "\n")
+
+
+def _varint(value: int) -> bytes:
+    low, rest = value & 127, value >> 7
+    return bytes([low | 128]) + _varint(rest) if rest else bytes([low])
+
+
+def _field(number: int, content: bytes) -> bytes:
+    return _varint(number << 3 | 2) + _varint(len(content)) + content
+
+
+def write_tfrecord(path: Path, records: list[tuple[bytes, int | None]], *, packed: bool = True) -> None:
+    """tf.train.Example messages with `image/encoded` and `image/class/label`, by the wire format; checksums are left 0."""
+    with open(path, "wb") as file:
+        for image, label in records:
+            features = {"image/encoded": _field(1, _field(1, image)), "image/format": _field(1, _field(1, b"png"))}
+            if label is not None:
+                numbers = _field(1, _varint(label)) if packed else _varint(1 << 3) + _varint(label)
+                features["image/class/label"] = _field(3, numbers)
+            entries = b"".join(_field(1, _field(1, k.encode()) + _field(2, v)) for k, v in features.items())
+            example = _field(1, entries)
+            file.write(struct.pack("<Q", len(example)) + bytes(4) + example + bytes(4))

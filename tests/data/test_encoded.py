@@ -1,0 +1,148 @@
+"""Where encoded images lie: folders, tar shards with and without an index, TFRecord files, and what each bad one is told."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pdfast.data.encoded import find_images
+from pdfast.data.pictures import BadImage, decode
+from tests.data.errors import refusal
+from tests.data.files import encoded, solid, write_index, write_tar, write_tfrecord
+
+
+def grey(value: int) -> bytes:
+    return encoded(np.full((4, 4), value, dtype=np.uint8))
+
+
+def values(path: Path) -> list[int]:
+    """The grey value of each image."""
+    found = find_images(path)
+    return [int(decode(found.read(i), 4, 1)[0, 0, 0]) for i in range(len(found))]
+
+
+def labels(path: Path) -> list[int] | None:
+    found = find_images(path).labels
+    return None if found is None else found.tolist()
+
+
+def test_every_format_in_the_order_of_the_names(tmp_path):
+    for i, name in enumerate(["a.png", "b.JPG", "c.jpeg", "d.webp", "e.bmp", "f.gif"]):
+        lossless = {"lossless": True} if name.endswith("webp") else {}
+        solid(tmp_path / name, (40 * i, 40 * i, 40 * i), **lossless)
+    (tmp_path / "notes.txt").write_text("not an image")
+    (tmp_path / "._a.png").write_text("what macOS leaves behind")
+    assert labels(tmp_path) is None
+    assert np.abs(np.array(values(tmp_path)) - 40 * np.arange(6)).max() <= 1
+
+
+def test_subfolders_are_classes_in_the_order_of_their_names(tmp_path):
+    for path, value in {"dog/2.png": 4, "dog/1.png": 3, "cat/1.png": 1, "cat/2.png": 2, "emu/1.png": 5}.items():
+        solid(tmp_path / path, value, "L")
+    (tmp_path / "boa").mkdir()
+    solid(tmp_path / ".hidden" / "1.png", 9, "L")
+    assert values(tmp_path) == [1, 2, 3, 4, 5] and labels(tmp_path) == [0, 0, 1, 1, 2]
+    assert find_images(tmp_path).names[2] == "dog/1.png"
+
+
+@pytest.mark.parametrize("header", ["", "name,label\n"])
+def test_a_file_of_labels(tmp_path, header):
+    for name in ("a", "b", "c"):
+        solid(tmp_path / f"{name}.png", 1, "L")
+    (tmp_path / "labels.csv").write_text(f"{header}c.png,7\na.png,0\n")
+    assert labels(tmp_path) == [0, -1, 7]
+    (tmp_path / "labels.csv").write_text("a.png,0\nb.png,cat\n")
+    assert "row 2: 'b.png,cat' is not NAME,LABEL" in refusal(find_images, tmp_path, names=tmp_path / "labels.csv")
+
+
+SAMPLES = {
+    "one/0001.png": grey(10),
+    "one/0001.cls": b"3",
+    "one/0001.json": b"{}",
+    "one/0002.cls": b" 4\n",
+    "one/0002.png": grey(20),
+    "two/0002.seg.png": grey(30),
+    "notes.txt": b"no image",
+}
+
+
+@pytest.mark.parametrize("index", [False, True])
+def test_tar_shards(tmp_path, index):
+    write_tar(tmp_path / "a.tar", SAMPLES)
+    write_tar(tmp_path / "b.tar", {"../../evil.png": grey(40), "/etc/passwd.png": grey(50)})
+    if index:
+        write_index(tmp_path / "a.tar")
+    assert values(tmp_path) == [10, 20, 30, 40, 50] and labels(tmp_path) == [3, 4, -1, -1, -1]
+    assert (
+        find_images(tmp_path).names[3] == "b.tar/../../evil.png" and not (tmp_path.parent.parent / "evil.png").exists()
+    )
+    assert values(tmp_path / "a.tar") == [10, 20, 30]
+
+
+def test_a_broken_tar_gives_what_is_whole(tmp_path):
+    write_tar(tmp_path / "a.tar", {f"{i}.png": grey(i) for i in range(5)})
+    write_tar(tmp_path / "b.tar", {"9.png": grey(9)})
+    content = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(content[: 3 * 1024 + 512 + 10])
+    assert values(tmp_path) == [0, 1, 9]
+    (problem,) = find_images(tmp_path).problems.items()
+    assert problem[0] == str(tmp_path / "a.tar") and problem[1].endswith(", after 2 images")
+    (tmp_path / "a.tar").write_bytes(b"hello")
+    (tmp_path / "b.tar").unlink()
+    assert "no images in 1 tar shards" in refusal(find_images, tmp_path, names=tmp_path)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_tfrecord_files(tmp_path, packed):
+    write_tfrecord(tmp_path / "a.tfrecord", [(grey(1), 0), (grey(2), 300)], packed=packed)
+    write_tfrecord(tmp_path / "b.tfrecord", [(grey(3), None)], packed=packed)
+    assert values(tmp_path) == [1, 2, 3] and labels(tmp_path) == [0, 300, -1]
+    content = (tmp_path / "a.tfrecord").read_bytes()
+    (tmp_path / "a.tfrecord").write_bytes(content[:-20])
+    assert values(tmp_path) == [1, 3]
+    assert find_images(tmp_path).problems == {str(tmp_path / "a.tfrecord"): "it ends early, after 1 images"}
+
+
+def test_what_is_no_such_data(tmp_path):
+    (tmp_path / "notes.txt").write_text("")
+    assert find_images(tmp_path / "notes.txt") is None
+
+
+def test_a_file_that_disappears_or_shrinks(tmp_path):
+    solid(tmp_path / "a.png", 1, "L")
+    solid(tmp_path / "b.png", 1, "L")
+    found = find_images(tmp_path)
+    (tmp_path / "a.png").unlink()
+    (tmp_path / "b.png").write_bytes(b"x")
+    for i, reason in enumerate(["cannot be read: No such file", "has become shorter"]):
+        with pytest.raises(BadImage, match=reason):
+            found.read(i)
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("")
+    solid(tmp_path / "train" / "cat" / "1.png", 1, "L")
+    message = refusal(find_images, tmp_path, names=tmp_path)
+    assert "holds no image files, directly or one folder down" in message and ".png" in message
+
+
+def test_a_mixed_folder_is_refused(tmp_path):
+    solid(tmp_path / "1.png", 1, "L")
+    solid(tmp_path / "cat" / "1.png", 1, "L")
+    message = refusal(find_images, tmp_path, names=tmp_path)
+    assert "both at its top and in subfolders" in message and "put all into class folders, or none" in message
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "secret").mkdir()
+    listing = Path.iterdir
+
+    def refuse(path: Path) -> Iterator[Path]:
+        if path.name == "secret":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listing(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    message = refusal(find_images, tmp_path, names=tmp_path / "secret")
+    assert "(Permission denied): allow it, or give other data" in message

@@ -1,0 +1,181 @@
+"""Loaders: the same samples in the same order from every one of them, after every stop, whatever is bad among them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from pdfast.data import dali, load_source, loaders
+from pdfast.engine import interrupt
+from tests.commands import TINY_RUN, call
+from tests.data.errors import refusal
+from tests.data.files import encoded, write_tar, write_tfrecord
+
+LOADERS = [
+    "resident",
+    "portable",
+    pytest.param("dali", marks=pytest.mark.skipif(dali.missing() is not None, reason=str(dali.missing()))),
+]
+RNG = np.random.default_rng(0)
+N = 11
+PIXELS = RNG.integers(0, 256, (N, 8, 8, 3), dtype=np.uint8)
+OF_CLASS = [0, 2, 1, 1, 0, 2, 2, 0, 1, 0, 2]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Lossless files, of the size wanted, with a file of labels."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i, pixels in enumerate(PIXELS):
+        (folder / f"{i:02}.png").write_bytes(encoded(pixels))
+    (folder / "labels.csv").write_text("".join(f"{i:02}.png,{label}\n" for i, label in enumerate(OF_CLASS)))
+    return folder
+
+
+def opened(path, loader="auto", size=8, **options):
+    return load_source(str(path), image_size=size, channels=3, loader=loader, **options)
+
+
+def batches(source, count=5, *, update=0, part=None, size=4, seed=9):
+    stream = source.stream(torch.arange(size) if part is None else part, size, update, seed)
+    drawn = [next(stream) for _ in range(count)]
+    return torch.cat([b.images for b in drawn]), torch.cat([b.labels for b in drawn]) if drawn[
+        0
+    ].labels is not None else None
+
+
+def assert_equal(ours, theirs):
+    assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_an_array_a_folder_tars_and_tfrecords_give_the_same_batches(folder, tmp_path, loader):
+    np.savez(tmp_path / "array.npz", images=PIXELS, labels=np.array(OF_CLASS))
+    (tmp_path / "tars").mkdir()
+    members = [{f"{i:02}.png": encoded(PIXELS[i]), f"{i:02}.cls": str(OF_CLASS[i]).encode()} for i in range(N)]
+    write_tar(tmp_path / "tars/0.tar", {k: v for m in members[:7] for k, v in m.items()})
+    write_tar(tmp_path / "tars/1.tar", {k: v for m in members[7:] for k, v in m.items()})
+    records = [(encoded(p), label) for p, label in zip(PIXELS, OF_CLASS, strict=True)]
+    write_tfrecord(tmp_path / "all.tfrecord", records)
+    expected = batches(opened(tmp_path / "array.npz"))
+    for path in (folder, tmp_path / "tars", tmp_path / "all.tfrecord"):
+        source = opened(path, loader)
+        assert source.num_images == N and source.num_classes == 3
+        assert_equal(batches(source), expected)
+        assert_equal(
+            [source.take(torch.tensor([3, 0])).images, source.take(torch.tensor([3, 0])).labels],
+            [torch.from_numpy(PIXELS[[3, 0]]), torch.tensor([1, 0])],
+        )
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_any_update_and_any_number_of_processes(folder, loader):
+    """From each update on, and by each of two processes: what one that never stopped has there."""
+    source = opened(folder, loader)
+    images, labels = batches(source, 6)
+    for update in (1, 4):
+        assert_equal(batches(source, 6 - update, update=update), (images[4 * update :], labels[4 * update :]))
+    halves = [batches(source, 6, part=torch.arange(2) + first)[0].view(6, 2, 8, 8, 3) for first in (0, 2)]
+    assert torch.equal(torch.cat(halves, dim=1).flatten(0, 1), images)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_photographs_are_near_those_of_pillow(tmp_path, loader):
+    """JPEG, WebP, palettes, transparency, orientation; larger and smaller: within 8 of 255, on average 0.5."""
+    for i, (width, height) in enumerate([(70, 50), (51, 97), (20, 31), (64, 64), (33, 40), (90, 31)]):
+        pixels = np.kron(RNG.integers(0, 256, (height // 9 + 1, width // 9 + 1, 3)), np.ones((9, 9, 1)))[
+            :height, :width
+        ]
+        pixels = np.clip(pixels + RNG.normal(0, 8, pixels.shape), 0, 255).astype(np.uint8)
+        (tmp_path / f"{i}.jpg").write_bytes(
+            encoded(
+                pixels,
+                "JPEG",
+                quality=92,
+                exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0",
+            )
+        )
+        (tmp_path / f"{i}.webp").write_bytes(encoded(pixels, "WEBP", quality=92))
+        (tmp_path / f"{i}.png").write_bytes(encoded(np.dstack([pixels, pixels[..., :1]])))
+    theirs = batches(opened(tmp_path, "resident", size=32))[0].int()
+    difference = (batches(opened(tmp_path, loader, size=32))[0].int() - theirs).abs()
+    assert difference.max() <= 8 and difference.float().mean() < 0.5
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_what_is_bad_is_replaced_by_the_next_and_named_once(folder, loader):
+    good = batches(opened(folder, "resident"), 9)
+    (folder / "03.png").write_bytes(b"")
+    (folder / "04.png").write_bytes(encoded(PIXELS[4])[:-60])  # its header is good
+    (folder / "10.png").write_text("<html>404</html>")
+    source, seen = opened(folder, loader, max_bad=0.3), []
+    before = dict(source.bad)
+    source.on_bad = lambda name, reason: seen.append(name)
+    images, labels = batches(source, 9)
+    assert set(source.bad) == {"03.png", "04.png", "10.png"} and sorted([*before, *seen]) == sorted(source.bad)
+    assert source.bad["03.png"] == "empty" and source.bad["10.png"] == "not an image" and source.bad["04.png"]
+    replacement = {3: 5, 4: 5, 10: 0}
+    numbers = [int((torch.from_numpy(PIXELS) == image).flatten(1).all(1).nonzero()) for image in good[0]]
+    expected = [replacement.get(i, i) for i in numbers]
+    assert torch.equal(images, torch.from_numpy(PIXELS[expected]))
+    assert labels.tolist() == [OF_CLASS[i] for i in expected]
+    message = refusal(lambda: batches(opened(folder, loader, max_bad=0.2), 9), names="images")
+    assert "3 of 11 images of images cannot be used, more than --max-bad 0.2 allows; the first: " in message
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_labels_that_the_network_has_not(folder, loader):
+    source = opened(folder, loader, num_classes=2, max_bad=1.0)
+    labels = batches(source, 9)[1]
+    assert set(labels.tolist()) == {0, 1} and set(source.bad.values()) == {"label 2, not one of 2 classes"}
+    (folder / "labels.csv").unlink()
+    assert "has no labels" in refusal(opened, folder, loader, num_classes=2, names=folder)
+
+
+def test_nothing_at_all_can_be_used(folder):
+    for file in folder.glob("*.png"):
+        file.write_bytes(b"")
+    assert "none of 11 image files can be used: the first is empty" in refusal(opened, folder, max_bad=1.0, names="11")
+
+
+def test_the_loader_is_chosen_by_what_fits_and_what_is_there(folder, monkeypatch, tmp_path):
+    assert (
+        opened(folder).description
+        == "images: 11 image files, 3 classes, as images of (8, 8, 3), loader resident (0 MiB)"
+    )
+    monkeypatch.setattr(loaders, "MOST_RESIDENT", 0)
+    monkeypatch.setattr(dali, "missing", lambda: "NVIDIA DALI is not installed")
+    with pytest.warns(UserWarning, match="decoded by Pillow, which is slower: NVIDIA DALI is not installed"):
+        assert "loader portable" in opened(folder).description
+    assert "--loader dali: NVIDIA DALI is not installed" in refusal(opened, folder, "dali", names="dali")
+    monkeypatch.setattr(dali, "missing", lambda: None)
+    assert "loader dali" in opened(folder).description
+    np.save(tmp_path / "a.npy", PIXELS)
+    assert "always resident: leave out --loader dali" in refusal(opened, tmp_path / "a.npy", "dali", names="a.npy")
+
+
+@pytest.mark.filterwarnings("ignore:4 images are too few")
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_run_from_files_goes_on_bit_for_bit(folder, tmp_path, loader, monkeypatch, capsys):
+    """Stopped in the middle of an epoch; the names of what was bad are in its log."""
+    (folder / "05.png").write_bytes(b"")
+    flags = [*TINY_RUN, "--data", str(folder), "--max-bad", "0.1", "--loader", loader]
+    flags += ["--evaluation.num-samples", "4"]
+    weights = []
+    for name, stopped in (("whole", False), ("stopped", True)):
+        run = tmp_path / name
+        if stopped:
+            asked = iter([False] * 5 + [True] * 100)
+            with monkeypatch.context() as patch:
+                patch.setattr(interrupt, "requested", lambda: next(asked))
+                assert call("train", *flags, "--run", str(run)) == 130
+            assert not (run / "teacher").exists()
+        assert call("train", *flags, "--run", str(run)) == 0
+        weights.append((run / "teacher/teacher.safetensors").read_bytes())
+        entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        assert {"event": "bad image", "name": "05.png", "reason": "empty"} in entries
+    assert weights[0] == weights[1]
+    said = capsys.readouterr().out
+    assert "images: 11 image files" in said and "1 of 11 images could not be used, and the next were instead" in said

@@ -5,7 +5,6 @@ checkpoint, and a run goes on at any image, on any number of processes. Pillow o
 DALI would decode otherwise than Pillow: what is transparent or has a palette, say.
 """
 
-import os
 import queue
 import threading
 import weakref
@@ -18,7 +17,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from pdfast.data.files import Bad, Decoded, Samples
+from pdfast.data.files import Bad, Decoded, Samples, spare_cores
 from pdfast.data.pictures import UPRIGHT, BadImage, Fit, decode, examine, fit, in_full
 from pdfast.errors import RunError
 
@@ -51,7 +50,7 @@ class DaliLoader:
 
     def __init__(self, samples: Samples, device: torch.device, threads: int | None = None) -> None:
         self._samples, self._device = samples, device
-        self._threads = max((os.cpu_count() or 1) - 1, 1) if threads is None else threads
+        self._threads = max(spare_cores(), 1) if threads is None else threads
         self._bad: dict[int, str] = {}  # what Pillow cannot decode either, though its header is good
         self._for_pillow: set[int] = set()  # what DALI alone cannot decode
 

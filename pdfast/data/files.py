@@ -23,6 +23,11 @@ T = TypeVar("T")
 CHUNK = 1024  # images decoded between two looks at what was bad
 
 
+def spare_cores() -> int:
+    """Of this process's share of the machine, those that training leaves: all but one."""
+    return os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1
+
+
 class Bad(NamedTuple):
     """An image that cannot be used."""
 

@@ -1,24 +1,27 @@
 """Decoding with Pillow in the processes of torch's DataLoader: wherever Python runs."""
 
-import os
 import signal
 from collections.abc import Iterator
 
 from torch.utils.data import DataLoader, Dataset
 
-from pdfast.data.files import Decoded, Samples
+from pdfast.data.files import Decoded, Samples, spare_cores
+from pdfast.errors import UsageError
 
 AHEAD = 2  # batches each process decodes before they are asked for
 
 
 class _Batches(Dataset):
-    """Item [indices] is their images."""
+    """Item [indices] is their images, or what is wrong with all of them."""
 
     def __init__(self, samples: Samples) -> None:
         self._samples = samples
 
-    def __getitem__(self, indices: list[int]) -> Decoded:
-        return self._samples.decoded(indices)
+    def __getitem__(self, indices: list[int]) -> Decoded | UsageError:
+        try:
+            return self._samples.decoded(indices)
+        except UsageError as error:  # raised here, it would arrive with a traceback in its message
+            return error
 
 
 class _InOrder:
@@ -31,8 +34,8 @@ class _InOrder:
         return self._indices
 
 
-def _as_it_is(decoded: Decoded) -> Decoded:
-    return decoded
+def _as_it_is(item: Decoded | UsageError) -> Decoded | UsageError:
+    return item
 
 
 def _leave_stopping_to_the_parent(worker: int) -> None:
@@ -47,7 +50,7 @@ class PortableLoader:
 
     def __init__(self, samples: Samples, processes: int | None = None) -> None:
         self._samples = samples
-        self._processes = max((os.cpu_count() or 1) - 1, 0) if processes is None else processes
+        self._processes = max(spare_cores(), 0) if processes is None else processes
 
     def stream(self, indices: Iterator[list[int]]) -> Iterator[Decoded]:
         loader = DataLoader(
@@ -59,4 +62,7 @@ class PortableLoader:
             collate_fn=_as_it_is,
             worker_init_fn=_leave_stopping_to_the_parent,
         )
-        return iter(loader)
+        for item in loader:
+            if isinstance(item, UsageError):
+                raise item
+            yield item

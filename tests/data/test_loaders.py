@@ -134,10 +134,12 @@ def test_labels_that_the_network_has_not(folder, loader):
     assert "has no labels" in refusal(opened, folder, loader, num_classes=2, names=folder)
 
 
-def test_nothing_at_all_can_be_used(folder):
+@pytest.mark.parametrize("loader", LOADERS)
+def test_nothing_at_all_can_be_used(folder, loader):
     for file in folder.glob("*.png"):
         file.write_bytes(b"")
-    assert "none of 11 image files can be used: the first is empty" in refusal(opened, folder, max_bad=1.0, names="11")
+    message = refusal(lambda: batches(opened(folder, loader, max_bad=1.0)), names="11")
+    assert message == "none of 11 image files can be used: the first is empty"
 
 
 def test_the_loader_is_chosen_by_what_fits_and_what_is_there(folder, monkeypatch, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from pdfast.commands import distill_arguments
 from pdfast.data import cifar10, load_source
 from pdfast.data.cifar10 import load_cifar10
-from pdfast.data.prepare import write_npz
+from pdfast.data.convert import write_npz
 from pdfast.errors import UsageError
 from tests.commands import call, spawn
 from tests.data.archives import PARTS, npm_members, write_fashion, write_tar

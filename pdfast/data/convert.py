@@ -1,0 +1,190 @@
+"""Encoded images of any kind, decoded at one size and written as an array or as tar shards.
+
+In parallel and a part at a time: a conversion that was stopped goes on with the parts that are missing.
+"""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from pdfast.cli import Interrupted
+from pdfast.data.encoded import EncodedImages
+from pdfast.data.files import Samples
+from pdfast.data.pictures import BadImage, decode
+from pdfast.data.split import channel_histogram, moments
+from pdfast.engine.files import sync, write_file, write_folder, write_json, writing
+from pdfast.errors import UsageError
+
+PART = 1024  # images
+SHOWN = 64
+REMEDY = "choose another OUT"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """images written, of `classes` (0 without labels); mean and std of the channels, 0 to 1; the names of bad images, which
+    were left out, and why; the first images, uint8 [n, S, S, C]."""
+
+    images: int
+    classes: int
+    mean: np.ndarray
+    std: np.ndarray
+    bad: dict[str, str]
+    shown: np.ndarray
+
+
+def convert(encoded: EncodedImages, out: Path, size: int, channels: int, *, jobs: int, max_bad: float) -> Converted:
+    """Write OUT.npz, or else a folder of tar shards of PNG files and `cls` members.
+
+    UsageError where more than the fraction `max_bad` is bad; Interrupted on Ctrl-C, after which the same call goes on.
+    """
+    parts = out.with_name(f".{out.name}.parts")
+    as_array = out.suffix == ".npz"
+    with writing(out, REMEDY):
+        _begin(parts, _key(encoded, size, channels, as_array))
+    starts = range(0, len(encoded), PART)
+    missing = [i for i in range(len(starts)) if not (parts / f"{i:06}").exists()]
+    bar = tqdm(total=len(starts), initial=len(starts) - len(missing), unit=f"x{PART} images", disable=None)
+    samples = Samples(encoded, size, channels, num_classes=0)
+    try:
+        with ProcessPoolExecutor(jobs, initializer=_start, initargs=(samples, parts, as_array)) as pool:
+            futures = [pool.submit(_convert_part, i) for i in missing]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    bar.update(1)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; the same command goes on with what is missing") from None
+    finally:
+        bar.close()
+    facts = [json.loads((parts / f"{i:06}/facts.json").read_text()) for i in range(len(starts))]
+    bad = {name: reason for fact in facts for name, reason in fact["bad"].items()}
+    if len(bad) > max_bad * len(encoded):
+        name, reason = next(iter(bad.items()))
+        raise UsageError(
+            f"{len(bad)} of {len(encoded)} images cannot be used, more than --max-bad {max_bad:g} allows; the first: {name} "
+            f"({reason}): remove or mend them, or allow more"
+        )
+    if len(bad) == len(encoded):
+        raise UsageError(f"none of {len(encoded)} {encoded.kind} can be used")
+    shown = np.load(parts / "000000/shown.npy")
+    with writing(out, REMEDY):
+        _join(parts, len(starts), out, labelled=encoded.labels is not None)
+        shutil.rmtree(parts)
+    mean, std = moments(sum(np.array(fact["histogram"]) for fact in facts))
+    classes = 0 if encoded.labels is None else int(encoded.labels.max()) + 1
+    return Converted(len(encoded) - len(bad), classes, mean, std, bad, shown)
+
+
+def _key(encoded: EncodedImages, size: int, channels: int, as_array: bool) -> str:
+    """What parts must agree in to be parts of one conversion."""
+    digest = hashlib.sha256(f"{size} {channels} {as_array} {PART}\n".encode())
+    digest.update("\n".join(map(str, encoded.files)).encode() + encoded.places.tobytes())
+    if encoded.labels is not None:
+        digest.update(encoded.labels)
+    return digest.hexdigest()
+
+
+def _begin(parts: Path, key: str) -> None:
+    """Go on in `parts` where they are of this conversion, else from nothing."""
+    file = parts / "key"
+    if not file.exists() or file.read_text() != key:
+        shutil.rmtree(parts, ignore_errors=True)
+        parts.mkdir(parents=True)
+        write_file(file, key)
+
+
+_work: tuple[Samples, Path, bool]
+
+
+def _start(*work: object) -> None:
+    global _work
+    _work = work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops all
+
+
+def _convert_part(part: int) -> None:
+    samples, parts, as_array = _work
+    encoded, size = samples.encoded, samples.size
+    images, numbers, bad = [], [], {}
+    for i in range(part * PART, min((part + 1) * PART, len(encoded))):
+        try:
+            images.append(decode(samples.content(i), size, samples.channels))
+            numbers.append(i)
+        except BadImage as error:
+            bad[encoded.names[i]] = str(error)
+    array = np.stack(images) if images else np.empty((0, size, size, samples.channels), dtype=np.uint8)
+    labels = np.zeros(len(numbers), dtype=np.int64) if encoded.labels is None else encoded.labels[numbers]
+
+    def fill(folder: Path) -> None:
+        if as_array:
+            np.save(folder / "images.npy", array)
+            np.save(folder / "labels.npy", labels)
+        else:
+            _write_shard(folder / "shard.tar", array, numbers, None if encoded.labels is None else labels)
+        np.save(folder / "shown.npy", array[:SHOWN])
+        write_json(folder / "facts.json", {"histogram": channel_histogram(array).tolist(), "bad": bad})
+
+    write_folder(parts / f"{part:06}", fill)
+
+
+def _write_shard(path: Path, images: np.ndarray, numbers: list[int], labels: np.ndarray | None) -> None:
+    """WebDataset: NUMBER.png and NUMBER.cls; the same bytes whenever it is written."""
+    from PIL import Image
+
+    def members() -> Iterator[tuple[str, bytes]]:
+        for row, number in enumerate(numbers):
+            content = io.BytesIO()
+            Image.fromarray(images[row].squeeze(-1) if images.shape[3] == 1 else images[row]).save(content, "PNG")
+            yield f"{number:09}.png", content.getvalue()
+            if labels is not None:
+                yield f"{number:09}.cls", str(labels[row]).encode()
+
+    with tarfile.open(path, "w") as tar:
+        for name, content in members():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def _join(parts: Path, count: int, out: Path, *, labelled: bool) -> None:
+    folders = [parts / f"{i:06}" for i in range(count)]
+    if out.suffix != ".npz":
+        out.mkdir(exist_ok=True)
+        for i, folder in enumerate(folders):
+            os.replace(folder / "shard.tar", out / f"{i:06}.tar")
+        return
+    arrays = {"images": np.concatenate([np.load(folder / "images.npy") for folder in folders])}
+    if labelled:
+        arrays["labels"] = np.concatenate([np.load(folder / "labels.npy") for folder in folders])
+    write_npz(out, **arrays)
+
+
+def write_npz(path: Path, **arrays: np.ndarray) -> None:
+    """Write an uncompressed .npz atomically; a full disk or a forbidden folder is one line and leaves nothing."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with writing(path, REMEDY):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                np.savez(file, **arrays)
+            sync(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync(path.parent)

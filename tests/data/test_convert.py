@@ -1,0 +1,99 @@
+"""`python -m pdfast.data.prepare images`: arrays and tar shards of images in files, and what happens when it is stopped."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pdfast.cli import Interrupted
+from pdfast.data import convert as module
+from pdfast.data import load_source
+from pdfast.data.convert import convert
+from pdfast.data.encoded import find_images
+from pdfast.data.split import channel_statistics
+from tests.commands import call
+from tests.data.errors import refusal
+from tests.data.files import encoded
+
+PIXELS = np.random.default_rng(3).integers(0, 256, (10, 12, 9, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Two classes, and parts of 4 images."""
+    monkeypatch.setattr(module, "PART", 4)
+    for i, pixels in enumerate(PIXELS):
+        file = tmp_path / "images" / "ab"[i // 6] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encoded(pixels))
+    return tmp_path / "images"
+
+
+def everything(path, size=8):
+    batch = load_source(str(path), image_size=size, channels=3).take(torch.arange(10))
+    return batch.images, batch.labels
+
+
+@pytest.mark.parametrize("out", ["new/out.npz", "out"])
+def test_what_is_written_is_what_would_have_been_read(folder, tmp_path, out, capsys):
+    out = tmp_path / out
+    assert call("data.prepare", "images", str(folder), str(out), "--size", "8", "--jobs", "2") == 0
+    (images, labels), (expected, their_labels) = everything(out), everything(folder)
+    assert torch.equal(images, expected) and torch.equal(labels, their_labels)
+    said = capsys.readouterr().out
+    mean, std = channel_statistics(expected.numpy())
+    assert f"channel mean  {' '.join(f'{m:.4f}' for m in mean)}\n" in said
+    assert f"channel std   {' '.join(f'{s:.4f}' for s in std)}\n" in said
+    assert "images        10 of 8x8x3, and 0 left out\nclasses       2\n" in said
+    with Image.open(out.with_name("out.png")) as sheet:
+        assert sheet.size == (8 * 65 - 1, 64)  # the first part's four, eight times as large, a line between
+    assert not list(tmp_path.rglob(".*.parts"))
+
+
+def test_the_bad_are_left_out_and_named(folder, tmp_path):
+    (folder / "a/2.png").write_bytes(b"")
+    arguments = find_images(folder), tmp_path / "out.npz", 8, 3
+    assert "1 of 10 images cannot be used, more than --max-bad 0.05" in refusal(
+        convert, *arguments, jobs=1, max_bad=0.05, names="a/2.png"
+    )
+    done = convert(*arguments, jobs=1, max_bad=0.1)
+    assert (done.images, done.classes, done.bad) == (9, 2, {"a/2.png": "empty"})
+    with np.load(tmp_path / "out.npz") as arrays:
+        assert arrays["labels"].tolist() == [0] * 5 + [1] * 4 and len(arrays["images"]) == 9
+
+
+def test_a_stopped_conversion_goes_on(folder, tmp_path, monkeypatch):
+    arguments = find_images(folder), tmp_path / "out.npz", 8, 3
+
+    def stop(futures):
+        futures[0].result()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "as_completed", stop)
+        with pytest.raises(Interrupted, match="the same command goes on"):
+            convert(*arguments, jobs=1, max_bad=0.5)
+    assert not (tmp_path / "out.npz").exists()
+    facts = tmp_path / ".out.npz.parts/000000/facts.json"
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"bad": {"a mark": "that shows it is not made again"}}))
+    assert "a mark" in convert(*arguments, jobs=1, max_bad=0.5).bad
+    assert torch.equal(everything(tmp_path / "out.npz")[0], everything(folder)[0])
+    # Of another conversion, parts are not used.
+    facts.parent.mkdir(parents=True)
+    (facts.parents[1] / "key").write_text("another")
+    assert not convert(*arguments, jobs=1, max_bad=0.5).bad
+
+
+@pytest.mark.parametrize(
+    "source, out, message",
+    [
+        ("nowhere", "out.npz", "there are no image files, tar shards or TFRecord at"),
+        ("images", "out.txt", "name a file that ends in .npz, or a new folder for tar shards"),
+        ("images", "images", "name a file that ends in .npz, or a new folder for tar shards"),
+    ],
+)
+def test_what_cannot_be_done(folder, tmp_path, capsys, source, out, message):
+    assert call("data.prepare", "images", str(tmp_path / source), str(tmp_path / out), "--size", "8") == 2
+    assert message in capsys.readouterr().err

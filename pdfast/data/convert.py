@@ -80,7 +80,7 @@ def convert(encoded: EncodedImages, out: Path, size: int, channels: int, *, jobs
             f"({reason}): remove or mend them, or allow more"
         )
     if len(bad) == len(encoded):
-        raise UsageError(f"none of {len(encoded)} {encoded.kind} can be used")
+        raise UsageError(f"none of {len(encoded)} images can be used")
     shown = np.load(parts / "000000/shown.npy")
     with writing(out, REMEDY):
         _join(parts, len(starts), out, labelled=encoded.labels is not None)

@@ -18,6 +18,7 @@ from pdfast.errors import UsageError
 
 TARS, TFRECORDS = {".tar"}, {".tfrecord", ".tfrecords"}
 LABEL_FILE = "labels.csv"
+FILES = "image files"
 
 
 class EncodedImages:
@@ -47,6 +48,11 @@ class EncodedImages:
         self.places = np.ascontiguousarray(found[:, 1:])
         self.labels = found[:, 0].copy() if (found[:, 0] >= 0).any() else None
         return self
+
+    @property
+    def description(self) -> str:
+        """How many images in what, for people."""
+        return f"{len(self)} {FILES}" if self.kind == FILES else f"{len(self)} images in {len(self.files)} {self.kind}"
 
     def __len__(self) -> int:
         return len(self.names)
@@ -96,7 +102,7 @@ def _from_folder(folder: Path) -> EncodedImages:
     if not top and not classes:
         suffixes = ", ".join(sorted(SUFFIXES))
         raise UsageError(f"{folder} holds no image files, directly or one folder down: give one that does ({suffixes})")
-    found = EncodedImages("image files")
+    found = EncodedImages(FILES)
     for label, files in enumerate(classes) if classes else [(-1, top)]:
         for file in files:
             name = str(file.relative_to(folder))

@@ -65,7 +65,7 @@ class Samples:
             except BadImage as error:
                 bad.append(Bad(i, str(error)))
             i = (i + 1) % len(self.encoded)
-        raise UsageError(f"none of {len(self.encoded)} {self.encoded.kind} can be used: the first is {bad[0].reason}")
+        raise UsageError(f"none of {len(self.encoded)} images can be used: the first is {bad[0].reason}")
 
     def image(self, i: int) -> tuple[np.ndarray, int, list[Bad]]:
         return self.usable(i, lambda _, content: decode(content, self.size, self.channels))
@@ -107,7 +107,7 @@ class FileImages:
         self.shape = (samples.size, samples.size, samples.channels)
         self.num_classes = samples.num_classes or (0 if encoded.labels is None else int(encoded.labels.max()) + 1)
         classes = f", {self.num_classes} classes" if self.num_classes else ""
-        self.description = f"{name}: {len(encoded)} {encoded.kind}{classes}, as images of {self.shape}"
+        self.description = f"{name}: {encoded.description}{classes}, as images of {self.shape}"
         self.bad: dict[str, str] = {}
         """Names of the images that could not be used, and why."""
         self.on_bad: Callable[[str, str], None] = lambda name, reason: None

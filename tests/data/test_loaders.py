@@ -63,6 +63,8 @@ def test_an_array_a_folder_tars_and_tfrecords_give_the_same_batches(folder, tmp_
     for path in (folder, tmp_path / "tars", tmp_path / "all.tfrecord"):
         source = opened(path, loader)
         assert source.num_images == N and source.num_classes == 3
+        found = {"images": "11 image files", "tars": "11 images in 2 tar shards"}
+        assert found.get(path.name, "11 images in 1 TFRecord files") in source.description
         assert_equal(batches(source), expected)
         assert_equal(
             [source.take(torch.tensor([3, 0])).images, source.take(torch.tensor([3, 0])).labels],
@@ -139,7 +141,7 @@ def test_nothing_at_all_can_be_used(folder, loader):
     for file in folder.glob("*.png"):
         file.write_bytes(b"")
     message = refusal(lambda: batches(opened(folder, loader, max_bad=1.0)), names="11")
-    assert message == "none of 11 image files can be used: the first is empty"
+    assert message == "none of 11 images can be used: the first is empty"
 
 
 def test_the_loader_is_chosen_by_what_fits_and_what_is_there(folder, monkeypatch, tmp_path):

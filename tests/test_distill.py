@@ -205,7 +205,10 @@ def test_the_literal_torchrun_command(tmp_path):
         [TORCHRUN, "-m", "pdfast.distill", "--rounds", "8"],
         cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    text, _ = process.communicate(timeout=2400)
+    try:
+        text, _ = process.communicate(timeout=2400)
+    finally:
+        process.kill()
     assert process.returncode == 0, text[-2000:]
     run = tmp_path / "runs/digits"
     assert (run / "report.html").exists()

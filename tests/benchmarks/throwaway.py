@@ -94,7 +94,7 @@ def _launches() -> dict[str, Launch]:
         "parameter": launch(parameter, x_ptr=x, y_ptr=y, bias_ptr=bias),
         "double": launch(double, x_ptr=x, y_ptr=y),
         "atomic": launch(atomic, x_ptr=floats, y_ptr=more),
-        "spill": launch(spill, x_ptr=x, y_ptr=y, block=1 << 15),
+        "spill": launch(spill, x_ptr=x, y_ptr=y, block=1 << 16),
         "product": launch(product, x_ptr=x, y_ptr=y, z_ptr=tensor(), block=64),
         "small product": launch(product, x_ptr=x, y_ptr=y, z_ptr=tensor(), block=16),
         "large product": launch(product, x_ptr=floats, y_ptr=more, z_ptr=tensor(), block=256, warps=8),

@@ -18,7 +18,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from pdfast.data.files import Bad, Decoded, Samples, spare_cores
-from pdfast.data.pictures import UPRIGHT, BadImage, Fit, decode, examine, fit, in_full
+from pdfast.data.pictures import UPRIGHT, BadImage, decode, examine, fit, in_full
 from pdfast.errors import RunError
 
 AHEAD = 2  # batches decoded before they are asked for
@@ -37,10 +37,11 @@ def missing() -> str | None:
 
 
 class _Prepared(NamedTuple):
-    """What DALI decodes, uint8 [bytes], and how it becomes a square."""
+    """What DALI decodes, uint8 [bytes], and the square that it takes of it: its first and last corner, float32 (y, x)."""
 
     content: np.ndarray
-    fit: Fit
+    start: np.ndarray
+    end: np.ndarray
 
 
 class DaliLoader:
@@ -84,8 +85,11 @@ class DaliLoader:
         turned = opened.orientation != UPRIGHT and opened.image.format != "JPEG"
         if i in self._for_pillow or opened.transparent or turned or opened.image.mode not in PLAIN:
             content = _as_pnm(in_full(opened, self._samples.channels))
-        to = fit(opened.width, opened.height, self._samples.size)
-        return _Prepared(np.frombuffer(content, dtype=np.uint8), to)
+        size, to = self._samples.size, fit(opened.width, opened.height, self._samples.size)
+        y, x = opened.height / to.height, opened.width / to.width
+        start = np.array([y * to.upper, x * to.left], dtype=np.float32)
+        end = np.array([y * (to.upper + size), x * (to.left + size)], dtype=np.float32)
+        return _Prepared(np.frombuffer(content, dtype=np.uint8), start, end)
 
     def _pipeline(self, batch_size: int):
         from nvidia.dali import Pipeline, fn, types
@@ -99,12 +103,11 @@ class DaliLoader:
         )
         with pipeline:
             content = fn.external_source(name="content", dtype=types.UINT8, ndim=1)
-            to = fn.external_source(name="to", dtype=types.FLOAT, ndim=1)
-            corner = fn.external_source(name="corner", dtype=types.INT32, ndim=1)
+            corners = [fn.external_source(name=name, dtype=types.FLOAT, ndim=1) for name in ("start", "end")]
             kind = types.RGB if self._samples.channels == 3 else types.GRAY
             image = fn.decoders.image(content, device="mixed" if on_gpu else "cpu", output_type=kind)
-            image = fn.resize(image, size=to, interp_type=types.INTERP_CUBIC, antialias=True)
-            pipeline.set_outputs(fn.slice(image, start=corner, shape=(size, size), axes=(0, 1)))
+            square = {"size": (size, size), "roi_start": corners[0], "roi_end": corners[1]}
+            pipeline.set_outputs(fn.resize(image, **square, interp_type=types.INTERP_CUBIC, antialias=True))
         pipeline.build()
         return pipeline
 
@@ -112,8 +115,8 @@ class DaliLoader:
         from nvidia.dali.plugin.pytorch.torch_utils import to_torch_tensor
 
         pipeline.feed_input("content", [item.content for item in items])
-        pipeline.feed_input("to", [np.array([i.fit.height, i.fit.width], dtype=np.float32) for i in items])
-        pipeline.feed_input("corner", [np.array([i.fit.upper, i.fit.left], dtype=np.int32) for i in items])
+        pipeline.feed_input("start", [item.start for item in items])
+        pipeline.feed_input("end", [item.end for item in items])
         (images,) = pipeline.run()
         return to_torch_tensor(images.as_tensor(), copy=True)
 

@@ -164,9 +164,12 @@ def _write_shard(path: Path, images: np.ndarray, numbers: list[int], labels: np.
 def _join(parts: Path, count: int, out: Path, *, labelled: bool) -> None:
     folders = [parts / f"{i:06}" for i in range(count)]
     if out.suffix != ".npz":
-        out.mkdir(exist_ok=True)
+        whole = parts / "whole"
+        whole.mkdir(exist_ok=True)
         for i, folder in enumerate(folders):
-            os.replace(folder / "shard.tar", out / f"{i:06}.tar")
+            if (folder / "shard.tar").exists():  # else it was moved before a stop
+                os.rename(folder / "shard.tar", whole / f"{i:06}.tar")
+        os.rename(whole, out)
         return
     arrays = {"images": np.concatenate([np.load(folder / "images.npy") for folder in folders])}
     if labelled:

@@ -5,12 +5,13 @@ import json
 import numpy as np
 
 from benchmarks import loader
-from tests.data.files import encoded, write_tar
+from tests.data.archives import write_tar
+from tests.data.files import encoded
 
 
 def test_rows(tmp_path, capsys):
     pixels = np.random.default_rng(0).integers(0, 256, (8, 20, 20, 3), dtype=np.uint8)
-    write_tar(tmp_path / "a.tar", {f"{i}.jpg": encoded(image, "JPEG") for i, image in enumerate(pixels)})
+    write_tar(tmp_path / "a.tar", {f"{i}.jpg": encoded(image, "JPEG") for i, image in enumerate(pixels)}, "w")
     flags = "--image-size 8 --batch 4 --seconds 0.1 --workers 0 --device cpu".split()
     chosen = ["resident", "portable", "webdataset", "dataloader"]
     file = tmp_path / "rows.json"

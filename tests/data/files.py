@@ -1,4 +1,4 @@
-"""Small image files, tar shards and TFRecord files to read."""
+"""Small image files, indices of tar shards and TFRecord files to read."""
 
 import io
 import struct
@@ -18,14 +18,6 @@ def encoded(pixels: np.ndarray, kind: str = "PNG", **options: object) -> bytes:
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, kind, **options)
     return content.getvalue()
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
 
 
 def write_index(shard: Path) -> None:

@@ -64,6 +64,25 @@ def test_the_bad_are_left_out_and_named(folder, tmp_path):
         assert arrays["labels"].tolist() == [0] * 5 + [1] * 4 and len(arrays["images"]) == 9
 
 
+def test_stopped_while_the_shards_are_put_together(folder, tmp_path, monkeypatch):
+    arguments = find_images(folder), tmp_path / "out", 8, 3
+    moves, rename = [], module.os.rename
+
+    def stop(source, target):
+        moves.append(target)
+        if len(moves) == 2:
+            raise SystemExit
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "rename", lambda a, b: stop(a, b) if str(a).endswith("shard.tar") else rename(a, b))
+        with pytest.raises(SystemExit):
+            convert(*arguments, jobs=1, max_bad=0.0)
+    assert len(moves) == 2 and not (tmp_path / "out").exists()
+    convert(*arguments, jobs=1, max_bad=0.0)
+    assert torch.equal(everything(tmp_path / "out")[0], everything(folder)[0])
+
+
 def test_a_stopped_conversion_goes_on(folder, tmp_path, monkeypatch):
     arguments = find_images(folder), tmp_path / "out.npz", 8, 3
 

@@ -8,8 +8,9 @@ import pytest
 
 from pdfast.data.encoded import find_images
 from pdfast.data.pictures import BadImage, decode
+from tests.data.archives import write_tar
 from tests.data.errors import refusal
-from tests.data.files import encoded, solid, write_index, write_tar, write_tfrecord
+from tests.data.files import encoded, solid, write_index, write_tfrecord
 
 
 def grey(value: int) -> bytes:
@@ -69,8 +70,8 @@ SAMPLES = {
 
 @pytest.mark.parametrize("index", [False, True])
 def test_tar_shards(tmp_path, index):
-    write_tar(tmp_path / "a.tar", SAMPLES)
-    write_tar(tmp_path / "b.tar", {"../../evil.png": grey(40), "/etc/passwd.png": grey(50)})
+    write_tar(tmp_path / "a.tar", SAMPLES, "w")
+    write_tar(tmp_path / "b.tar", {"../../evil.png": grey(40), "/etc/passwd.png": grey(50)}, "w")
     if index:
         write_index(tmp_path / "a.tar")
     assert values(tmp_path) == [10, 20, 30, 40, 50] and labels(tmp_path) == [3, 4, -1, -1, -1]
@@ -81,8 +82,8 @@ def test_tar_shards(tmp_path, index):
 
 
 def test_a_broken_tar_gives_what_is_whole(tmp_path):
-    write_tar(tmp_path / "a.tar", {f"{i}.png": grey(i) for i in range(5)})
-    write_tar(tmp_path / "b.tar", {"9.png": grey(9)})
+    write_tar(tmp_path / "a.tar", {f"{i}.png": grey(i) for i in range(5)}, "w")
+    write_tar(tmp_path / "b.tar", {"9.png": grey(9)}, "w")
     content = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(content[: 3 * 1024 + 512 + 10])
     assert values(tmp_path) == [0, 1, 9]

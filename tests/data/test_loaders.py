@@ -9,8 +9,9 @@ import torch
 from pdfast.data import dali, load_source, loaders
 from pdfast.engine import interrupt
 from tests.commands import TINY_RUN, call
+from tests.data.archives import write_tar
 from tests.data.errors import refusal
-from tests.data.files import encoded, write_tar, write_tfrecord
+from tests.data.files import encoded, write_tfrecord
 
 LOADERS = [
     "resident",
@@ -55,8 +56,8 @@ def test_an_array_a_folder_tars_and_tfrecords_give_the_same_batches(folder, tmp_
     np.savez(tmp_path / "array.npz", images=PIXELS, labels=np.array(OF_CLASS))
     (tmp_path / "tars").mkdir()
     members = [{f"{i:02}.png": encoded(PIXELS[i]), f"{i:02}.cls": str(OF_CLASS[i]).encode()} for i in range(N)]
-    write_tar(tmp_path / "tars/0.tar", {k: v for m in members[:7] for k, v in m.items()})
-    write_tar(tmp_path / "tars/1.tar", {k: v for m in members[7:] for k, v in m.items()})
+    write_tar(tmp_path / "tars/0.tar", {k: v for m in members[:7] for k, v in m.items()}, "w")
+    write_tar(tmp_path / "tars/1.tar", {k: v for m in members[7:] for k, v in m.items()}, "w")
     records = [(encoded(p), label) for p, label in zip(PIXELS, OF_CLASS, strict=True)]
     write_tfrecord(tmp_path / "all.tfrecord", records)
     expected = batches(opened(tmp_path / "array.npz"))

@@ -9,13 +9,16 @@ import torch
 import pdfast.distill
 from pdfast.engine.graph import Replayed
 from pdfast.engine.layout import compiled_graphs
+from pdfast.engine.machine import Machine
 from pdfast.engine.world import World
 from tests.commands import TINY_RUN, call
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler's, about itself
-def test_three_rounds_and_their_evaluations_compile_once(finished_run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "in blocks"])
+def test_three_rounds_and_their_evaluations_compile_once(finished_run, tmp_path, monkeypatch, whole):
+    monkeypatch.setattr(Machine, "_in_one_graph", whole)
     counts = []
     original = pdfast.distill.write_student
 

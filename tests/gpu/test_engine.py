@@ -41,7 +41,7 @@ def course(graph, dtype=torch.float32, compiled=False, optimizer="pdfast", updat
     rows, losses = RoundTable(table(8)), torch.zeros(16, device="cuda")
 
     def update():
-        values, _ = distillation_gradient(student, teacher, draws, rows, micro_batches=2)
+        values, _ = distillation_gradient(student, teacher, draws, rows, micro_batches=2, compiled=compiled)
         losses.copy_(values)
         adam.step(values.mean())
 

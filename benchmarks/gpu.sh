@@ -10,18 +10,19 @@
 # step             540  only when named: a distillation update next to others', of imagenet64 at a batch that eager can hold too,
 #                       then of cifar10
 # run              400  only when named: a run of cifar10-fast killed and resumed, and what checkpoints and logging cost
+# loader           200  only when named: images/s of the loaders on the image files in DATA (a folder), and the data wait of a step
 # tune             500  only when named: the fastest launch configurations of attention and group_norm
 #
 # Each part alone when named, otherwise the first five, which is 900 seconds; a part that runs past its seconds is stopped,
 # and what it wrote stays. OUT_DIR gets PART.json, and what all of them print in gpu.log.
-# PYTHON is the interpreter (default: that of .venv, else python3).
+# DATA is a folder of image files or tars, for loader. PYTHON is the interpreter (default: that of .venv, else python3).
 set -u
 cd "$(dirname "$0")/.."
 out=${1:-}
 [ -n "$out" ] || { echo "benchmarks/gpu.sh: error: say where to write: benchmarks/gpu.sh OUT_DIR [PART ...]" >&2; exit 2; }
 shift
 all="tests norm attention states shapes"
-named="step run tune"
+named="step run loader tune"
 parts=${*:-$all}
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 export PYTHONPATH=.:kernels${PYTHONPATH:+:$PYTHONPATH}
@@ -66,6 +67,8 @@ for part in $parts; do
     run)
         run run 250 "$python" -m benchmarks.resume --device cuda --json "$out/run.json"
         run run 150 "$python" -m benchmarks.safety --device cuda --updates 100 --json "$out/safety.json" ;;
+    loader) run loader 200 "$python" -m benchmarks.loader --device cuda --data "${DATA:?say where image files are: DATA=FOLDER}" \
+        --batch 256 --workers 15 --seconds 10 --json "$out/loader.json" ;;
     tune) run tune 500 "$python" -m benchmarks.tune --op attention group_norm --shapes imagenet64 \
         --case 'attention *64x12x64*' 'attention *256x9x64*' 'group_norm *192x64*' --seconds 0.02 --json "$out/tune.json" ;;
     esac

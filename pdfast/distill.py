@@ -37,10 +37,8 @@ from pdfast.report.html import build_report
 from pdfast.report.plan import print_distillation_plan
 from pdfast.train import (
     HINT,
-    count_bad_images,
     open_data,
     open_evaluator,
-    record_bad_images,
     refuse_eps_at_the_start,
     train_teacher,
     write_teacher,
@@ -276,9 +274,9 @@ def main() -> None:
             interrupt.install()
             log.say(f"{source.description}; run folder {config.run}")
             log.say(machine.description)
-            record_bad_images(source, log)
+            log.watch(source)
             distill(config, machine, given_teacher, source, log)
-            count_bad_images(source, log)
+            log.count_bad_images()
 
 
 if __name__ == "__main__":

@@ -196,24 +196,6 @@ def open_data(config: RunConfig, device: torch.device) -> ImageSource:
     return source
 
 
-def record_bad_images(source: ImageSource, log: RunLog) -> None:
-    """From now on each image that cannot be used is in the log, and so are those that were found before."""
-
-    def record(name: str, reason: str) -> None:
-        log.record({"event": "bad image", "name": name, "reason": reason})
-
-    for name, reason in source.bad.items():
-        record(name, reason)
-    source.on_bad = record
-
-
-def count_bad_images(source: ImageSource, log: RunLog) -> None:
-    """A line for the console, where there were any."""
-    if source.bad:
-        number = len(source.bad)
-        log.say(f"{number} of {source.num_images} images could not be used, and the next were instead: see {log.path}")
-
-
 def refuse_eps_at_the_start(config: RunConfig) -> None:
     """UsageError for a network that predicts eps where sampling starts from pure noise."""
     schedule = config.schedule.build()
@@ -237,13 +219,13 @@ def main() -> None:
                 return
             log.say(f"{source.description}; run folder {config.run}")
             log.say(machine.description)
-            record_bad_images(source, log)
+            log.watch(source)
             interrupt.install()
             network, training = train_teacher(config, machine, source, log)
             evaluator = open_evaluator(config, machine, source)
             write_teacher(config, machine, network, training, evaluator, config.evaluation_steps, log)
             teacher = config.run / "teacher"
-            count_bad_images(source, log)
+            log.count_bad_images()
             log.say(
                 f"wrote {teacher}; distill it with: python -m pdfast.distill --preset {config.preset} --teacher {teacher}"
             )

@@ -65,7 +65,11 @@ def test_the_environment_is_made_once(checkout):
     for _ in range(2):
         assert make(checkout, "distill", PYTHON=python).returncode == 0
     calls = (checkout / "pip-calls").read_text().splitlines()
-    assert [call.split()[-1] for call in calls if "install" in call] == ["torch==2.13.0", ".[test]"]
+    assert [call.split()[-1] for call in calls if "install" in call] == [
+        "torch==2.13.0",
+        ".[test]",
+        "nvidia-dali-cuda130",
+    ]
     assert (checkout / "torchrun-calls").read_text().splitlines() == ["--standalone -m pdfast.distill --rounds 8"] * 2
 
 

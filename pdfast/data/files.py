@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pdfast.data.encoded import EncodedImages
 from pdfast.data.pictures import BadImage, decode
-from pdfast.data.source import Batch, ResidentImages, order_of
+from pdfast.data.source import BadImages, Batch, ResidentImages, order_of
 from pdfast.errors import UsageError
 
 T = TypeVar("T")
@@ -108,12 +108,8 @@ class FileImages:
         self.num_classes = samples.num_classes or (0 if encoded.labels is None else int(encoded.labels.max()) + 1)
         classes = f", {self.num_classes} classes" if self.num_classes else ""
         self.description = f"{name}: {encoded.description}{classes}, as images of {self.shape}"
-        self.bad: dict[str, str] = {}
-        """Names of the images that could not be used, and why."""
-        self.on_bad: Callable[[str, str], None] = lambda name, reason: None
-        """Called once for each of them."""
-        self._samples, self._loader, self._most_bad = samples, loader, max_bad * len(encoded)
-        self._max_bad, self._device = max_bad, torch.device(device)
+        self.bad = BadImages(name, len(encoded), max_bad)
+        self._samples, self._loader, self._device = samples, loader, torch.device(device)
 
     def take(self, indices: Tensor) -> Batch:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -130,17 +126,7 @@ class FileImages:
 
     def _batch(self, decoded: Decoded) -> Batch:
         encoded = self._samples.encoded
-        for i, reason in decoded.bad:
-            name = encoded.names[i]
-            if name not in self.bad:
-                self.bad[name] = reason
-                self.on_bad(name, reason)
-        if len(self.bad) > self._most_bad:
-            name, reason = next(iter(self.bad.items()))
-            raise UsageError(
-                f"{len(self.bad)} of {self.num_images} images of {self.name} cannot be used, more than --max-bad "
-                f"{self._max_bad:g} allows; the first: {name} ({reason}): remove or mend them, or allow more"
-            )
+        self.bad.add({encoded.names[i]: reason for i, reason in decoded.bad})
         images = decoded.images
         labels = None if encoded.labels is None else torch.from_numpy(encoded.labels)[decoded.indices]
         return Batch(self._on_device(images), None if labels is None else self._on_device(labels))
@@ -163,6 +149,7 @@ class FileImages:
         labels = None if self._samples.encoded.labels is None else torch.from_numpy(labels)
         resident = ResidentImages(self.name, torch.from_numpy(images), labels, self._device)
         # Of the files, whatever loads them: a run may go on with another loader.
-        resident.description, resident.fingerprint, resident.bad = self.description, self.fingerprint, self.bad
+        resident.description = f"{self.description}, {resident.home}"
+        resident.fingerprint, resident.bad = self.fingerprint, self.bad
         resident.num_classes = self.num_classes
         return resident

@@ -6,7 +6,7 @@ after any stop.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from pdfast.diffusion.noise import permutation
+from pdfast.errors import UsageError
 
+SHARE_OF_GPU = 0.25  # of its free memory, which the images of a data set may take
 LoaderName = Literal["auto", "resident", "dali", "portable"]
 
 
@@ -37,14 +39,38 @@ def order_of(samples: Tensor, num_images: int, seed: int) -> Tensor:
     return indices
 
 
+class BadImages:
+    """The images of a data set that could not be used, up to now."""
+
+    def __init__(self, name: str, num_images: int, max_bad: float = 0.0) -> None:
+        """name: of the set. max_bad: the fraction of it that may be bad."""
+        self.reasons: dict[str, str] = {}
+        """Their names, and what is wrong with each."""
+        self.on_new: Callable[[str, str], None] = lambda name, reason: None
+        """Called with name and reason of each from now on."""
+        self._name, self._num_images, self._max_bad = name, num_images, max_bad
+
+    def add(self, reasons: Mapping[str, str]) -> None:
+        """Those that are known already are not counted again. UsageError where they are too many."""
+        for name, reason in reasons.items():
+            if name not in self.reasons:
+                self.reasons[name] = reason
+                self.on_new(name, reason)
+        if len(self.reasons) > self._max_bad * self._num_images:
+            name, reason = next(iter(self.reasons.items()))
+            raise UsageError(
+                f"{len(self.reasons)} of {self._num_images} images of {self._name} cannot be used, more than --max-bad "
+                f"{self._max_bad:g} allows; the first: {name} ({reason}): remove or mend them, or allow more"
+            )
+
+
 class ImageSource(Protocol):
     name: str
     description: str  # how many images, of what, and what loads them, for people
     num_images: int
     shape: tuple[int, int, int]  # (H, W, C)
     num_classes: int  # 0 without labels
-    bad: dict[str, str]  # names of images that could not be used, up to now, and why
-    on_bad: Callable[[str, str], None]  # called for each of them from now on
+    bad: BadImages
     fingerprint: str  # SHA-256, in hexadecimal, of shape, images (or their names and sizes) and labels
 
     def stream(self, part: Tensor, batch_size: int, update: int, seed: int) -> Iterator[Batch]:
@@ -55,27 +81,39 @@ class ImageSource(Protocol):
         """The images at `indices`, int64 [n], in the data set's own order."""
 
 
+def home_of(num_bytes: int, device: torch.device) -> torch.device:
+    """Where so many bytes of images are kept for use on the device: there, or where they would take more than their share
+    of what is free, in the host's memory."""
+    if device.type == "cuda" and num_bytes > SHARE_OF_GPU * torch.cuda.mem_get_info(device)[0]:
+        return torch.device("cpu")
+    return device
+
+
 class ResidentImages:
-    """A whole data set held as uint8 on one device."""
+    """A whole data set held as uint8: on the device that uses it or, where that has no room, in the host's memory, from
+    which batches go to the device through pinned memory while it computes."""
 
     def __init__(
         self, name: str, images: Tensor, labels: Tensor | None = None, device: torch.device | str = "cpu"
     ) -> None:
-        """images: uint8 [N, H, W, C]; labels: int64 [N] or None."""
+        """images: uint8 [N, H, W, C]; labels: int64 [N] or None. device: where batches are wanted."""
         digest = hashlib.sha256(str(tuple(images.shape)).encode())
         for tensor in (images,) if labels is None else (images, labels):
             digest.update(tensor.cpu().contiguous().numpy())
         self.name = name
-        self.bad: dict[str, str] = {}
-        self.on_bad: Callable[[str, str], None] = lambda name, reason: None
+        self.bad = BadImages(name, len(images))
         self.fingerprint = digest.hexdigest()
         self.num_images = len(images)
         self.shape = tuple(images.shape[1:])
         self.num_classes = int(labels.max()) + 1 if labels is not None else 0
+        self._device = torch.device(device)
+        home = home_of(images.nbytes, self._device)
         classes = f", {self.num_classes} classes" if self.num_classes else ""
-        self.description = f"{name}: {len(images)} images of {self.shape}{classes}, in memory"
-        self._images = images.to(device)
-        self._labels = labels.to(device) if labels is not None else None
+        self.home = "in memory" if home == self._device else "in the host's memory, for the GPU has no room"
+        """Where the images are kept, for people."""
+        self.description = f"{name}: {len(images)} images of {self.shape}{classes}, {self.home}"
+        self._images = images.to(home)
+        self._labels = labels.to(home) if labels is not None else None
 
     def stream(self, part: Tensor, batch_size: int, update: int, seed: int) -> Iterator[Batch]:
         while True:
@@ -87,5 +125,11 @@ class ResidentImages:
         return self.take(order_of(samples, self.num_images, seed))
 
     def take(self, indices: Tensor) -> Batch:
-        indices = indices.to(self._images.device)
-        return Batch(self._images[indices], self._labels[indices] if self._labels is not None else None)
+        return Batch(self._of(self._images, indices), None if self._labels is None else self._of(self._labels, indices))
+
+    def _of(self, everything: Tensor, indices: Tensor) -> Tensor:
+        if everything.device.type == self._device.type:
+            return everything[indices.to(everything.device)]
+        pinned = torch.empty(len(indices), *everything.shape[1:], dtype=everything.dtype, pin_memory=True)
+        torch.index_select(everything, 0, indices, out=pinned)
+        return pinned.to(self._device, non_blocking=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pdfast.data import ImageSource
 from pdfast.engine.files import write_file, writing
 from pdfast.engine.metrics import Losses, Speed, peak_memory_mib
 from pdfast.engine.optimizer import Optimizer
@@ -36,7 +37,9 @@ class RunLog:
     """log.jsonl, TensorBoard and the console of one run."""
 
     def __init__(self, run: Path, world: World) -> None:
-        self.path, self.first = run / "log.jsonl", world.first
+        self.path, self.first, self._world = run / "log.jsonl", world.first, world
+        self._source: ImageSource | None = None
+        self._exchanged: set[str] = set()
         if self.first:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -56,6 +59,34 @@ class RunLog:
             with writing(self.path):
                 self._file.write(json.dumps(entry) + "\n")
                 self._file.flush()
+
+    def watch(self, source: ImageSource) -> None:
+        """From now on each image that cannot be used is a line, and so are those that were found before."""
+
+        def record(name: str, reason: str) -> None:
+            self.record({"event": "bad image", "name": name, "reason": reason})
+
+        for name, reason in source.bad.reasons.items():
+            record(name, reason)
+        self._source, source.bad.on_new = source, record
+
+    def exchange_bad_images(self) -> None:
+        """All processes come to know of the images that any could not use. All must call it."""
+        if self._source is None:
+            return
+        bad = self._source.bad
+        found = {name: reason for name, reason in bad.reasons.items() if name not in self._exchanged}
+        if self._world.any(bool(found))[0]:
+            for of_one in self._world.collect(found):
+                self._exchanged |= of_one.keys()
+                bad.add(of_one)
+
+    def count_bad_images(self) -> None:
+        """A line for the console, where there were any. All processes must call it."""
+        self.exchange_bad_images()
+        if self._source is not None and self._source.bad.reasons:
+            number, of = len(self._source.bad.reasons), self._source.num_images
+            self.say(f"{number} of {of} images could not be used, and the next were instead: see {self.path}")
 
     def warn(self, message: str, steps: int | None = None) -> None:
         """A warning on the console and in the log, from where the report takes it; steps: of which stage it is."""
@@ -160,6 +191,7 @@ class Progress:
             **rates,
         }
         self._log.record(entry)
+        self._log.exchange_bad_images()
         tag = "teacher" if self._steps is None else f"round_{self._steps:04d}"
         self._log.scalars(tag, {name: entry[name] for name in SCALARS}, done)
         self._say(done, loss, rates)

@@ -83,6 +83,14 @@ class World:
         dist.all_gather(parts, values.contiguous(), group=self.control)
         return torch.cat(parts)
 
+    def collect(self, value: T) -> list[T]:
+        """Every process's value, of what pickle can carry, in the order of the processes. All must call it."""
+        if self.control is None:
+            return [value]
+        values: list[T] = [value] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
     def on_first(self, function: Callable[[], T]) -> T:
         """What `function` returns in the first process, which alone calls it; its UsageError or RunError is raised in all.
 

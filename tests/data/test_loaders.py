@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from pdfast.data import dali, load_source, loaders
+from pdfast.data.source import home_of, order_of
 from pdfast.engine import interrupt
+from pdfast.report.metrics import split_real
 from tests.commands import TINY_RUN, call
 from tests.data.archives import write_tar
 from tests.data.errors import refusal
 from tests.data.files import encoded, write_tfrecord
+from tests.engine import processes
 
 LOADERS = [
     "resident",
@@ -114,11 +117,12 @@ def test_what_is_bad_is_replaced_by_the_next_and_named_once(folder, loader):
     (folder / "04.png").write_bytes(encoded(PIXELS[4])[:-60])  # its header is good
     (folder / "10.png").write_text("<html>404</html>")
     source, seen = opened(folder, loader, max_bad=0.3), []
-    before = dict(source.bad)
-    source.on_bad = lambda name, reason: seen.append(name)
+    reasons = source.bad.reasons
+    before = dict(reasons)
+    source.bad.on_new = lambda name, reason: seen.append(name)
     images, labels = batches(source, 9)
-    assert set(source.bad) == {"03.png", "04.png", "10.png"} and sorted([*before, *seen]) == sorted(source.bad)
-    assert source.bad["03.png"] == "empty" and source.bad["10.png"] == "not an image" and source.bad["04.png"]
+    assert set(reasons) == {"03.png", "04.png", "10.png"} and sorted([*before, *seen]) == sorted(reasons)
+    assert reasons["03.png"] == "empty" and reasons["10.png"] == "not an image" and reasons["04.png"]
     replacement = {3: 5, 4: 5, 10: 0}
     numbers = [int((torch.from_numpy(PIXELS) == image).flatten(1).all(1).nonzero()) for image in good[0]]
     expected = [replacement.get(i, i) for i in numbers]
@@ -132,7 +136,7 @@ def test_what_is_bad_is_replaced_by_the_next_and_named_once(folder, loader):
 def test_labels_that_the_network_has_not(folder, loader):
     source = opened(folder, loader, num_classes=2, max_bad=1.0)
     labels = batches(source, 9)[1]
-    assert set(labels.tolist()) == {0, 1} and set(source.bad.values()) == {"label 2, not one of 2 classes"}
+    assert set(labels.tolist()) == {0, 1} and set(source.bad.reasons.values()) == {"label 2, not one of 2 classes"}
     (folder / "labels.csv").unlink()
     assert "has no labels" in refusal(opened, folder, loader, num_classes=2, names=folder)
 
@@ -148,7 +152,7 @@ def test_nothing_at_all_can_be_used(folder, loader):
 def test_the_loader_is_chosen_by_what_fits_and_what_is_there(folder, monkeypatch, tmp_path):
     assert (
         opened(folder).description
-        == "images: 11 image files, 3 classes, as images of (8, 8, 3), loader resident (0 MiB)"
+        == "images: 11 image files, 3 classes, as images of (8, 8, 3), loader resident (0 MiB), in memory"
     )
     monkeypatch.setattr(loaders, "MOST_RESIDENT", 0)
     monkeypatch.setattr(dali, "missing", lambda: "NVIDIA DALI is not installed")
@@ -184,3 +188,41 @@ def test_a_run_from_files_goes_on_bit_for_bit(folder, tmp_path, loader, monkeypa
     assert weights[0] == weights[1]
     said = capsys.readouterr().out
     assert "images: 11 image files" in said and "1 of 11 images could not be used, and the next were instead" in said
+
+
+def test_what_another_process_could_not_use_is_in_the_log(tmp_path):
+    """Of two processes the second alone meets a bad image."""
+    count, size, updates = 64, 8, 3
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(count):
+        (folder / f"{i:02}.png").write_bytes(encoded(np.full((8, 8), 2 * i, dtype=np.uint8)))
+    order = order_of(torch.arange(size * updates), count, 0).view(updates, 2, size // 2)
+    evaluated = torch.cat(split_real(count, 8, seed=0))
+    its_own = set(order[:, 1].flatten().tolist()) - set(order[:, 0].flatten().tolist()) - set(evaluated.tolist())
+    name = f"{min(its_own):02}.png"
+    (folder / name).write_bytes(b"")
+    flags = [
+        *TINY_RUN,
+        "--data",
+        str(folder),
+        "--loader",
+        "portable",
+        "--max-bad",
+        "0.02",
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
+    flags += f"--train.updates {updates} --train.batch-size {size} --evaluation.num-samples 8".split()
+    processes.run(2, "-m", "pdfast.train", *flags)
+    entries = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [e for e in entries if e.get("event") == "bad image"] == [
+        {"event": "bad image", "name": name, "reason": "empty"}
+    ]
+
+
+def test_images_lie_where_there_is_room(monkeypatch):
+    gpu = torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8000, 80000))
+    assert [home_of(n, gpu).type for n in (2000, 2001)] == ["cuda", "cpu"]
+    assert home_of(1 << 60, torch.device("cpu")).type == "cpu"

@@ -46,6 +46,8 @@ def _defaults(cls: type[C], arguments: list[str]) -> C:
     """The preset, or the saved configuration, that flags override. Fields of the other command are passed over."""
     file, name = _peek("--config", arguments), _peek("--preset", arguments)
     plain = load_yaml(Path(file)) if file else {}
+    if "kind" in (plain.get("network") or {}):  # it comes with the teacher
+        del plain["network"]
     base = to_plain(preset(name or plain.get("preset", "digits"))) | plain
     known, other = _names(cls), _names(DistillConfig) | _names(TrainConfig) | FACTS
     return from_plain(cls, {k: v for k, v in base.items() if k in known or k not in other}, file or f"preset {name}")
@@ -126,6 +128,7 @@ def check(config: DistillConfig | TrainConfig) -> None:
     fractions = {"train.ema": train.ema, "train.dropout": train.dropout}
     if isinstance(config, DistillConfig):
         positive |= {"batch-size": config.batch_size, "learning-rate": config.learning_rate, "clip": config.clip}
+        positive |= {"convert-updates": config.convert_updates}
         fractions["ema"] = config.ema
     for flag, value in positive.items():
         if not value > 0:
@@ -133,5 +136,9 @@ def check(config: DistillConfig | TrainConfig) -> None:
     for flag, value in fractions.items():
         if not 0 <= value < 1:
             raise UsageError(f"--{flag} must be in [0, 1), got {value}")
+    if isinstance(config, DistillConfig) and config.convert and config.teacher is None:
+        raise UsageError(
+            "--convert is for a teacher that is given: say --teacher, or train one with --network.prediction v"
+        )
     if not 0 <= config.seed < 1 << 32:
         raise UsageError(f"--seed must be in [0, 2^32), got {config.seed}")

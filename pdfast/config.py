@@ -1,6 +1,7 @@
 """The configuration of a run: typed, checked, and the same in a preset, on the command line and in `config.yaml`."""
 
 import dataclasses
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,9 @@ OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
 class ScheduleConfig:
     """How noise grows with the diffusion time u, from data at 0 to noise at 1."""
 
-    name: Literal["cosine", "clipped_cosine", "linear_beta", "alpha_bars"] = "cosine"
-    """cosine; clipped_cosine (log-SNR within bounds, as in the paper's code); linear_beta (VP-SDE); alpha_bars (a table)."""
+    name: Literal["cosine", "clipped_cosine", "linear_beta", "alpha_bars", "diffusers"] = "cosine"
+    """cosine; clipped_cosine (log-SNR within bounds, as in the paper's code); linear_beta (VP-SDE); alpha_bars (a table);
+    diffusers (that of a teacher from there)."""
     u_start: float = 1.0
     """Diffusion time at which sampling starts; below 1 for networks that predict eps."""
     logsnr_min: float = -20.0
@@ -39,6 +41,8 @@ class ScheduleConfig:
     """linear_beta: rate at u = 1."""
     alpha_bars: OptionalPath = None
     """alpha_bars: a .npy file of strictly decreasing values in [0, 1), entry i at u = (i + 1) / T."""
+    diffusers: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None
+    """diffusers: of a scheduler_config.json, what its table is made from."""
 
     def build(self) -> diffusion.Schedule:
         """The schedule. UsageError for bad values or an unreadable table."""
@@ -54,6 +58,12 @@ class ScheduleConfig:
                     if self.alpha_bars is None:
                         raise UsageError("--schedule.name alpha_bars needs --schedule.alpha-bars FILE.npy")
                     schedule = diffusion.AlphaBars(np.load(self.alpha_bars, allow_pickle=False))
+                case "diffusers":
+                    from pdfast.teachers.diffusers import alpha_bars
+
+                    if self.diffusers is None:
+                        raise UsageError("--schedule.name diffusers comes with a teacher of diffusers: say --teacher")
+                    schedule = diffusion.AlphaBars(alpha_bars(self.diffusers))
             return diffusion.StartingAt(schedule, self.u_start) if self.u_start != 1 else schedule
         except (ValueError, OSError) as error:
             raise UsageError(f"schedule: {error}") from None
@@ -191,7 +201,11 @@ class DistillConfig(RunConfig):
     """A distillation run."""
 
     teacher: OptionalPath = None
-    """Folder of a trained teacher (or student); without one the preset's teacher is trained first."""
+    """Folder of a trained teacher (or student), or of a diffusers pipeline; without one the preset's teacher is trained first."""
+    convert: Annotated[Literal["v"] | None, tyro.conf.arg(metavar="v")] = None
+    """v: distil a copy of the teacher that predicts v. For one that predicts eps, which cannot be distilled to one step."""
+    convert_updates: int = 2000
+    """Updates that the copy is trained for, at the rounds' batch size and learning rate."""
     rounds: OptionalInt = None
     """Halvings of the number of steps. Any two of rounds, start-steps and end-steps give the third; without any, the
     preset's."""
@@ -308,6 +322,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return tuple(_convert(get_args(kind)[0], v, where) for v in value)
     if get_origin(kind) is Literal and value in get_args(kind):
         return value
+    if isinstance(value, dict) and any(get_origin(k) is dict for k in (kind, *get_args(kind))):
+        return value
     choices = get_args(kind) if type(None) in get_args(kind) else (kind,)
     if value is None and type(None) in choices:
         return None
@@ -319,6 +335,17 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         if isinstance(choice, type) and type(value) is choice:
             return value
     raise UsageError(f"{where}: {value!r} is not {getattr(kind, '__name__', kind)}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. UsageError where the file is missing or damaged."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} is not a JSON object")
+    return value
 
 
 def load_yaml(path: Path) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from pdfast.cli import Interrupted, run_command
 from pdfast.commands import distill_arguments
-from pdfast.config import DistillConfig
+from pdfast.config import DistillConfig, TeacherConfig, read_json
 from pdfast.data import ImageSource
 from pdfast.diffusion import build_step_table
 from pdfast.engine import interrupt, layout
@@ -24,19 +25,20 @@ from pdfast.engine.files import write_folder, write_json
 from pdfast.engine.log import Progress, RunLog, clock, count_steps
 from pdfast.engine.machine import Machine, open_machine
 from pdfast.engine.metrics import Losses
-from pdfast.engine.model_folder import SavedModel, fill_model_folder, load_model, read_json
+from pdfast.engine.model_folder import SavedModel, fill_model_folder, load_model
 from pdfast.engine.optimizer import linear_decay
 from pdfast.engine.run import open_run
 from pdfast.engine.step import Draws, RoundTable, distillation_gradient
 from pdfast.errors import RunError, UsageError
-from pdfast.networks import UNet
 from pdfast.report.evaluator import Evaluator, shown
 from pdfast.report.grids import image_grid, write_png
 from pdfast.report.guard import complaints
 from pdfast.report.html import build_report
 from pdfast.report.plan import print_distillation_plan
+from pdfast.teachers import ConvertedConfig
 from pdfast.train import (
     HINT,
+    new_network,
     open_data,
     open_evaluator,
     refuse_eps_at_the_start,
@@ -44,6 +46,8 @@ from pdfast.train import (
     write_teacher,
 )
 
+FEW = (16, 4, 1)
+"""Steps at which a teacher is judged before it is converted, besides those that distillation starts from."""
 SAME = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """How near a student's output must be to its teacher's before the first update, of the largest value."""
 
@@ -53,7 +57,7 @@ class Rounds:
 
     def __init__(self, config: DistillConfig, machine: Machine, source: ImageSource, log: RunLog) -> None:
         self.config, self.machine, self.log = config, machine, log
-        self.student, self.teacher = machine.trained(UNet(config.network)), machine.frozen()
+        self.student, self.teacher = machine.trained(config.network.build()), machine.frozen()
         self.optimizer = machine.optimizer(self.student, clip=config.clip, ema=config.ema)
         self.draws = Draws(
             source,
@@ -203,17 +207,55 @@ def with_teachers_network(config: DistillConfig) -> tuple[DistillConfig, SavedMo
     if config.teacher is None:
         return config, None
     saved = load_model(config.teacher, torch.device("cpu"))
-    if saved.network.config.image_shape != config.network.image_shape:
-        raise UsageError(
-            f"the teacher in {config.teacher} makes images of (channels, height, width) {saved.network.config.image_shape}, "
-            f"the data are {config.network.image_shape}: choose other --data or set --network.image-size and "
-            "--network.image-channels"
-        )
     if saved.steps is not None and saved.steps != config.start_steps:
         raise UsageError(
             f"{config.teacher} is a student of {saved.steps} steps: distill it from there, with --start-steps {saved.steps}"
         )
-    return dataclasses.replace(config, network=saved.network.config, schedule=saved.schedule), saved
+    network = ConvertedConfig(saved.config) if config.convert else saved.config
+    schedule = saved.schedule
+    if config.schedule.u_start != 1:
+        schedule = dataclasses.replace(schedule, u_start=config.schedule.u_start)
+    return dataclasses.replace(config, network=network, schedule=schedule), saved
+
+
+def convert_teacher(
+    config: DistillConfig,
+    original: SavedModel,
+    machine: Machine,
+    source: ImageSource,
+    evaluator: Evaluator,
+    log: RunLog,
+) -> tuple[nn.Module, dict, dict]:
+    """A copy of the teacher that predicts v, trained where its algebra is not exact; with the figures of the training, and
+    those of the original and of the untrained copy."""
+    copy = config.network.build()
+    copy.network.load_state_dict(original.network.state_dict())
+    judged: dict[str, list] = {"original": [], "untrained": []}
+    networks = {"original": original.network, "untrained": copy}
+    try:
+        original.check_start()
+    except UsageError as error:
+        log.say(f"the original teacher is not judged: {error}")
+        del networks["original"]
+    for name, network in networks.items():
+        network.to(machine.world.device).eval().dtype = machine.dtype
+        for steps in [config.start_steps, *(n for n in FEW if n < config.start_steps)]:
+            images, seconds = evaluator.draw(network, steps)
+            row = evaluator.measure(images, steps, seconds)
+            judged[name].append(row)
+            log.say(f"{name} teacher, DDIM at {count_steps(steps)}: {evaluator.feature_space} {row['fd']:.3f}")
+    settings = TeacherConfig(
+        updates=config.convert_updates,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        warmup=min(100, config.convert_updates // 10),
+        decay=0.5,
+        ema=min(config.train.ema, 0.999),
+        clip=config.clip,
+        weighting=config.weighting,
+    )
+    network, training = train_teacher(config, copy, settings, machine, source, log)
+    return network, training, {"from": original.config.prediction, **judged}
 
 
 def distill(
@@ -223,14 +265,19 @@ def distill(
     world = machine.world
     teacher_folder = config.run / "teacher"
     evaluator: Evaluator | None = None
+    training = conversion = None
     if not world.on_first(teacher_folder.exists):
         if given_teacher is None:
-            teacher, training = train_teacher(config, machine, source, log)
+            teacher, training = train_teacher(config, new_network(config), config.train, machine, source, log)
+            evaluator = open_evaluator(config, machine, source)
+        elif config.convert:
+            evaluator = open_evaluator(config, machine, source)
+            teacher, training, conversion = convert_teacher(config, given_teacher, machine, source, evaluator, log)
         else:
-            teacher, training = machine.trained(given_teacher.network), None
-        evaluator = open_evaluator(config, machine, source)
+            teacher = machine.trained(given_teacher.network)
+            evaluator = open_evaluator(config, machine, source)
         halvings = [config.start_steps, *(n for n in config.round_steps if n <= config.evaluation.max_steps)]
-        write_teacher(config, machine, teacher, training, evaluator, halvings, log)
+        write_teacher(config, machine, teacher, training, evaluator, halvings, log, conversion)
         machine.finish(lambda: build_report(config.run))
         del teacher
 

@@ -19,7 +19,7 @@ from pdfast.data import load_source
 from pdfast.engine import layout
 from pdfast.engine.device import open_device
 from pdfast.engine.files import write_json, writing
-from pdfast.engine.model_folder import SavedModel, load_model
+from pdfast.engine.model_folder import SavedModel, is_model, load_model
 from pdfast.engine.world import World
 from pdfast.errors import UsageError
 from pdfast.report.evaluator import Evaluator
@@ -71,7 +71,7 @@ def evaluation_settings(arguments: Arguments, run: dict[str, Any]) -> Evaluation
 def models_to_judge(arguments: Arguments, device: torch.device) -> list[tuple[str, SavedModel, int]]:
     """(name, model, steps) of everything to measure. UsageError where there is nothing."""
     folder = arguments.model
-    if (folder / "config.json").exists() or not folder.is_dir():
+    if is_model(folder) or not folder.is_dir():
         saved = load_model(folder, device)
         name = "teacher" if saved.steps is None else f"student of {saved.steps}"
         counts = arguments.steps or ((saved.steps,) if saved.steps else (256, 16))
@@ -101,9 +101,11 @@ def main() -> None:
         if steps < 1:
             raise UsageError(f"--steps must be at least 1, got {steps}")
     first = wanted[0][1]
+    for _, saved, _ in wanted:
+        saved.check_start()
     for network in {id(saved): saved.network for _, saved, _ in wanted}.values():
         layout.for_sampling(network, device, arguments.dtype, arguments.compile)
-    network = first.network.config
+    network = first.config
     evaluator = Evaluator(
         evaluation_settings(arguments, run),
         load_source(data, image_size=network.image_size, channels=network.image_channels, device=device),

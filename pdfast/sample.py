@@ -22,7 +22,7 @@ from pdfast.diffusion.noise import Stream
 from pdfast.engine import layout
 from pdfast.engine.device import open_device
 from pdfast.engine.files import writing
-from pdfast.engine.model_folder import SavedModel, load_model
+from pdfast.engine.model_folder import SavedModel, is_model, load_model
 from pdfast.errors import UsageError
 from pdfast.report.evaluator import to_uint8
 from pdfast.report.grids import image_grid, write_png
@@ -65,7 +65,7 @@ def find_model(folder: Path, steps: int | None, device: torch.device) -> SavedMo
 
     UsageError where there is none.
     """
-    if (folder / "config.json").exists() or not folder.is_dir():
+    if is_model(folder) or not folder.is_dir():
         return load_model(folder, device)
     students = {int(f.name): f for f in (folder / "students").glob("[0-9]*")}
     if steps in students:
@@ -79,7 +79,7 @@ def find_model(folder: Path, steps: int | None, device: torch.device) -> SavedMo
 
 def draw(arguments: Arguments, saved: SavedModel, device: torch.device) -> tuple[np.ndarray, np.ndarray | None, int]:
     """Images uint8 [N, H, W, C], labels int64 [N] or None, and the number of steps."""
-    config = saved.network.config
+    config = saved.config
     steps = arguments.steps or saved.steps or 256
     for c in arguments.classes:
         if not 0 <= c < config.num_classes:
@@ -123,6 +123,7 @@ def main() -> None:
         raise UsageError(f"--out {arguments.out}: end it in .png for a grid or .npz for the arrays")
     device = open_device(arguments.device)
     saved = find_model(arguments.model, arguments.steps, device)
+    saved.check_start()
     layout.for_sampling(saved.network, device, arguments.dtype, arguments.compile)
     began = time.perf_counter()
     images, labels, steps = draw(arguments, saved, device)

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pdfast.cli import Interrupted, run_command
 from pdfast.commands import train_arguments
-from pdfast.config import RunConfig
+from pdfast.config import RunConfig, TeacherConfig
 from pdfast.data import ImageSource, load_source
 from pdfast.diffusion import check_start
 from pdfast.engine import interrupt
@@ -28,7 +28,6 @@ from pdfast.engine.optimizer import linear_decay, linear_warmup
 from pdfast.engine.run import open_run
 from pdfast.engine.step import Draws, teacher_gradient
 from pdfast.errors import UsageError
-from pdfast.networks import UNet
 from pdfast.report.evaluator import Evaluator, shown
 from pdfast.report.grids import image_grid, write_png
 from pdfast.report.plan import print_training_plan
@@ -36,13 +35,27 @@ from pdfast.report.plan import print_training_plan
 HINT = "the same command goes on from here"
 
 
-def train_teacher(config: RunConfig, machine: Machine, source: ImageSource, log: RunLog) -> tuple[UNet, dict]:
-    """Train (or go on training) the teacher; returns its network, with the averaged weights, and the training's figures."""
-    settings, world = config.train, machine.world
-    schedule = config.schedule.build()
-    # The weights' initial values are a function of the seed; dropout of the seed, the update and the process.
+def new_network(config: RunConfig) -> nn.Module:
+    """A network whose initial weights are a function of the seed."""
     torch.manual_seed(config.seed)
-    network = machine.trained(UNet(config.network, settings.dropout))
+    return config.network.build(config.train.dropout)
+
+
+def train_teacher(
+    config: RunConfig,
+    network: nn.Module,
+    settings: TeacherConfig,
+    machine: Machine,
+    source: ImageSource,
+    log: RunLog,
+) -> tuple[nn.Module, dict]:
+    """Train (or go on training) a teacher; returns its network, with the averaged weights, and the training's figures.
+
+    Dropout is a function of the seed, the update and the process.
+    """
+    world = machine.world
+    schedule = config.schedule.build()
+    network = machine.trained(network)
     optimizer = machine.optimizer(network, clip=settings.clip, ema=settings.ema, weight_decay=settings.weight_decay)
     draws = Draws(
         source,
@@ -123,15 +136,17 @@ def train_teacher(config: RunConfig, machine: Machine, source: ImageSource, log:
 def write_teacher(
     config: RunConfig,
     machine: Machine,
-    network: UNet,
+    network: nn.Module,
     training: dict | None,
     evaluator: Evaluator,
     step_counts: Sequence[int],
     log: RunLog,
+    conversion: dict | None = None,
 ) -> None:
     """Judge the teacher by DDIM at the step counts and write runs/NAME/teacher, whole or not at all.
 
-    What it draws at the first count is the reference that all later images are compared with.
+    What it draws at the first count is the reference that all later images are compared with. conversion: what is known of
+    the network that it was made from.
     """
     rows, samples = [], np.empty(0)
     reference: Tensor | None = None
@@ -146,7 +161,8 @@ def write_teacher(
 
     def fill(folder):
         fill_model_folder(folder, weights, config.network, config.schedule, None)
-        write_json(folder / "metrics.json", evaluator.metrics(rows, training))
+        made = {} if conversion is None else {"conversion": conversion}
+        write_json(folder / "metrics.json", evaluator.metrics(rows, training) | made)
         np.save(folder / "samples.npy", samples)
         np.save(folder / "real.npy", evaluator.real_samples)
         np.save(folder / "reference.npy", reference.numpy())
@@ -221,7 +237,7 @@ def main() -> None:
             log.say(machine.description)
             log.watch(source)
             interrupt.install()
-            network, training = train_teacher(config, machine, source, log)
+            network, training = train_teacher(config, new_network(config), config.train, machine, source, log)
             evaluator = open_evaluator(config, machine, source)
             write_teacher(config, machine, network, training, evaluator, config.evaluation_steps, log)
             teacher = config.run / "teacher"

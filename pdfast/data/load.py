@@ -50,7 +50,7 @@ def load_source(
     if images.shape[1:] != expected:
         raise UsageError(
             f"{spec} has images of (height, width, channels) {images.shape[1:]}, the network takes {expected}: "
-            "set --network.image-size and --network.image-channels, or prepare the data at that size"
+            "prepare the data at that size, or, where no teacher is given, set --network.image-size and --network.image-channels"
         )
     tensors = torch.from_numpy(images), None if labels is None else torch.from_numpy(labels)
     return ResidentImages(path.absolute().name, *tensors, device)

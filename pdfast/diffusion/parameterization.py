@@ -18,7 +18,8 @@ Weighting = Literal["snr", "truncated_snr", "snr_plus_one", "x_mse"]
 PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
 WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
 
-SMALLEST_COS_FOR_EPS = 0.01
+SMALLEST_COS_FOR_EPS = 0.01  # of the first angle, to distil from
+SMALLEST_COS_TO_SAMPLE = 0.001  # below, an error of float32 in eps is one of more than 1e-4 in x
 
 
 def outputs_per_channel(prediction: Prediction) -> int:
@@ -26,14 +27,15 @@ def outputs_per_channel(prediction: Prediction) -> int:
     return 2 if prediction == "both" else 1
 
 
-def check_start(prediction: Prediction, phi_start: float) -> None:
-    """Refuse (ValueError) an eps-predicting network where it carries no information on x: cos(phi_start) < 0.01."""
+def check_start(prediction: Prediction, phi_start: float, least: float = SMALLEST_COS_FOR_EPS) -> None:
+    """Refuse (ValueError) an eps-predicting network where it carries no information on x: cos(phi_start) < least."""
     cosine = float(torch.cos(torch.as_tensor(phi_start, dtype=torch.float64)))
-    if prediction == "eps" and cosine < SMALLEST_COS_FOR_EPS:
+    if prediction == "eps" and cosine < least:
         raise ValueError(
-            f"eps-prediction is singular at the start of sampling (cos(phi) = {cosine:.2g} < {SMALLEST_COS_FOR_EPS}): "
+            f"eps-prediction is singular at the start of sampling (cos(phi) = {cosine:.2g} < {least}): "
             "x = (z - sin eps) / cos is lost there and distillation to few steps fails; "
-            "predict v, x or both instead, or start below with schedule.u-start, e.g. 0.95"
+            "predict v, x or both instead (--convert v makes such a copy of a teacher), or start below with schedule.u-start, "
+            "e.g. 0.95"
         )
 
 

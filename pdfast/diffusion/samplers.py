@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pdfast.diffusion.parameterization import Prediction, check_start, to_x
+from pdfast.diffusion.parameterization import SMALLEST_COS_TO_SAMPLE, Prediction, check_start, to_x
 from pdfast.diffusion.schedules import Schedule
 from pdfast.diffusion.step_table import angles, ddim_coefficients
 from pdfast_kernels import ddim_step
@@ -31,7 +31,7 @@ def ddim(model: Model, z: Tensor, phi: Tensor, *, cond: Any = None, clip: bool =
 
     clip: clip each x-prediction to [-1, 1] and let eps follow, as the authors did in evaluation. Returns z at phi[-1].
     """
-    check_start(model.prediction, float(phi[0]))
+    check_start(model.prediction, float(phi[0]), SMALLEST_COS_TO_SAMPLE)
     with torch.no_grad():
         for here, there in zip(phi[:-1], phi[1:], strict=True):
             output = model(z, here.to(z.device, torch.float32).expand(len(z)), cond)
@@ -60,7 +60,7 @@ def ancestral(
     """
     if not 0 <= variance <= 1:
         raise ValueError(f"variance must be in [0, 1], got {variance}")
-    check_start(model.prediction, float(phi[0]))
+    check_start(model.prediction, float(phi[0]), SMALLEST_COS_TO_SAMPLE)
     with torch.no_grad():
         for i, (here, there) in enumerate(zip(phi[:-1], phi[1:], strict=True)):
             output = model(z, here.to(z.device, torch.float32).expand(len(z)), cond)

@@ -94,8 +94,9 @@ class AlphaBars:
         table = torch.cat([torch.ones(1, dtype=torch.float64), table])
         if len(table) < 2 or not bool((table[1:] < table[:-1]).all()) or not bool(table[-1] >= 0):
             raise ValueError("alpha_bars must be at least one value in [0, 1), strictly decreasing")
-        self._knots = torch.atan2(torch.sqrt(1 - table), torch.sqrt(table))
-        self._rises = torch.asin((table[:-1] - table[1:]) / torch.sin(self._knots[1:] + self._knots[:-1]))
+        self.knots = torch.atan2(torch.sqrt(1 - table), torch.sqrt(table))
+        """The angles at u = 0, 1/T, ..., 1: float64 [T + 1]."""
+        self._rises = torch.asin((table[:-1] - table[1:]) / torch.sin(self.knots[1:] + self.knots[:-1]))
 
     def _interval(self, u: Tensor) -> tuple[Tensor, Tensor]:
         place = u * len(self._rises)
@@ -104,7 +105,7 @@ class AlphaBars:
 
     def phi(self, u: Tensor) -> Tensor:
         interval, fraction = self._interval(u)
-        return self._knots[interval] + fraction * self._rises[interval]
+        return self.knots[interval] + fraction * self._rises[interval]
 
     def delta(self, u: Tensor, du: Tensor) -> Tensor:
         # du at the slope of the lower end, then what the slopes in between differ from it: no large terms cancel.

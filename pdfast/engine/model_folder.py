@@ -4,20 +4,19 @@ config.json holds the network, the schedule, the step count it was made for and 
 changed file is noticed.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from pdfast.config import ScheduleConfig, from_plain, to_plain
+from pdfast.config import ScheduleConfig, from_plain, read_json, to_plain
+from pdfast.diffusion.parameterization import SMALLEST_COS_TO_SAMPLE, check_start
 from pdfast.engine.files import sha256, write_json
 from pdfast.errors import UsageError
-from pdfast.networks import NetworkConfig, UNet
+from pdfast.teachers import AnyNetworkConfig, is_pipeline, load_pipeline, network_config
 
 FORMAT = "pdfast-1"
 
@@ -26,14 +25,27 @@ FORMAT = "pdfast-1"
 class SavedModel:
     """A network with what is needed to sample from it. `steps` is the step count it was distilled for, None for a teacher."""
 
-    network: UNet
+    network: nn.Module
     schedule: ScheduleConfig
     steps: int | None
     folder: Path
 
+    @property
+    def config(self) -> AnyNetworkConfig:
+        """Of the network."""
+        return self.network.config
+
+    def check_start(self) -> None:
+        """UsageError for a network that cannot be sampled from where its schedule ends."""
+        phi = float(self.schedule.build().phi(torch.ones((), dtype=torch.float64)))
+        try:
+            check_start(self.config.prediction, phi, SMALLEST_COS_TO_SAMPLE)
+        except ValueError as error:
+            raise UsageError(f"{self.folder}: {error}") from None
+
 
 def fill_model_folder(
-    folder: Path, weights: dict[str, Tensor], network: NetworkConfig, schedule: ScheduleConfig, steps: int | None
+    folder: Path, weights: dict[str, Tensor], network: AnyNetworkConfig, schedule: ScheduleConfig, steps: int | None
 ) -> None:
     """Write the weights and config.json into an existing (temporary) folder."""
     kind = "teacher" if steps is None else "student"
@@ -52,21 +64,19 @@ def fill_model_folder(
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. UsageError where the file is missing or damaged."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise UsageError(f"cannot read {path}: {error}") from None
-    if not isinstance(value, dict):
-        raise UsageError(f"{path} is not a JSON object")
-    return value
+def is_model(folder: Path) -> bool:
+    """Whether it is that of one model, and not of a run."""
+    return (folder / "config.json").exists() or is_pipeline(folder)
 
 
 def load_model(folder: Path, device: torch.device) -> SavedModel:
-    """Load a teacher's or student's folder. UsageError, in one line, for a missing, damaged or foreign one."""
+    """Load a teacher's or student's folder, or a pipeline's of diffusers. UsageError, in one line, for a missing, damaged or
+    foreign one."""
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder}; a model folder holds config.json and *.safetensors")
+    if is_pipeline(folder):
+        network, schedule = load_pipeline(folder)
+        return SavedModel(network.to(device), schedule, None, folder)
     meta = read_json(folder / "config.json")
     if meta.get("format") != FORMAT or not {"kind", "steps", "network", "schedule", "sha256"} <= meta.keys():
         raise UsageError(f"{folder / 'config.json'} is not of a model that this version of pdfast wrote ({FORMAT})")
@@ -77,13 +87,13 @@ def load_model(folder: Path, device: torch.device) -> SavedModel:
         raise UsageError(
             f"{file} is damaged or was changed (its hash differs from config.json): restore it, or delete {folder}"
         )
-    network_config = from_plain(NetworkConfig, meta["network"], str(folder / "config.json"))
+    config = network_config(meta["network"], str(folder / "config.json"))
     schedule = from_plain(ScheduleConfig, meta["schedule"], str(folder / "config.json"))
     try:
         weights = load_file(file, device=str(device))
         with torch.device("meta"):
-            network = UNet(network_config)
+            network = config.build()
         network.load_state_dict(weights, assign=True)
     except (SafetensorError, RuntimeError, OSError) as error:
         raise UsageError(f"{file} does not fit its config.json: {str(error).splitlines()[0]}") from None
-    return SavedModel(network.eval().requires_grad_(False), schedule, meta["steps"], folder)
+    return SavedModel(network.to(device).eval().requires_grad_(False), schedule, meta["steps"], folder)

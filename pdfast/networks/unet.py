@@ -56,6 +56,9 @@ class NetworkConfig:
         """(C, H, W)."""
         return self.image_channels, self.image_size, self.image_size
 
+    def build(self, dropout: float = 0.0) -> "UNet":
+        return UNet(self, dropout)
+
 
 class UNet(nn.Module):
     """`unet(z, phi, cond) -> output`: z [N, C, H, W] float, phi [N] in radians, cond int64 [N] class indices (or None for an

@@ -152,6 +152,17 @@ def _rows(teacher: Stage | None, students: list[Stage]) -> list[dict[str, Any]]:
     return rows
 
 
+def _conversion(teacher: Stage | None) -> list[dict[str, Any]]:
+    """One row a step count: the distance of the teacher as it was, of its untrained copy and of the trained one."""
+    made = teacher.metrics.get("conversion") if teacher else None
+    if not made:
+        return []
+    stages = [{row["steps"]: row["fd"] for row in rows} for rows in (made["original"], made["untrained"])]
+    stages.append({row["steps"]: row["fd"] for row in teacher.metrics["evaluation"]})
+    counts = sorted(stages[1], reverse=True)
+    return [{"steps": steps, "fds": [stage.get(steps) for stage in stages]} for steps in counts]
+
+
 def _shift(row: dict[str, Any], real: dict[str, Any], key: str) -> str:
     return ", ".join(f"{a - b:+.3f}" for a, b in zip(row[key], real[key], strict=True))
 
@@ -214,6 +225,7 @@ def build_report(run: Path) -> Path:
         headline=_headline(teacher, students, config.get("rounds")),
         facts=teacher.metrics if teacher else None,
         rows=_rows(teacher, students),
+        conversion=_conversion(teacher),
         quality=quality,
         round_losses=loss_plot(rounds) if rounds else None,
         teacher_loss=loss_plot(training) if training else None,

@@ -12,7 +12,7 @@ from pdfast.engine.layout import chosen_dtype
 from pdfast.engine.log import clock, count_steps
 from pdfast.engine.machine import teacher_in_parts
 from pdfast.errors import UsageError
-from pdfast.networks import NetworkConfig, UNet
+from pdfast.networks import NetworkConfig
 
 TIMED_FLOPS = {"cpu": 4e10, "cuda": 2e13}  # of one timed forward: seconds on a laptop, a tenth of one on a GPU
 ENOUGH = 4.0  # seconds of timing after which a forward is not run again
@@ -48,7 +48,7 @@ def _job(config: RunConfig, device: torch.device, batch_size: int, *, teacher: b
 def seconds_a_forward(network: NetworkConfig, dtype: torch.dtype, most: int, device: torch.device) -> float:
     """Seconds of one forward of one image on the device, measured on a batch of at most `most`, without compilation."""
     count = int(min(most, max(1, TIMED_FLOPS[device.type] // parameters_and_flops(network)[1])))
-    model = UNet(network).to(device).eval()
+    model = network.build().to(device).eval()
     model.dtype = dtype
     zeros = inputs(network, count, device)
 

@@ -1,0 +1,211 @@
+"""A student, or any model, as a pipeline that diffusers samples to the same images:
+
+    python -m pdfast.export runs/digits --steps 4 out/digits-4
+    >>> DiffusionPipeline.from_pretrained("out/digits-4")(num_inference_steps=4)
+
+The folder is loaded again before it appears, and images from the same noise are compared.
+"""
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import tyro
+
+from pdfast.cli import parse, run_command
+from pdfast.config import OptionalInt, read_json
+from pdfast.diffusion import sample
+from pdfast.engine.device import open_device
+from pdfast.engine.files import write_folder
+from pdfast.engine.log import count_steps
+from pdfast.engine.model_folder import SavedModel
+from pdfast.errors import RunError, UsageError
+from pdfast.report.evaluator import to_uint8
+from pdfast.report.grids import image_grid, write_png
+from pdfast.sample import find_model
+from pdfast.teachers.diffusers import library
+from pdfast.teachers.pipeline import write_pipeline
+
+SHOWN = 16  # images in the grid, at least as many are compared
+COMPARED = 1 << 15  # uint8 values, about
+MOST_CHANGED = 1e-3  # of them
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Write a model as a pipeline of diffusers, and compare what both sample."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """A run's folder (then --steps chooses the student; without it the one of fewest steps), or a teacher's or student's."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """The folder to write; it must not exist."""
+    steps: OptionalInt = None
+    """Sampling steps; a student takes its own unless said, a teacher 256."""
+    format: Literal["diffusers", "safetensors"] = "diffusers"
+    """diffusers: a pipeline. safetensors: the weights with our config.json, as in a run."""
+    device: str = "auto"
+    """Where both are compared: auto (a GPU where there is one), cpu, cuda or cuda:N."""
+
+
+def load_again(folder: Path, custom: bool) -> Any:
+    """The pipeline in a folder, as a user loads it."""
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    pipeline = library().DiffusionPipeline.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=custom, low_cpu_mem_usage=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def compare(
+    folder: Path, custom: bool, saved: SavedModel, steps: int, device: torch.device
+) -> tuple[np.ndarray, float]:
+    """Images uint8 [n, H, W, C] of the pipeline in `folder`, and the fraction of their values that are not ours."""
+    config = saved.config
+    count = max(SHOWN, COMPARED // math.prod(config.image_shape))
+    generator = torch.Generator().manual_seed(SEED)
+    z = torch.randn(count, *config.image_shape, generator=generator).to(device)
+    classes = [i % config.num_classes for i in range(count)] if config.num_classes else None
+    cond = None if classes is None else torch.tensor(classes, device=device)
+    network = saved.network.to(device)
+    ours = to_uint8(sample(network, z, saved.schedule.build(), steps, cond=cond)).permute(0, 2, 3, 1).cpu().numpy()
+    pipeline = load_again(folder, custom).to(device)
+    labels = {} if classes is None else {"class_labels": classes}
+    drawn = pipeline(
+        batch_size=count,
+        num_inference_steps=steps,
+        generator=generator.manual_seed(SEED),
+        output_type="np",
+        **labels,
+    ).images
+    theirs = np.round(drawn * 255).astype(np.uint8).reshape(ours.shape)
+    return theirs, float((theirs != ours).mean())
+
+
+def model_card(saved: SavedModel, steps: int, custom: bool, changed: float) -> str:
+    """README.md of the pipeline's folder: how to sample, what was trained, what was measured."""
+    config = saved.config
+    call = f"num_inference_steps={steps}, batch_size=16"
+    call += f", class_labels=[i % {config.num_classes} for i in range(16)]" if config.num_classes else ""
+    loading = '"PATH", trust_remote_code=True' if custom else '"PATH"'
+    kind = f"the student of {count_steps(steps)}" if saved.steps else f"a teacher, for {count_steps(steps)}"
+    lines = [
+        "---",
+        "library_name: diffusers",
+        "tags: [diffusers, progressive-distillation, few-step]",
+        "---",
+        "",
+        f"# A diffusion model of {config.image_size}x{config.image_size} images: {kind}",
+        "",
+        "Made by pdfast with Progressive Distillation (Salimans & Ho 2022, arXiv 2202.00512).",
+        "",
+        "```python",
+        "from diffusers import DiffusionPipeline",
+        "",
+        f"pipeline = DiffusionPipeline.from_pretrained({loading})",
+        f"images = pipeline({call}).images",
+        "```",
+        "",
+        "![samples](grid.png)",
+        "",
+        f"Sample in {count_steps(steps)}, which it was made for. Images equal those of pdfast from the same noise, in float32: "
+        f"{changed:.4%} of the uint8 values differed when it was written.",
+    ]
+    if custom:
+        lines += [
+            "",
+            "Its network is a UNet2DModel whose output is combined with its input by time, in `unet/pdfast_unet.py`: diffusers "
+            "asks for `trust_remote_code=True` to load that file.",
+        ]
+    return "\n".join([*lines, *_facts(saved)]) + "\n"
+
+
+def _facts(saved: SavedModel) -> list[str]:
+    file = saved.folder / "metrics.json"
+    if not file.exists():
+        return []
+    metrics = read_json(file)
+    space, training, data = metrics["feature_space"], metrics["training"], metrics["data"]
+    lines = ["", "| steps (DDIM) | " + space + " |", "|---:|---:|"]
+    lines += [f"| {row['steps']} | {row['fd']:.3f} |" for row in metrics["evaluation"]]
+    lines += [
+        "",
+        f"{space}: the Frechet distance of {metrics['num_samples']} drawn to as many real images; two sets of real images are "
+        f"{metrics['floor']:.3f} apart.",
+        "",
+        f"- data: {data['name']}, {data['num_images']} images of {'x'.join(map(str, data['shape']))}",
+    ]
+    if training:
+        lines.append(
+            f"- training: {training['updates']} updates on {training['images']} images in {training['seconds']:.0f} s "
+            f"({metrics.get('processes', 1)} processes, {metrics['device']})"
+        )
+    versions = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
+    return [*lines, f"- {versions}" + (f", commit {metrics['commit']}" if metrics["commit"] else "")]
+
+
+def export_pipeline(saved: SavedModel, steps: int, out: Path, device: torch.device) -> float:
+    """Write the folder `out`, whole or not at all; returns the fraction of uint8 values that diffusers draws otherwise.
+
+    RunError where that is too large.
+    """
+    changed = 0.0
+
+    def fill(folder: Path) -> None:
+        nonlocal changed
+        custom = write_pipeline(folder, saved.network.cpu().float(), saved.schedule.build(), steps)
+        images, changed = compare(folder, custom, saved, steps, device)
+        if changed > MOST_CHANGED:
+            raise RunError(
+                f"diffusers draws other images than pdfast: {changed:.2%} of the values differ; nothing was written: this is a "
+                "bug, report it"
+            )
+        write_png(folder / "grid.png", image_grid(images[:SHOWN], columns=4, scale=max(1, 64 // images.shape[1])))
+        (folder / "README.md").write_text(model_card(saved, steps, custom, changed))
+
+    write_folder(out, fill)
+    return changed
+
+
+def export_plain(saved: SavedModel, out: Path) -> None:
+    """The model's own folder again: weights, config.json and what was measured."""
+    if not (saved.folder / "config.json").exists():
+        raise UsageError(f"{saved.folder} is a pipeline of diffusers: its weights are safetensors already")
+
+    def fill(folder: Path) -> None:
+        for pattern in ("*.safetensors", "*.json", "grid.png"):
+            for file in saved.folder.glob(pattern):
+                shutil.copy(file, folder / file.name)
+
+    write_folder(out, fill)
+
+
+def main() -> None:
+    arguments = parse(Arguments, prog="python -m pdfast.export", description=__doc__)
+    if arguments.out.exists():
+        raise UsageError(f"{arguments.out} is there already: choose another folder, or delete it")
+    if arguments.steps is not None and arguments.steps < 1:
+        raise UsageError(f"--steps must be at least 1, got {arguments.steps}")
+    saved = find_model(arguments.model, arguments.steps, torch.device("cpu"))
+    steps = arguments.steps or saved.steps or 256
+    if arguments.format == "safetensors":
+        export_plain(saved, arguments.out)
+        print(f"{saved.folder} -> {arguments.out}")
+        return
+    saved.check_start()
+    device = open_device(arguments.device)
+    changed = export_pipeline(saved, steps, arguments.out, device)
+    print(
+        f"{saved.folder} -> {arguments.out}: diffusers draws the same images in {count_steps(steps)} ({changed:.4%} changed)"
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,39 @@
+"""Networks of others, and networks made of networks, with our call and a `prediction` that says what they put out.
+
+Each kind has a configuration, plain data, with `image_size`, `image_channels`, `image_shape`, `num_classes`, `prediction`,
+and `build(dropout=0.0)`.
+"""
+
+from typing import Any
+
+from pdfast.config import from_plain
+from pdfast.errors import UsageError
+from pdfast.networks import NetworkConfig
+from pdfast.teachers.convert import Converted, ConvertedConfig
+from pdfast.teachers.diffusers import DiffusersConfig, DiffusersNetwork, is_pipeline, load_pipeline
+
+__all__ = [
+    "AnyNetworkConfig",
+    "Converted",
+    "ConvertedConfig",
+    "DiffusersConfig",
+    "DiffusersNetwork",
+    "is_pipeline",
+    "load_pipeline",
+    "network_config",
+]
+
+AnyNetworkConfig = NetworkConfig | DiffusersConfig | ConvertedConfig
+
+
+def network_config(plain: Any, where: str) -> AnyNetworkConfig:
+    """The inverse of `pdfast.config.to_plain` for the configuration of a network. UsageError where it is none."""
+    kind = plain.get("kind") if isinstance(plain, dict) else None
+    match kind:
+        case None:
+            return from_plain(NetworkConfig, plain, where)
+        case "diffusers":
+            return from_plain(DiffusersConfig, plain, where)
+        case "converted":
+            return ConvertedConfig(network_config(plain.get("network"), where))
+    raise UsageError(f"{where}: unknown kind of network {kind!r}")

@@ -1,0 +1,98 @@
+"""A v-predicting copy of a network that predicts eps or x, which can then be distilled to one step.
+
+    v = (eps - sin z) / cos        v = (cos z - x) / sin
+
+The first divides by 0 at the start of sampling, the second at its end. There the divisor is kept at LEAST instead: the
+copy is exact wherever it is not, continuous everywhere, and what it has to learn is small.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pdfast.diffusion import Prediction
+from pdfast.errors import UsageError
+
+LEAST = 0.1
+
+
+@dataclass(frozen=True)
+class ConvertedConfig:
+    """A network made to predict v."""
+
+    network: Any
+    """The configuration of the one inside."""
+    kind: str = "converted"
+    prediction: Prediction = "v"
+
+    def __post_init__(self) -> None:
+        if self.network.prediction == "v":
+            raise UsageError("this teacher predicts v already: leave out --convert")
+
+    @property
+    def image_size(self) -> int:
+        return self.network.image_size
+
+    @property
+    def image_channels(self) -> int:
+        return self.network.image_channels
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self.network.image_shape
+
+    @property
+    def num_classes(self) -> int:
+        return self.network.num_classes
+
+    def build(self, dropout: float = 0.0) -> "Converted":
+        return Converted(self, dropout)
+
+
+def coefficients(prediction: Prediction, phi: Tensor) -> tuple[Tensor, Tensor]:
+    """(a, b), [N] and [N, P], of v = a z + sum_p b_p o_p, for the outputs o of a network that predicts eps, x or both."""
+    cos, sin = torch.cos(phi), torch.sin(phi)
+    match prediction:
+        case "eps":
+            divisor = cos.clamp(min=LEAST)
+            return -sin / divisor, (1 / divisor)[:, None]
+        case "x":
+            divisor = sin.clamp(min=LEAST)
+            return cos / divisor, (-1 / divisor)[:, None]
+        case "both":
+            return torch.zeros_like(phi), torch.stack([-sin, cos], dim=1)
+    return torch.zeros_like(phi), torch.ones_like(phi)[:, None]
+
+
+class Converted(nn.Module):
+    """`network(z, phi, cond) -> v` of a network inside."""
+
+    def __init__(self, config: ConvertedConfig, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.config = config
+        self.prediction = config.prediction
+        self.network = config.network.build(dropout)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations."""
+        return self.network.dtype
+
+    @dtype.setter
+    def dtype(self, dtype: torch.dtype) -> None:
+        self.network.dtype = dtype
+
+    def blocks(self) -> Iterator[nn.Module]:
+        return self.network.blocks()
+
+    def forward(self, z: Tensor, phi: Tensor, cond: Any = None) -> Tensor:
+        a, b = coefficients(self.network.prediction, phi)
+        outputs = self.network(z, phi, cond).chunk(b.shape[1], dim=1)
+        v = a.view(-1, 1, 1, 1) * z.float()
+        for i, output in enumerate(outputs):
+            v = v + b[:, i].view(-1, 1, 1, 1) * output
+        return v

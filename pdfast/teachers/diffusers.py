@@ -1,0 +1,242 @@
+"""Networks of diffusers pipelines: UNet2DModel under a discrete variance-preserving schedule, or preconditioned as in EDM.
+
+Read offline, from safetensors, and by an allow-list of classes: no code that comes with a model is run.
+
+A discrete schedule has its alpha-bars at times 0..T-1; between them a network is asked at fractional times, linear in the
+angle. EDM's denoiser (Karras et al. 2022, eq. 7) is, on the circle, with q^2 = sin^2 + sigma_data^2 cos^2,
+
+    v = (1 - sigma_data^2) sin cos / q^2 z - sigma_data / q F(z / q; log(tan phi) / 4)
+
+where nothing is singular: such a network predicts v.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pdfast.config import ScheduleConfig, read_json
+from pdfast.diffusion import Prediction
+from pdfast.diffusion.schedules import AlphaBars
+from pdfast.errors import UsageError
+
+INSTALL = "pip install 'pdfast[diffusers]'"
+PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x", "v_prediction": "v"}
+DISCRETE = (
+    "DDPMScheduler",
+    "DDIMScheduler",
+    "PNDMScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+)
+EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+OF_THE_TABLE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
+OF_EDM = ("sigma_min", "sigma_max", "sigma_data", "prediction_type")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def library() -> Any:
+    """diffusers. UsageError where it is not installed."""
+    try:
+        import diffusers
+    except ImportError as error:
+        raise UsageError(f"models of diffusers need diffusers ({error}): {INSTALL}") from None
+    return diffusers
+
+
+def alpha_bars(scheduler: dict[str, Any]) -> Tensor:
+    """The table that a scheduler's configuration means to diffusers, which computes it: float64 [T]."""
+    given = {name: scheduler[name] for name in OF_THE_TABLE if name in scheduler}
+    return getattr(library(), scheduler["_class_name"])(**given).alphas_cumprod.double()
+
+
+@dataclass(frozen=True)
+class DiffusersConfig:
+    """A UNet2DModel and the times it was trained at."""
+
+    image_size: int
+    image_channels: int
+    prediction: Prediction
+    """Of the adapted network."""
+    num_classes: int
+    unet: dict[str, Any]
+    """Of unet/config.json."""
+    scheduler: dict[str, Any]
+    """Of scheduler_config.json, what concerns the network."""
+    kind: str = "diffusers"
+
+    def __hash__(self) -> int:
+        return hash(json.dumps([self.unet, self.scheduler]))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self.image_channels, self.image_size, self.image_size
+
+    def build(self, dropout: float = 0.0) -> "DiffusersNetwork":
+        return DiffusersNetwork(self, dropout)
+
+
+class DiffusersNetwork(nn.Module):
+    """`network(z, phi, cond) -> output`, as `pdfast.networks.UNet`: activations of `dtype` by autocast, output float32."""
+
+    def __init__(self, config: DiffusersConfig, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = torch.float32
+        self.prediction = config.prediction
+        self.unet = library().UNet2DModel.from_config(config.unet | {"dropout": dropout})
+        self.preconditioned = config.scheduler["_class_name"] in EDM
+        with torch.device("cpu"):  # a table, even where the network is only to be counted
+            knots = torch.zeros(0) if self.preconditioned else AlphaBars(alpha_bars(config.scheduler)).knots.float()
+        self.register_buffer("knots", knots, persistent=False)
+        """Angles of the times -1 (no noise), 0, ..., T-1: float32 [T + 1]."""
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """As `UNet.blocks`."""
+        from diffusers.models.attention_processor import Attention
+        from diffusers.models.downsampling import Downsample2D
+        from diffusers.models.resnet import ResnetBlock2D
+        from diffusers.models.upsampling import Upsample2D
+
+        def within(module: nn.Module) -> Iterator[nn.Module]:
+            for child in module.children():
+                if isinstance(child, Attention | Downsample2D | ResnetBlock2D | Upsample2D):
+                    yield child
+                else:
+                    yield from within(child)
+
+        return within(self.unet)
+
+    def times(self, phi: Tensor) -> Tensor:
+        """What the U-Net was told at angles phi [N] when it was trained: float32 [N]."""
+        if self.preconditioned:
+            return torch.log(torch.tan(phi).clamp(min=self.config.scheduler["sigma_min"])) / 4
+        above = torch.searchsorted(self.knots, phi.contiguous()).clamp(1, len(self.knots) - 1)
+        lower, upper = self.knots[above - 1], self.knots[above]
+        return (above - 2 + (phi - lower) / (upper - lower)).clamp(0, len(self.knots) - 2)
+
+    def coefficients(self, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(s, a, b), each [N], of output = a z + b F(s z; time) where F is the U-Net."""
+        if not self.preconditioned:
+            one = torch.ones_like(phi)
+            return one, torch.zeros_like(phi), one
+        scheduler = self.config.scheduler
+        sigma_data = scheduler["sigma_data"]
+        cos, sin = torch.cos(phi), torch.sin(phi)
+        inverse = torch.rsqrt(sin.square() + sigma_data**2 * cos.square())
+        sign = 1.0 if scheduler["prediction_type"] == "epsilon" else -1.0
+        return inverse, (1 - sigma_data**2) * sin * cos * inverse.square(), -sign * sigma_data * inverse
+
+    def forward(self, z: Tensor, phi: Tensor, cond: Any = None) -> Tensor:
+        s, a, b = (c.view(-1, 1, 1, 1) for c in self.coefficients(phi)) if self.preconditioned else (None,) * 3
+        z = z.float()
+        half = self.dtype == torch.bfloat16
+        with torch.autocast(z.device.type, torch.bfloat16) if half else nullcontext():
+            output = self.unet(z if s is None else s * z, self.times(phi), class_labels=cond, return_dict=False)[0]
+        output = output.float()
+        return output if s is None else a * z + b * output
+
+
+def is_pipeline(folder: Path) -> bool:
+    return (folder / "model_index.json").is_file()
+
+
+def load_pipeline(folder: Path) -> tuple[DiffusersNetwork, ScheduleConfig]:
+    """The network of a pipeline's folder, float32 on the CPU, and its schedule. UsageError, in one line, for what is not one
+    of a UNet2DModel on pixels."""
+    index = read_json(folder / "model_index.json")
+    parts = {name: value for name, value in index.items() if not name.startswith("_") and isinstance(value, list)}
+    parts = {name: value for name, value in parts.items() if any(value)}
+    if parts.keys() != {"unet", "scheduler"}:
+        raise UsageError(
+            f"{folder} is a pipeline of {', '.join(sorted(parts)) or 'nothing'}: only those of a unet and a scheduler, on "
+            "pixels, are read (a latent model has a vae or vqvae besides)"
+        )
+    if parts["unet"] != ["diffusers", "UNet2DModel"]:
+        raise UsageError(f"the unet of {folder} is {parts['unet']}: only diffusers' UNet2DModel is read")
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    scheduler["_class_name"] = parts["scheduler"][1]
+    schedule, scheduler, prediction = _schedule(scheduler, folder)
+    unet = read_json(folder / "unet" / "config.json")
+    config = _config(unet, scheduler, prediction, folder)
+    if not (folder / "unet" / WEIGHTS).is_file():
+        raise UsageError(
+            f"{folder / 'unet' / WEIGHTS} is missing: weights are read from safetensors only; load the pipeline in diffusers "
+            "and save it with save_pretrained(..., safe_serialization=True)"
+        )
+    try:
+        # Not load_state_dict: older files have other names for the attention's weights.
+        loaded = library().UNet2DModel.from_pretrained(
+            folder / "unet",
+            use_safetensors=True,
+            local_files_only=True,
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,
+        )
+        network = config.build()
+        network.unet.load_state_dict(loaded.state_dict())
+    except UsageError:
+        raise
+    except Exception as error:  # of many kinds, for a configuration or weights that do not fit
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise UsageError(f"{folder / 'unet'} cannot be loaded: {lines[0]}") from None
+    return network.eval().requires_grad_(False), schedule
+
+
+def _schedule(scheduler: dict[str, Any], folder: Path) -> tuple[ScheduleConfig, dict[str, Any], Prediction]:
+    name = scheduler["_class_name"]
+    if name in EDM:
+        own = getattr(library(), name)().config  # its defaults, for what is not said
+        kept = {key: scheduler.get(key, own[key]) for key in OF_EDM}
+        ends = {f"logsnr_{a}": -2 * math.log(kept[f"sigma_{b}"]) for a, b in (("min", "max"), ("max", "min"))}
+        return ScheduleConfig(name="clipped_cosine", **ends), {"_class_name": name} | kept, "v"
+    if name not in DISCRETE:
+        raise UsageError(f"the scheduler of {folder} is a {name}: choose one of {', '.join((*DISCRETE, *EDM))}")
+    said = scheduler.get("prediction_type", "epsilon")
+    if said not in PREDICTIONS:
+        raise UsageError(f"the scheduler of {folder} has prediction_type {said}: need one of {', '.join(PREDICTIONS)}")
+    kept = {key: scheduler[key] for key in OF_THE_TABLE if scheduler.get(key) is not None}
+    kept["_class_name"] = name
+    try:
+        AlphaBars(alpha_bars(kept))
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UsageError(f"the scheduler of {folder} has no schedule that can be read: {error}") from None
+    return ScheduleConfig(name="diffusers", diffusers=kept), kept, PREDICTIONS[said]
+
+
+def _config(unet: dict[str, Any], scheduler: dict[str, Any], prediction: Prediction, folder: Path) -> DiffusersConfig:
+    unet = {name: value for name, value in unet.items() if not name.startswith("_")}
+    size, channels = unet.get("sample_size"), unet.get("in_channels", 3)
+    if not isinstance(size, int):
+        raise UsageError(
+            f"the unet of {folder} has sample_size {size}: only square images of a stated size are distilled"
+        )
+    if unet.get("out_channels", 3) != channels:
+        raise UsageError(
+            f"the unet of {folder} has {channels} channels in and {unet.get('out_channels', 3)} out: one that predicts "
+            "variances too is not read"
+        )
+    if unet.get("time_embedding_type", "positional") != "positional":
+        raise UsageError(
+            f"the unet of {folder} has time_embedding_type {unet['time_embedding_type']}: only positional ones can be asked "
+            "between their times"
+        )
+    if unet.get("class_embed_type") is not None:
+        raise UsageError(
+            f"the unet of {folder} has class_embed_type {unet['class_embed_type']}: only plain classes are read"
+        )
+    return DiffusersConfig(size, channels, prediction, unet.get("num_class_embeds") or 0, unet, scheduler)

@@ -1,0 +1,126 @@
+"""A copy that predicts v: exact where the algebra is regular, bounded elsewhere, better for its training."""
+
+import json
+import math
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from torch import nn
+
+from pdfast.config import to_plain
+from pdfast.diffusion import Cosine, sample, to_v
+from pdfast.engine.model_folder import load_model
+from pdfast.networks import NetworkConfig, UNet
+from pdfast.teachers import ConvertedConfig, network_config
+from pdfast.teachers.convert import LEAST, coefficients
+from tests.commands import TINY_NETWORK, TINY_RUN, call
+from tests.networks.test_unet import perturbed
+from tests.teachers.pipelines import save, unet
+
+PREDICTIONS = ("x", "eps", "both")
+
+
+def inner(prediction):
+    return NetworkConfig(8, 1, 8, (1,), 1, (), 8, 16, 4, prediction)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_it_says_what_its_network_says(prediction):
+    """In float64, wherever neither cos nor sin is small."""
+    copy = perturbed(ConvertedConfig(inner(prediction)).build())
+    z = torch.randn(5, 1, 8, 8)
+    phi = torch.linspace(0.11, math.pi / 2 - 0.11, 5)
+    with torch.no_grad():
+        expected = to_v(prediction, copy.network(z, phi).double(), z.double(), phi.double())
+        torch.testing.assert_close(copy(z, phi).double(), expected, atol=2e-5, rtol=1e-5)
+    assert copy.prediction == "v" and copy.config.image_shape == (1, 8, 8)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_it_is_bounded_and_continuous_everywhere(prediction):
+    phi = torch.linspace(0, math.pi / 2, 20001, dtype=torch.float64)
+    for values in coefficients(prediction, phi):
+        assert values.abs().max() <= 1 / LEAST
+        assert values.diff(dim=0).abs().max() < 0.02
+
+
+def test_a_perfect_eps_teacher_stays_one():
+    """Of normal images of deviation 1/2, whose best eps is known, the copy differs from it only near pure noise."""
+
+    class Perfect(nn.Module):
+        prediction = "eps"
+
+        def forward(self, z, phi, cond=None):
+            cos, sin = torch.cos(phi).view(-1, 1, 1, 1), torch.sin(phi).view(-1, 1, 1, 1)
+            return z * sin / (0.25 * cos**2 + sin**2)
+
+    copy = ConvertedConfig(inner("eps")).build()
+    copy.network = Perfect()
+    start = torch.tensor(0.93 * math.pi / 2)
+    z = torch.randn(4, 1, 8, 8)
+    with torch.no_grad():
+        ours = copy(z, start.expand(4))
+        theirs = to_v("eps", copy.network(z, start.expand(4)), z, start)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    images = sample(copy, torch.randn(512, 1, 8, 8), Cosine(), 64)
+    assert 0.45 < images.std() < 0.56
+
+
+def test_plain_data_and_back():
+    config = ConvertedConfig(inner("x"))
+    assert network_config(to_plain(config), "here") == config
+
+
+@pytest.mark.filterwarnings("ignore:64 images are too few")
+@pytest.mark.parametrize("library", ["ours", "diffusers"])
+def test_it_is_made_judged_and_distilled(tmp_path, capsys, library):
+    teacher = tmp_path / "teacher"
+    flags = TINY_RUN[: TINY_RUN.index("--network.channels")]
+    if library == "ours":
+        network = [*TINY_NETWORK, "--network.prediction", "x"]
+        assert call("train", *flags, *network, "--train.updates", "40", "--run", str(tmp_path / "made")) == 0
+        teacher = tmp_path / "made/teacher"
+    else:
+        save(teacher, DDPMScheduler(1000), unet())
+    command = [*flags, "--teacher", str(teacher), "--convert", "v", *"--convert-updates 20 --batch-size 16".split()]
+    command += "--rounds 2 --updates 3 --learning-rate 2e-3".split()
+    run = tmp_path / "run"
+    assert call("distill", *command, "--run", str(run)) == 0
+    metrics = json.loads((run / "teacher/metrics.json").read_text())
+    assert metrics["training"]["updates"] == 20
+    conversion = metrics["conversion"]
+    assert conversion["from"] == ("x" if library == "ours" else "eps")
+    assert (
+        [row["steps"] for row in conversion["original"]] == [row["steps"] for row in conversion["untrained"]] == [4, 1]
+    )
+    student = load_model(run / "students/0001", torch.device("cpu"))
+    assert student.config.kind == "converted" and student.config.prediction == "v"
+    assert "made to predict v" in (run / "report.html").read_text()
+    # Killed after its teacher was made, it goes on from there.
+    assert call("distill", *command, "--run", str(run)) == 0
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--convert", "v"], "--convert is for a teacher that is given"),
+        (["--convert", "eps"], "eps"),
+    ],
+)
+def test_bad_input(flags, words, capsys):
+    assert call("distill", *flags) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_teacher_of_v_is_not_converted(tmp_path, capsys):
+    save(tmp_path, DDPMScheduler(1000, prediction_type="v_prediction"))
+    assert call("distill", "--teacher", str(tmp_path), "--convert", "v", "--dry-run") == 2
+    assert "predicts v already" in capsys.readouterr().err
+
+
+def test_its_inner_network_is_in_bf16_too():
+    copy = ConvertedConfig(inner("x")).build()
+    copy.dtype = torch.bfloat16
+    assert isinstance(copy.network, UNet) and copy.network.dtype == torch.bfloat16
+    assert list(copy.blocks()) == list(copy.network.blocks())

@@ -26,7 +26,8 @@ from pdfast.diffusion import (
 from pdfast.diffusion.noise import Stream
 from pdfast.engine.layout import last_of_batch
 from pdfast.engine.world import World
-from pdfast_kernels import ddim_step, ddim_step_weighted_loss, diffuse, weighted_loss
+from pdfast.loss import as_it_is, student_losses, teacher_steps
+from pdfast_kernels import diffuse, weighted_loss
 
 STREAMS = (Stream.NOISE, Stream.TIME, Stream.FLIP)
 
@@ -108,10 +109,6 @@ def _of(labels: Tensor | None, part: slice) -> Tensor | None:
     return None if labels is None else labels[part]
 
 
-def _as_it_is(function: Callable) -> Callable:
-    return function
-
-
 @functools.cache
 def _one_graph(function: Callable) -> Callable:
     return torch.compile(function, fullgraph=True, dynamic=False)
@@ -137,7 +134,7 @@ def teacher_gradient(
 
     compiled: what is around the network too. Leaves the gradient of the mean in the parameters. Returns the losses, float32 [n].
     """
-    run = _one_graph if compiled else _as_it_is
+    run = _one_graph if compiled else as_it_is
     model.zero_grad(set_to_none=True)
     z, phi, target, coefficient, weight = run(_noisy_images)(draws, schedule, model.prediction, weighting)
     losses = []
@@ -171,31 +168,17 @@ def distillation_gradient(
     The teacher sees the whole batch, the student one of `micro_batches` parts at a time. compiled: what is around the
     networks too. Leaves the gradient of the mean in the student's parameters. Returns the losses, float32 [n], and the step indices, int64 [n].
     """
-    run = _one_graph if compiled else _as_it_is
+    run = _one_graph if compiled else as_it_is
     student.zero_grad(set_to_none=True)
     rows = table.rows
     k, phi, z = run(_images_at_steps)(draws, table)
     index = k - 1
-    with torch.no_grad():
-        first = teacher(z, phi, draws.labels)
-        z_mid = run(ddim_step)(z, first, rows.ddim_z, rows.ddim_output, index)
-        second = teacher(z_mid, rows.phi_mid[index], draws.labels)
+    first, second = teacher_steps(teacher, z, phi, rows, index, draws.labels, run)
     losses = []
     parts = _parts(len(z), micro_batches)
     for part in parts:
         output = student(z[part], phi[part], _of(draws.labels, part))
-        loss = run(ddim_step_weighted_loss)(
-            output,
-            z[part],
-            first[part],
-            second[part],
-            rows.target_z,
-            rows.target_output,
-            rows.target_output_mid,
-            rows.output,
-            rows.weight,
-            index[part],
-        )
+        loss = student_losses(output, z[part], first[part], second[part], rows, index[part], run)
         last_of_batch(student, part is parts[-1])
         (loss.mean() / micro_batches).backward()
         losses.append(loss.detach())

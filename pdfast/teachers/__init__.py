@@ -10,7 +10,7 @@ from pdfast.config import from_plain
 from pdfast.errors import UsageError
 from pdfast.networks import NetworkConfig
 from pdfast.teachers.convert import Converted, ConvertedConfig
-from pdfast.teachers.diffusers import DiffusersConfig, DiffusersNetwork, is_pipeline, load_pipeline
+from pdfast.teachers.diffusers import DiffusersConfig, DiffusersNetwork, adapt, is_pipeline, load_pipeline
 
 __all__ = [
     "AnyNetworkConfig",
@@ -18,6 +18,7 @@ __all__ = [
     "ConvertedConfig",
     "DiffusersConfig",
     "DiffusersNetwork",
+    "adapt",
     "is_pipeline",
     "load_pipeline",
     "network_config",

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from pdfast.config import ScheduleConfig, read_json
 from pdfast.diffusion import Prediction
-from pdfast.diffusion.schedules import AlphaBars
+from pdfast.diffusion.schedules import AlphaBars, Schedule
 from pdfast.errors import UsageError
 
 INSTALL = "pip install 'pdfast[diffusers]'"
@@ -93,12 +93,13 @@ class DiffusersConfig:
 class DiffusersNetwork(nn.Module):
     """`network(z, phi, cond) -> output`, as `pdfast.networks.UNet`: activations of `dtype` by autocast, output float32."""
 
-    def __init__(self, config: DiffusersConfig, dropout: float = 0.0) -> None:
+    def __init__(self, config: DiffusersConfig, dropout: float = 0.0, unet: nn.Module | None = None) -> None:
+        """unet: the UNet2DModel, if there is one already."""
         super().__init__()
         self.config = config
         self.dtype = torch.float32
         self.prediction = config.prediction
-        self.unet = library().UNet2DModel.from_config(config.unet | {"dropout": dropout})
+        self.unet = library().UNet2DModel.from_config(config.unet | {"dropout": dropout}) if unet is None else unet
         self.preconditioned = config.scheduler["_class_name"] in EDM
         with torch.device("cpu"):  # a table, even where the network is only to be counted
             knots = torch.zeros(0) if self.preconditioned else AlphaBars(alpha_bars(config.scheduler)).knots.float()
@@ -170,9 +171,9 @@ def load_pipeline(folder: Path) -> tuple[DiffusersNetwork, ScheduleConfig]:
         raise UsageError(f"the unet of {folder} is {parts['unet']}: only diffusers' UNet2DModel is read")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     scheduler["_class_name"] = parts["scheduler"][1]
-    schedule, scheduler, prediction = _schedule(scheduler, folder)
-    unet = read_json(folder / "unet" / "config.json")
-    config = _config(unet, scheduler, prediction, folder)
+    schedule, scheduler, prediction = _schedule(scheduler, f"the scheduler of {folder}")
+    where = f"the unet of {folder}"
+    config = _config(read_json(folder / "unet" / "config.json"), scheduler, prediction, where)
     if not (folder / "unet" / WEIGHTS).is_file():
         raise UsageError(
             f"{folder / 'unet' / WEIGHTS} is missing: weights are read from safetensors only; load the pipeline in diffusers "
@@ -180,24 +181,35 @@ def load_pipeline(folder: Path) -> tuple[DiffusersNetwork, ScheduleConfig]:
         )
     try:
         # Not load_state_dict: older files have other names for the attention's weights.
-        loaded = library().UNet2DModel.from_pretrained(
+        unet = library().UNet2DModel.from_pretrained(
             folder / "unet",
             use_safetensors=True,
             local_files_only=True,
             torch_dtype=torch.float32,
             low_cpu_mem_usage=False,
         )
-        network = config.build()
-        network.unet.load_state_dict(loaded.state_dict())
     except UsageError:
         raise
     except Exception as error:  # of many kinds, for a configuration or weights that do not fit
         lines = str(error).splitlines() or [type(error).__name__]
         raise UsageError(f"{folder / 'unet'} cannot be loaded: {lines[0]}") from None
-    return network.eval().requires_grad_(False), schedule
+    return DiffusersNetwork(config, unet=unet).eval().requires_grad_(False), schedule
 
 
-def _schedule(scheduler: dict[str, Any], folder: Path) -> tuple[ScheduleConfig, dict[str, Any], Prediction]:
+def adapt(unet: Any, scheduler: Any) -> tuple[DiffusersNetwork, Schedule]:
+    """A UNet2DModel, which stays where it is and keeps its parameters, with our call `network(z, phi, cond)`; and the noise
+    schedule that it was trained with.
+
+    scheduler: of the model, for its times and prediction_type. UsageError for networks and schedulers that are not read (see `load_pipeline`).
+    """
+    settings = dict(scheduler.config) | {"_class_name": type(scheduler).__name__}
+    schedule, settings, prediction = _schedule(settings, "this scheduler")
+    network = DiffusersNetwork(_config(dict(unet.config), settings, prediction, "this unet"), unet=unet)
+    network.knots = network.knots.to(unet.device)
+    return network, schedule.build()
+
+
+def _schedule(scheduler: dict[str, Any], where: str) -> tuple[ScheduleConfig, dict[str, Any], Prediction]:
     name = scheduler["_class_name"]
     if name in EDM:
         own = getattr(library(), name)().config  # its defaults, for what is not said
@@ -205,38 +217,34 @@ def _schedule(scheduler: dict[str, Any], folder: Path) -> tuple[ScheduleConfig, 
         ends = {f"logsnr_{a}": -2 * math.log(kept[f"sigma_{b}"]) for a, b in (("min", "max"), ("max", "min"))}
         return ScheduleConfig(name="clipped_cosine", **ends), {"_class_name": name} | kept, "v"
     if name not in DISCRETE:
-        raise UsageError(f"the scheduler of {folder} is a {name}: choose one of {', '.join((*DISCRETE, *EDM))}")
+        raise UsageError(f"{where} is a {name}: choose one of {', '.join((*DISCRETE, *EDM))}")
     said = scheduler.get("prediction_type", "epsilon")
     if said not in PREDICTIONS:
-        raise UsageError(f"the scheduler of {folder} has prediction_type {said}: need one of {', '.join(PREDICTIONS)}")
+        raise UsageError(f"{where} has prediction_type {said}: need one of {', '.join(PREDICTIONS)}")
     kept = {key: scheduler[key] for key in OF_THE_TABLE if scheduler.get(key) is not None}
     kept["_class_name"] = name
     try:
         AlphaBars(alpha_bars(kept))
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise UsageError(f"the scheduler of {folder} has no schedule that can be read: {error}") from None
+        raise UsageError(f"{where} has no schedule that can be read: {error}") from None
     return ScheduleConfig(name="diffusers", diffusers=kept), kept, PREDICTIONS[said]
 
 
-def _config(unet: dict[str, Any], scheduler: dict[str, Any], prediction: Prediction, folder: Path) -> DiffusersConfig:
+def _config(unet: dict[str, Any], scheduler: dict[str, Any], prediction: Prediction, where: str) -> DiffusersConfig:
     unet = {name: value for name, value in unet.items() if not name.startswith("_")}
     size, channels = unet.get("sample_size"), unet.get("in_channels", 3)
     if not isinstance(size, int):
-        raise UsageError(
-            f"the unet of {folder} has sample_size {size}: only square images of a stated size are distilled"
-        )
+        raise UsageError(f"{where} has sample_size {size}: only square images of a stated size are distilled")
     if unet.get("out_channels", 3) != channels:
         raise UsageError(
-            f"the unet of {folder} has {channels} channels in and {unet.get('out_channels', 3)} out: one that predicts "
+            f"{where} has {channels} channels in and {unet.get('out_channels', 3)} out: one that predicts "
             "variances too is not read"
         )
     if unet.get("time_embedding_type", "positional") != "positional":
         raise UsageError(
-            f"the unet of {folder} has time_embedding_type {unet['time_embedding_type']}: only positional ones can be asked "
+            f"{where} has time_embedding_type {unet['time_embedding_type']}: only positional ones can be asked "
             "between their times"
         )
     if unet.get("class_embed_type") is not None:
-        raise UsageError(
-            f"the unet of {folder} has class_embed_type {unet['class_embed_type']}: only plain classes are read"
-        )
+        raise UsageError(f"{where} has class_embed_type {unet['class_embed_type']}: only plain classes are read")
     return DiffusersConfig(size, channels, prediction, unet.get("num_class_embeds") or 0, unet, scheduler)

@@ -1,0 +1,101 @@
+"""`pdfast.distillation_loss` and what goes with it, as another training loop uses them."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import pdfast
+from pdfast.diffusion import to_x
+from tests.commands import ROOT, environment
+from tests.networks.test_unet import perturbed
+from tests.teachers.pipelines import save, unet
+
+N = 16
+
+
+def network(prediction, seed):
+    from pdfast.networks import NetworkConfig
+
+    return perturbed(NetworkConfig(8, 1, 8, (1,), 1, (), 8, 16, 4, prediction).build(), seed)
+
+
+def paper(student, teacher, x, eps, k, steps, prediction):
+    """Algorithm 2 as it is published, in float64 but for the networks: the truncated-SNR weighted error of x, per image."""
+    angle = (torch.pi / 2) * torch.stack([k / steps, (k - 0.5) / steps, (k - 1) / steps]).double()
+    alpha, sigma = torch.cos(angle)[:, :, None, None, None], torch.sin(angle)[:, :, None, None, None]
+    z = alpha[0] * x.double() + sigma[0] * eps.double()
+
+    def predict(model, z, i):
+        output = model(z.float(), angle[i].float()).double()
+        return to_x(prediction, output, z, angle[i])
+
+    first = predict(teacher, z, 0)
+    z_mid = alpha[1] * first + sigma[1] / sigma[0] * (z - alpha[0] * first)
+    second = predict(teacher, z_mid, 1)
+    z_next = alpha[2] * second + sigma[2] / sigma[1] * (z_mid - alpha[1] * second)
+    ratio = sigma[2] / sigma[0]
+    target = torch.where(k[:, None, None, None] == 1, second, (z_next - ratio * z) / (alpha[2] - ratio * alpha[0]))
+    error = (predict(student, z, 0) - target).square().mean((1, 2, 3))
+    snr = (alpha[0] / sigma[0]).square().flatten()
+    return torch.maximum(snr, torch.ones_like(snr)) * error
+
+
+@pytest.mark.parametrize("prediction", ["x", "v", "both"])
+def test_it_is_the_papers(prediction):
+    student, teacher = network(prediction, 1), network(prediction, 2)
+    steps = 4
+    generator = torch.Generator().manual_seed(0)
+    x, eps = (torch.randn(N, 1, 8, 8, generator=generator) for _ in range(2))
+    k = torch.arange(N) % steps + 1
+    table = pdfast.build_step_table(pdfast.Cosine(), steps, prediction, "truncated_snr")
+    losses = pdfast.distillation_loss(student, teacher, x, table, k=k, eps=eps)
+    with torch.no_grad():
+        expected = paper(student, teacher, x, eps, k, steps, prediction)
+    not_noise = k < steps  # where alpha is 0, an SNR is no weight: see the definition in angles
+    torch.testing.assert_close(losses.double()[not_noise], expected[not_noise], rtol=2e-4, atol=1e-6)
+    losses.mean().backward()
+    assert all(p.grad is not None for p in student.parameters())
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_what_is_not_given_is_drawn_by_the_generator():
+    model, teacher = network("v", 0), network("v", 1)
+    table = pdfast.build_step_table(pdfast.Cosine(), 8, "v", "snr_plus_one")
+    x = torch.randn(N, 1, 8, 8)
+    a, b, c = (
+        pdfast.distillation_loss(model, teacher, x, table, generator=torch.Generator().manual_seed(seed))
+        for seed in (3, 3, 4)
+    )
+    assert a.shape == (N,) and a.dtype == torch.float32
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_a_loop_of_ones_own_with_accelerate(tmp_path):
+    """The worked example: the student's losses fall, and diffusers samples from what it wrote."""
+    pytest.importorskip("accelerate")
+    import runpy
+
+    from diffusers import DDIMPipeline, DDIMScheduler
+
+    scheduler = DDIMScheduler(1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+    save(tmp_path / "teacher", scheduler, unet(channels=3))
+    example = runpy.run_path(str(ROOT / "docs/examples/accelerate_distill.py"))
+    torch.manual_seed(0)
+    images = torch.rand(64, 3, 8, 8) * 2 - 1
+    losses = example["distill"](str(tmp_path / "teacher"), str(tmp_path / "student"), images, epochs=10)
+    assert len(losses) == 2 * 10 * 4
+    last_round = losses[40:]
+    assert sum(last_round[-12:]) < 0.9 * sum(last_round[:12]) and math.isfinite(sum(losses))
+    pipeline = DDIMPipeline.from_pretrained(tmp_path / "student")
+    assert len(pipeline(batch_size=2, num_inference_steps=2).images) == 2
+
+
+def test_an_import_costs_nothing():
+    code = "import sys, pdfast; sys.exit('torch' in sys.modules or not hasattr(pdfast, 'Cosine'))"
+    assert subprocess.run([sys.executable, "-c", code], env=environment(), check=False).returncode == 0
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = pdfast.nothing
+    assert all(getattr(pdfast, name) is not None for name in pdfast.__all__)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from pdfast.cli import Interrupted, run_command
 from pdfast.commands import distill_arguments
@@ -30,6 +29,7 @@ from pdfast.engine.optimizer import linear_decay
 from pdfast.engine.run import open_run
 from pdfast.engine.step import Draws, RoundTable, distillation_gradient
 from pdfast.errors import RunError, UsageError
+from pdfast.networks import Network
 from pdfast.report.evaluator import Evaluator, shown
 from pdfast.report.grids import image_grid, write_png
 from pdfast.report.guard import complaints
@@ -225,7 +225,7 @@ def convert_teacher(
     source: ImageSource,
     evaluator: Evaluator,
     log: RunLog,
-) -> tuple[nn.Module, dict, dict]:
+) -> tuple[Network, dict, dict]:
     """A copy of the teacher that predicts v, trained where its algebra is not exact; with the figures of the training, and
     those of the original and of the untrained copy."""
     copy = config.network.build()

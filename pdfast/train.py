@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pdfast.cli import Interrupted, run_command
 from pdfast.commands import train_arguments
@@ -28,6 +28,7 @@ from pdfast.engine.optimizer import linear_decay, linear_warmup
 from pdfast.engine.run import open_run
 from pdfast.engine.step import Draws, teacher_gradient
 from pdfast.errors import UsageError
+from pdfast.networks import Network
 from pdfast.report.evaluator import Evaluator, shown
 from pdfast.report.grids import image_grid, write_png
 from pdfast.report.plan import print_training_plan
@@ -35,7 +36,7 @@ from pdfast.report.plan import print_training_plan
 HINT = "the same command goes on from here"
 
 
-def new_network(config: RunConfig) -> nn.Module:
+def new_network(config: RunConfig) -> Network:
     """A network whose initial weights are a function of the seed."""
     torch.manual_seed(config.seed)
     return config.network.build(config.train.dropout)
@@ -43,12 +44,12 @@ def new_network(config: RunConfig) -> nn.Module:
 
 def train_teacher(
     config: RunConfig,
-    network: nn.Module,
+    network: Network,
     settings: TeacherConfig,
     machine: Machine,
     source: ImageSource,
     log: RunLog,
-) -> tuple[nn.Module, dict]:
+) -> tuple[Network, dict]:
     """Train (or go on training) a teacher; returns its network, with the averaged weights, and the training's figures.
 
     Dropout is a function of the seed, the update and the process.
@@ -136,7 +137,7 @@ def train_teacher(
 def write_teacher(
     config: RunConfig,
     machine: Machine,
-    network: nn.Module,
+    network: Network,
     training: dict | None,
     evaluator: Evaluator,
     step_counts: Sequence[int],

@@ -17,7 +17,8 @@ from pdfast_kernels import ddim_step
 
 
 class Model(Protocol):
-    prediction: Prediction
+    @property
+    def prediction(self) -> Prediction: ...
 
     def __call__(self, z: Tensor, phi: Tensor, cond: Any = None) -> Tensor: ...
 

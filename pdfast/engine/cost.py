@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from pdfast.networks import NetworkConfig
+from pdfast.networks import Network, NetworkConfig
 from pdfast.networks.layers import Attention, GroupNorm
 from pdfast_kernels.attention import unsupported_dim
 
@@ -28,7 +28,7 @@ def inputs(network: NetworkConfig, count: int, device: torch.device | str) -> tu
     return torch.zeros(count, *network.image_shape, device=device), torch.zeros(count, device=device), cond
 
 
-def _empty(network: NetworkConfig) -> nn.Module:
+def _empty(network: NetworkConfig) -> Network:
     with torch.device("meta"):
         return network.build().to("meta")
 
@@ -103,7 +103,7 @@ def activation_bytes(
     return kept(network, dtype, recomputed, fused).an_image
 
 
-def _kept_bytes(model: nn.Module, recomputed: bool, *given: Tensor | None) -> int:
+def _kept_bytes(model: Network, recomputed: bool, *given: Tensor | None) -> int:
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     seen: dict[int, Tensor] = {}  # by storage; the tensors stay, so that no storage's name is used again
     within: dict[nn.Module, int] = {}
@@ -139,7 +139,7 @@ def _kept_bytes(model: nn.Module, recomputed: bool, *given: Tensor | None) -> in
     return outside + (handed + max(within.values(), default=0) if recomputed else sum(within.values()))
 
 
-def _fuse(model: nn.Module) -> None:
+def _fuse(model: Network) -> None:
     """Let normalisation and attention be the custom operations that a GPU runs."""
     for module in model.modules():
         if isinstance(module, GroupNorm):

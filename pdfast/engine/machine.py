@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pdfast.config import DistillConfig, EngineConfig, RunConfig
 from pdfast.diffusion import noise
@@ -21,7 +21,7 @@ from pdfast.engine.optimizer import Optimizer
 from pdfast.engine.watchdog import Watchdog
 from pdfast.engine.world import World, open_world
 from pdfast.errors import RunError, UsageError
-from pdfast.networks import NetworkConfig
+from pdfast.networks import Network, NetworkConfig
 
 RETRY_SECONDS = 5.0
 TEACHER_SHARE = 1 / 8  # of a GPU's memory, from which on a copy of the teacher in each process is too much
@@ -71,7 +71,7 @@ class Machine:
             parts += ["teacher in parts"] if self.teacher_sharded else []
         return ", ".join(parts)
 
-    def trained(self, network: nn.Module) -> nn.Module:
+    def trained(self, network: Network) -> Network:
         """A network to train: float32 weights, divided over the processes."""
         self.watchdog.begin()
         network.to(self.world.device).dtype = self.dtype
@@ -82,7 +82,7 @@ class Machine:
         layout.shard(network, self.world)
         return network
 
-    def frozen(self) -> nn.Module:
+    def frozen(self) -> Network:
         """A teacher to distill from, its weights yet to be written: what its blocks multiply by is kept in the dtype of
         activations."""
         network = self.network.build().to(self.world.device).eval().requires_grad_(False)
@@ -94,7 +94,7 @@ class Machine:
             layout.shard(network, self.world)
         return network
 
-    def optimizer(self, network: nn.Module, *, clip: float, ema: float, weight_decay: float = 0.0) -> Optimizer:
+    def optimizer(self, network: Network, *, clip: float, ema: float, weight_decay: float = 0.0) -> Optimizer:
         return Optimizer(
             network, self.world, clip=clip, ema=ema, weight_decay=weight_decay, backend=self.settings.optimizer
         )
@@ -103,7 +103,7 @@ class Machine:
         """`update` as a CUDA graph, where that can be."""
         return Replayed(update, self.world, self.settings.graph)
 
-    def whole_weights(self, network: nn.Module) -> dict[str, Tensor]:
+    def whole_weights(self, network: Network) -> dict[str, Tensor]:
         """All weights, float32 on the CPU, in the first process. All processes must call it."""
         return layout.whole_weights(network, self.world)
 

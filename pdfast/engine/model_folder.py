@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from pdfast.config import ScheduleConfig, from_plain, read_json, to_plain
 from pdfast.diffusion.parameterization import SMALLEST_COS_TO_SAMPLE, check_start
 from pdfast.engine.files import sha256, write_json
 from pdfast.errors import UsageError
+from pdfast.networks import Network
 from pdfast.teachers import AnyNetworkConfig, is_pipeline, load_pipeline, network_config
 
 FORMAT = "pdfast-1"
@@ -25,7 +26,7 @@ FORMAT = "pdfast-1"
 class SavedModel:
     """A network with what is needed to sample from it. `steps` is the step count it was distilled for, None for a teacher."""
 
-    network: nn.Module
+    network: Network
     schedule: ScheduleConfig
     steps: int | None
     folder: Path

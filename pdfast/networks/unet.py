@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pdfast.diffusion import Prediction, outputs_per_channel
 from pdfast.networks.layers import Attention, Conv2d, GroupNorm, Linear, ResBlock, time_embedding
+from pdfast.networks.network import Network
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,9 @@ class NetworkConfig:
         return UNet(self, dropout)
 
 
-class UNet(nn.Module):
-    """`unet(z, phi, cond) -> output`: z [N, C, H, W] float, phi [N] in radians, cond int64 [N] class indices (or None for an
-    unconditional network) to [N, P*C, H, W] float32, P = 2 if it predicts both x and eps.
-
-    `dtype` is that of the activations of its blocks. What comes before and after, and the embedding, is float32: near
-    phi = 0 the rounding of a bf16 input would be larger than the noise in it.
-    """
+class UNet(Network):
+    """What comes before and after its blocks, and the embedding, is float32: near phi = 0 the rounding of a bf16 input would
+    be larger than the noise in it."""
 
     def __init__(self, config: NetworkConfig, dropout: float = 0.0) -> None:
         super().__init__()
@@ -124,7 +121,6 @@ class UNet(nn.Module):
         )
 
     def blocks(self) -> Iterator[nn.Module]:
-        """The blocks whose activations are of `dtype`: nearly all parameters, and all but a few of the operations."""
         return (module for module in self.modules() if isinstance(module, ResBlock | Attention))
 
     def forward(self, z: Tensor, phi: Tensor, cond: Any = None) -> Tensor:

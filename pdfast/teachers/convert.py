@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pdfast.diffusion import Prediction
 from pdfast.errors import UsageError
+from pdfast.networks import Network
 
 LEAST = 0.1
 
@@ -68,14 +69,14 @@ def coefficients(prediction: Prediction, phi: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(phi), torch.ones_like(phi)[:, None]
 
 
-class Converted(nn.Module):
+class Converted(Network):
     """`network(z, phi, cond) -> v` of a network inside."""
 
     def __init__(self, config: ConvertedConfig, dropout: float = 0.0) -> None:
         super().__init__()
         self.config = config
         self.prediction = config.prediction
-        self.network = config.network.build(dropout)
+        self.network: Network = config.network.build(dropout)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -25,6 +25,7 @@ from pdfast.config import ScheduleConfig, read_json
 from pdfast.diffusion import Prediction
 from pdfast.diffusion.schedules import AlphaBars, Schedule
 from pdfast.errors import UsageError
+from pdfast.networks import Network
 
 INSTALL = "pip install 'pdfast[diffusers]'"
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x", "v_prediction": "v"}
@@ -90,8 +91,8 @@ class DiffusersConfig:
         return DiffusersNetwork(self, dropout)
 
 
-class DiffusersNetwork(nn.Module):
-    """`network(z, phi, cond) -> output`, as `pdfast.networks.UNet`: activations of `dtype` by autocast, output float32."""
+class DiffusersNetwork(Network):
+    """A UNet2DModel with our call; activations of `dtype` by autocast."""
 
     def __init__(self, config: DiffusersConfig, dropout: float = 0.0, unet: nn.Module | None = None) -> None:
         """unet: the UNet2DModel, if there is one already."""
@@ -107,7 +108,6 @@ class DiffusersNetwork(nn.Module):
         """Angles of the times -1 (no noise), 0, ..., T-1: float32 [T + 1]."""
 
     def blocks(self) -> Iterator[nn.Module]:
-        """As `UNet.blocks`."""
         from diffusers.models.attention_processor import Attention
         from diffusers.models.downsampling import Downsample2D
         from diffusers.models.resnet import ResnetBlock2D

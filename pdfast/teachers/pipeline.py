@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pdfast.diffusion import outputs_per_channel
 from pdfast.diffusion.schedules import Schedule
-from pdfast.networks import NetworkConfig, UNet
+from pdfast.networks import Network, NetworkConfig, UNet
 from pdfast.networks.layers import Attention, Conv2d, ResBlock, time_embedding
 from pdfast.teachers.convert import Converted, coefficients
 from pdfast.teachers.diffusers import PREDICTIONS, DiffusersNetwork, library
@@ -38,7 +38,7 @@ def betas(schedule: Schedule, times: int) -> Tensor:
     return 1 - alpha_bar / before
 
 
-def write_pipeline(folder: Path, network: nn.Module, schedule: Schedule, steps: int) -> bool:
+def write_pipeline(folder: Path, network: Network, schedule: Schedule, steps: int) -> bool:
     """Write a pipeline's folder; returns whether it needs `trust_remote_code=True`. network: one of ours, on the CPU, its
     weights in float32."""
     diffusers = library()
@@ -88,7 +88,7 @@ def write_pipeline(folder: Path, network: nn.Module, schedule: Schedule, steps: 
     return custom
 
 
-def combination(network: nn.Module, phi: Tensor) -> tuple[nn.Module, Tensor | None, Tensor | None, Tensor | None]:
+def combination(network: Network, phi: Tensor) -> tuple[Network, Tensor | None, Tensor | None, Tensor | None]:
     """(core, s, a, b) of output = a z + sum_p b_p core(s z)_p at angles phi [T], s and a [T], b [T, P]; the core alone, and
     None, where its output is meant as it is."""
     if isinstance(network, Converted):
@@ -103,7 +103,7 @@ def combination(network: nn.Module, phi: Tensor) -> tuple[nn.Module, Tensor | No
     return network, None, None, None
 
 
-def _unet2d(network: nn.Module, phi: Tensor) -> nn.Module:
+def _unet2d(network: Network, phi: Tensor) -> nn.Module:
     if isinstance(network, DiffusersNetwork):
         learned = {"time_embedding_type": "learned", "num_train_timesteps": len(phi)}
         unet = library().UNet2DModel.from_config(network.config.unet | learned)

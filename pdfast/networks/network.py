@@ -1,0 +1,24 @@
+"""What all networks have in common, ours and those of others."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from pdfast.diffusion import Prediction
+
+
+class Network(nn.Module):
+    """`network(z, phi, cond) -> output`: z [N, C, H, W] float, phi [N] float32 in radians, cond int64 [N] class indices (or None
+    for an unconditional network) to [N, P*C, H, W] float32, P = 2 if it predicts both x and eps."""
+
+    config: Any
+    """Plain data that it can be built from again: `config.build()`."""
+    prediction: Prediction
+    dtype: torch.dtype
+    """Of the activations of its blocks."""
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """The blocks whose activations are of `dtype`: nearly all parameters, and all but a few of the operations."""
+        raise NotImplementedError

@@ -2,8 +2,8 @@
 
     python -m pdfast.demo runs/digits
 
-The picture of N steps and seed S is that of `python -m pdfast.sample runs/digits --steps N --seed S --count 16`. Nothing is
-asked of other machines.
+The student's picture at N steps and seed S is that of `python -m pdfast.sample runs/digits --steps N --seed S --count 16`.
+Nothing is asked of other machines.
 """
 
 import base64

@@ -1,6 +1,7 @@
 """The demo: what it refuses, what it draws, and the page in a real browser."""
 
 import base64
+import importlib.util
 import io
 import re
 import signal
@@ -88,7 +89,8 @@ def test_without_gradio(finished_run, capsys, monkeypatch):
 @pytest.fixture(scope="module")
 def served(conditional_run):
     """The address of the demo of a run, in a process of its own, which Ctrl-C then ends."""
-    pytest.importorskip("gradio", reason="no gradio: pip install 'pdfast[demo]'")
+    if importlib.util.find_spec("gradio") is None:
+        pytest.skip("no gradio: pip install 'pdfast[demo]'")
     with spawn("demo", str(conditional_run), *f"--device cpu --port 0 --count {COUNT}".split()) as process:
         said = process.stdout.readline()
         yield (re.search(r"http://127\.0\.0\.1:\d+", said) or pytest.fail(process.communicate()[1]))[0]

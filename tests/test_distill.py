@@ -176,7 +176,7 @@ def test_dry_run(tmp_path, capsys):
 
 
 def test_help_is_readable():
-    for command in ("train", "distill", "sample", "evaluate"):
+    for command in ("train", "distill", "sample", "evaluate", "demo"):
         process = spawn(command, "--help")
         text, _ = process.communicate(timeout=60)
         assert process.returncode == 0 and "--device" in text and "type: ignore" not in text

@@ -4,15 +4,14 @@ import html.parser
 import json
 import re
 import shutil
-import subprocess
 
 import numpy as np
 import pytest
 
 from pdfast.report.grids import image_grid, steps_grid
 from pdfast.report.html import _losses_by_step, build_report
+from tests.browser import chromium, needs_browser
 
-BROWSER = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
 TEACHER_FD = {256: 4.4, 2: 185.75, 1: 1223.25}
 STUDENT_FD = {2: 5.5, 1: 6.6}
 
@@ -194,18 +193,7 @@ def test_grids():
     assert labelled.ndim == 3 and (labelled != 255).any()
 
 
-def chromium(page, profile, *flags):
-    quiet = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --hide-scrollbars --enable-logging=stderr --v=0"
-    ).split()
-    return subprocess.run(
-        [BROWSER, *quiet, f"--user-data-dir={profile}", *flags, page.as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+@needs_browser
 @pytest.mark.parametrize("width", [500, 1280])  # 500 is the narrowest window that Chromium makes
 def test_in_a_browser(run, tmp_path, width):
     """Every picture is drawn, nothing runs over the side, and the browser has nothing to complain of."""

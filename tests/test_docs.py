@@ -1,0 +1,221 @@
+"""The pages' code runs: every block of README.md, docs/ and kernels/README.md, those of a page in their order in one folder, on
+networks and data that are tiny.
+
+`Reader` has a rule for each language and command; a page that shows another needs another. Samples of output are indented, or
+blocks of `text`. `distill` and `train` are also run where that is on the built-in digits in one process, else with --dry-run.
+"""
+
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from textwrap import dedent
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from diffusers import DDIMScheduler
+from torch.distributed.run import get_args_parser
+
+from pdfast.data.split import Split
+from tests.commands import ROOT, TINY_NETWORK, call
+from tests.data.files import solid
+from tests.teachers.pipelines import save
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "kernels" / "README.md"]
+
+NOT_RUN = {"pip": "installs packages", "export": "sets a variable of the reader's own shell"}
+"""Commands that a page may show and no test runs, by their first word, and why."""
+
+TINY_RUN = (
+    "--device cpu --evaluation.num-samples 64 --train.updates 2 --train.batch-size 16 --train.warmup 1 "
+    + " ".join(TINY_NETWORK)
+)
+SMALL = {
+    "benchmarks.kernels": "--device cpu --seconds 0.001 --samples 1 --providers pdfast --mode fwd",
+    "benchmarks.static": "--quick --op ddim_step",
+    "benchmarks.tune": "--list",
+    "pdfast.data.prepare": "",
+    "pdfast.demo": "--device cpu",
+    "pdfast.distill": f"{TINY_RUN} --rounds 3 --updates 2 --batch-size 16",
+    "pdfast.evaluate": "--device cpu --num-samples 64",
+    "pdfast.export": "--device cpu",
+    "pdfast.sample": "--device cpu --count 4",
+    "pdfast.train": f"{TINY_RUN} --evaluation-steps 4",
+}
+"""What makes a command one of seconds, after the page's own flags."""
+
+GIVEN = {
+    "docs/diffusers.md": """
+        import torch
+        from pdfast.presets import PRESETS
+        student, teacher = (PRESETS["digits"].network.build() for _ in range(2))
+        x = torch.rand(4, 1, 8, 8)
+    """,
+    "docs/drop-in.md": """
+        from torch import nn
+        model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.GroupNorm(32, 32), nn.SiLU())
+    """,
+    "kernels/README.md": """
+        import torch
+        from torch import nn
+        model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.GroupNorm(32, 32), nn.SiLU())
+        x, weight, bias = torch.randn(2, 32, 8, 8), torch.ones(32), torch.zeros(32)
+    """,
+}
+"""What the reader of a page has when its Python begins."""
+
+
+class Block(NamedTuple):
+    place: str
+    language: str
+    text: str
+
+    def commands(self) -> Iterator[list[str]]:
+        """The words of each line; one that ends in a backslash goes on."""
+        for line in self.text.replace("\\\n", " ").splitlines():
+            if words := shlex.split(line, comments=True):
+                yield words
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def blocks_of(page: Path) -> Iterator[Block]:
+    text = page.read_text()
+    for match in re.finditer(r"^ *```(.*)\n((?:.*\n)*?) *```$", text, re.MULTILINE):
+        line = text.count("\n", 0, match.start()) + 1
+        yield Block(f"{name_of(page)}, line {line}", match[1].strip(), match[2])
+
+
+class Reader:
+    """Does what a page says, in the current folder."""
+
+    def __init__(self, page: str, finished_run: Path, patch: pytest.MonkeyPatch) -> None:
+        self.finished_run, self.patch = finished_run, patch
+        self.names: dict[str, object] = {}
+        exec(dedent(GIVEN.get(page, "")), self.names)
+
+    def do(self, block: Block) -> None:
+        match block.language:
+            case "sh":
+                for words in block.commands():
+                    with self.patch.context() as patch:
+                        self.command(words, patch)
+            case "python":
+                exec(compile(block.text, block.place, "exec"), self.names)
+            case "diff":  # between which files is for a test of its page
+                examples = "".join(file.read_text() for file in (ROOT / "docs" / "examples").glob("*.py"))
+                for line in block.text.splitlines():
+                    assert line[1:] in examples, f"no file of docs/examples has the line {line!r}"
+            case "text":
+                pass
+            case other:
+                raise AssertionError(f"no rule runs a block of {other or 'no language'}: add one here")
+
+    def command(self, words: list[str], patch: pytest.MonkeyPatch) -> None:
+        while re.match(r"[A-Z_]+=", words[0]):
+            patch.setenv(*words.pop(0).split("=", 1))
+        if words[0] in NOT_RUN:
+            return
+        if words[0] == "make":
+            subprocess.run([*words, "--dry-run"], cwd=ROOT, check=True, capture_output=True)
+            return
+        if words[0] == "python" and words[1].endswith(".py"):
+            patch.setattr(sys, "argv", words[1:])
+            runpy.run_path(str(ROOT / words[1]), run_name="__main__")
+            return
+        module, *arguments = module_of([f".{word}" if word.startswith("/") else word for word in words], patch)
+        assert module in SMALL, f"no rule runs {module}: add it to SMALL"
+        small = SMALL[module].split()
+        if module.startswith("benchmarks."):
+            if module == "benchmarks.kernels" and "--shapes" not in arguments:
+                small.append("--quick")
+            patch.setattr("benchmarks.static.INTERPRETED", False)  # nothing is compiled:
+            patch.setattr("benchmarks.static.read", lambda *_: [])
+            patch.setattr("benchmarks.traffic.count", lambda *_: [])
+            assert import_module(module).main([*arguments, *small]) == 0
+            return
+        name = module.removeprefix("pdfast.")
+        if name in ("distill", "train"):
+            if "--teacher" in arguments:
+                self.provide(Path(arguments[arguments.index("--teacher") + 1]))
+            patch.setattr("pdfast.report.plan.seconds_a_forward", lambda *_: 1.0)
+            assert call(name, *arguments, "--device", "cpu", "--dry-run") == 0
+            if "--data" in arguments or "WORLD_SIZE" in os.environ:
+                return
+        elif name in ("sample", "evaluate", "export", "demo"):
+            self.provide(Path(arguments[0]))
+            patch.setattr("pdfast.demo.build_page", lambda *_: sys.exit(0))  # it would wait for a browser
+        elif name == "data.prepare":
+            self.provide(Path(arguments[1]))
+            split = Split(np.zeros((20, 4, 4, 3), np.uint8), np.arange(20) % 10)
+            patch.setattr("pdfast.data.prepare.load_cifar10", lambda _: (split, split))
+            patch.setattr("pdfast.data.prepare.load_fashion_mnist", lambda _: (split, split))
+        assert call(name, *arguments, *small) == 0
+
+    def provide(self, path: Path) -> None:
+        """Make what a command reads, unless one before has written it."""
+        if path.exists():
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.parts[0] == "runs":
+            path.symlink_to(self.finished_run.joinpath(*path.parts[2:]))
+        elif path.name.endswith("-pipeline"):
+            save(path, DDIMScheduler(prediction_type="epsilon" if "eps" in path.name else "v_prediction"))
+        elif not path.suffix:
+            for label in ("cat", "dog"):
+                solid(path / label / "1.png", (90, 120, 150))
+
+
+def module_of(words: list[str], patch: pytest.MonkeyPatch) -> list[str]:
+    """The module that a command runs and its arguments, under torchrun with the number of processes in WORLD_SIZE."""
+    if words[0] == "torchrun":
+        options = get_args_parser().parse_args(words[1:])
+        assert options.module, "torchrun -m MODULE"
+        patch.setenv("WORLD_SIZE", str(int(options.nnodes.rpartition(":")[2]) * int(options.nproc_per_node)))
+        return [options.training_script, *options.training_script_args]
+    assert words[:2] == ["python", "-m"], "no rule runs this command: add one, or a reason to NOT_RUN"
+    return words[2:]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_code_of_a_page(page, finished_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    reader = Reader(name_of(page), finished_run, monkeypatch)
+    for block in blocks_of(page):
+        try:
+            reader.do(block)
+        except (Exception, SystemExit) as error:
+            raise AssertionError(
+                f"{block.place}: {error or type(error).__name__}\n{capsys.readouterr().err}"
+            ) from error
+
+
+@pytest.mark.parametrize(
+    "language, text",
+    [
+        ("sh", "python -m pdfast.distill --roundz 8"),
+        ("sh", "python -m pdfast.distill --rounds eight"),
+        ("sh", "torchrun --nprocs 8 -m pdfast.distill"),
+        ("sh", "python -m pdfast.distil"),
+        ("sh", "python -m benchmarks.kernels --opp attention"),
+        ("sh", "python docs/examples/none.py"),
+        ("sh", "make distil"),
+        ("sh", "curl example.org"),
+        ("python", "from pdfast import nothing"),
+        ("diff", "+import nothing"),
+        ("fortran", "END"),
+        ("", "no language"),
+    ],
+)
+def test_code_that_does_not_run_is_found(language, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((Exception, SystemExit)):
+        Reader("", tmp_path, monkeypatch).do(Block("here", language, text))

@@ -5,6 +5,7 @@ networks and data that are tiny.
 blocks of `text`. `distill` and `train` are also run where that is on the built-in digits in one process, else with --dry-run.
 """
 
+import json
 import os
 import re
 import runpy
@@ -29,7 +30,11 @@ from tests.teachers.pipelines import save
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "kernels" / "README.md"]
 
-NOT_RUN = {"pip": "installs packages", "export": "sets a variable of the reader's own shell"}
+NOT_RUN = {
+    "benchmarks/gpu.sh": "needs a GPU",
+    "export": "sets a variable of the reader's own shell",
+    "pip": "installs packages",
+}
 """Commands that a page may show and no test runs, by their first word, and why."""
 
 TINY_RUN = (
@@ -38,7 +43,9 @@ TINY_RUN = (
 )
 SMALL = {
     "benchmarks.kernels": "--device cpu --seconds 0.001 --samples 1 --providers pdfast --mode fwd",
+    "benchmarks.loader": "--device cpu --image-size 4 --batch 1 --seconds 0.05 --workers 0 --loaders portable",
     "benchmarks.static": "--quick --op ddim_step",
+    "benchmarks.step": "--list",
     "benchmarks.tune": "--list",
     "pdfast.data.prepare": "",
     "pdfast.demo": "--device cpu",
@@ -137,6 +144,8 @@ class Reader:
         if module.startswith("benchmarks."):
             if module == "benchmarks.kernels" and "--shapes" not in arguments:
                 small.append("--quick")
+            if module == "benchmarks.loader":
+                self.provide(Path(arguments[arguments.index("--data") + 1]))
             patch.setattr("benchmarks.static.INTERPRETED", False)  # nothing is compiled:
             patch.setattr("benchmarks.static.read", lambda *_: [])
             patch.setattr("benchmarks.traffic.count", lambda *_: [])
@@ -219,3 +228,36 @@ def test_code_that_does_not_run_is_found(language, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((Exception, SystemExit)):
         Reader("", tmp_path, monkeypatch).do(Block("here", language, text))
+
+
+def test_links_and_the_index():
+    """Each page is named in README.md, and each link that leads to a file or a heading of this repository leads there."""
+    index = (ROOT / "README.md").read_text()
+    for page in PAGES[1:]:
+        assert f"({name_of(page)})" in index, f"README.md does not name {name_of(page)}"
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            if not target.startswith("http"):
+                path, _, heading = target.partition("#")
+                file = (page.parent / path).resolve()
+                assert file.exists(), f"{name_of(page)}: nothing is at {target}"
+                headings = re.findall("^#+ (.*)", file.read_text(), re.MULTILINE) if heading else []
+                names = [re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings]
+                assert not heading or heading in names, f"{name_of(page)}: {target} is no heading"
+
+
+def test_results_names_each_file_with_its_commit():
+    page = (ROOT / "docs" / "results.md").read_text()
+    for file in (ROOT / "benchmarks" / "results").glob("*.json"):
+        report = json.loads(file.read_text())
+        commit = (report.get("header") or report["versions"])["commit"]
+        assert f"(../benchmarks/results/{file.name})" in page
+        assert commit[:7] in page or commit[:7] in (ROOT / "docs" / "data.md").read_text()
+
+
+def test_results_of_an_update_are_those_of_the_file():
+    page = (ROOT / "docs" / "results.md").read_text()
+    for row in json.loads((ROOT / "benchmarks" / "results" / "step-cpu.json").read_text())["rows"]:
+        sampled = " | ".join(f"{rate:.0f}" for rate in row["sampled_images_per_second"].values())
+        numbers = f"{row['images_per_second']:.0f} | {row['median_ms']:.1f} | {row['peak_mib']:.1f} | {sampled}"
+        assert f"| {row['provider']} | {row['variant']} | {numbers} |".replace("|  |", "| |") in page

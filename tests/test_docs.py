@@ -230,6 +230,24 @@ def test_code_that_does_not_run_is_found(language, text, tmp_path, monkeypatch):
         Reader("", tmp_path, monkeypatch).do(Block("here", language, text))
 
 
+def test_each_flag_that_a_page_names_exists(capsys):
+    flags = r"(?<![\w-])--[a-z][\w.-]*\w"
+    known = {"--no-deps", "--target"}  # of pip
+    known |= {option for action in get_args_parser()._actions for option in action.option_strings}
+    for module in SMALL:
+        if module.startswith("benchmarks."):
+            with pytest.raises(SystemExit):
+                import_module(module).main(["--help"])
+        else:
+            command = ["images"] if module == "pdfast.data.prepare" else []
+            assert call(module.removeprefix("pdfast."), *command, "--help") == 0
+        known |= set(re.findall(flags, capsys.readouterr().out))
+    known |= {flag.partition(".")[0] for flag in known}  # groups, as --engine
+    for page in PAGES:
+        named = set(re.findall(flags, page.read_text()))
+        assert named <= known, f"{name_of(page)} names {', '.join(named - known)}, which no command has"
+
+
 def test_links_and_the_index():
     """Each page is named in README.md, and each link that leads to a file or a heading of this repository leads there."""
     index = (ROOT / "README.md").read_text()

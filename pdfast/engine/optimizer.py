@@ -74,7 +74,7 @@ class _ApexAdam:
             from apex.multi_tensor_apply import multi_tensor_applier
         except ImportError as error:
             raise UsageError(
-                f"--optimizer apex: NVIDIA's apex is not installed ({error}); build it with APEX_CPP_EXT=1 "
+                f"--engine.optimizer apex: NVIDIA's apex is not installed ({error}); build it with APEX_CPP_EXT=1 "
                 "APEX_CUDA_EXT=1, or choose pdfast or torch"
             ) from None
         self._apply, self._adam = multi_tensor_applier, amp_C.multi_tensor_adam_capturable

@@ -132,7 +132,7 @@ def open_world(device_name: str, shard: int = 1) -> Iterator[World]:
     does not divide the number of processes."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if shard < 1 or size % shard:
-        raise UsageError(f"--shard {shard} must divide the number of processes, {size}")
+        raise UsageError(f"--engine.shard {shard} must divide the number of processes, {size}")
     device = open_device(device_name)
     if size == 1:
         yield World(device)

@@ -148,7 +148,7 @@ def write_teacher(
         fill_model_folder(folder, weights, config.network, config.schedule, None)
         write_json(folder / "metrics.json", evaluator.metrics(rows, training))
         np.save(folder / "samples.npy", samples)
-        np.save(folder / "real.npy", evaluator.real_samples)
+        np.save(folder / "real.npy", evaluator.real_samples())
         np.save(folder / "reference.npy", reference.numpy())
         write_png(folder / "grid.png", image_grid(samples, columns=4, scale=4))
 

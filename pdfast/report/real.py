@@ -24,7 +24,7 @@ ENOUGH = 10000  # natural images; what fewer give depends on n more than on the 
 
 def cache_folder() -> Path:
     """Where statistics of real images are kept: $PDFAST_CACHE, or ~/.cache/pdfast."""
-    return Path(os.environ.get("PDFAST_CACHE") or Path.home() / ".cache" / "pdfast")
+    return Path(os.path.expanduser(os.environ.get("PDFAST_CACHE") or "~/.cache/pdfast"))
 
 
 class RealImages:
@@ -52,7 +52,7 @@ class RealImages:
             "weights": space.sha256,
             "device": world.device.type,
         }
-        kept = _Kept(key, (n, space.num_features))
+        kept = _Kept(key)
         text = world.on_first(kept.read)
         if known := text is not None:
             features = kept.features
@@ -97,8 +97,8 @@ def _warn_of_few(n: int, space: nn.Module) -> None:
 class _Kept:
     """A file with the features of real images and a line of facts about them, for one `key`."""
 
-    def __init__(self, key: dict[str, Any], shape: tuple[int, int]) -> None:
-        self._key, self._shape = json.dumps(key), shape
+    def __init__(self, key: dict[str, Any]) -> None:
+        self._key = json.dumps(key)
         self.features: Tensor | None = None
         """float32 [n, num_features], once they are read."""
         name = hashlib.sha256(self._key.encode()).hexdigest()[:24]
@@ -111,16 +111,16 @@ class _Kept:
 
     def read(self) -> str | None:
         """The facts, None where there is no such file or it is damaged; then a warning says so."""
-        if not self._path.exists():
-            return None
         try:
+            if not self._path.exists():
+                return None
             with safe_open(self._path, framework="pt") as file:
                 features, metadata = file.get_tensor("features"), file.metadata()
             whole = metadata["sha256"] == self._checksum(features, metadata["facts"])
         except Exception:  # the reader raises many kinds
             whole = False
-        if not whole or tuple(features.shape) != self._shape:
-            warnings.warn(f"{self._path} is damaged: the real images are read again", stacklevel=2)
+        if not whole:
+            warnings.warn(f"{self._path} is damaged or not readable: the real images are read again", stacklevel=2)
             return None
         self.features = features
         return metadata["facts"]

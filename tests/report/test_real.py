@@ -119,7 +119,7 @@ def test_a_damaged_file_is_replaced_with_one_warning(cache, damage):
     images = source()
     with pytest.warns(UserWarning) as caught:
         again = RealImages(images, Pixels(), N, ALONE)
-    assert [str(w.message) for w in caught] == [f"{path} is damaged: the real images are read again"]
+    assert [str(w.message) for w in caught] == [f"{path} is damaged or not readable: the real images are read again"]
     assert everything(again) == said and images.taken == 2 * N
     images = source()
     assert everything(RealImages(images, Pixels(), N, ALONE)) == said and images.taken == 0

@@ -88,8 +88,8 @@ def _warn_of_few(n: int, space: nn.Module) -> None:
         )
     elif space.natural and n < ENOUGH:
         warnings.warn(
-            f"{n} images are few for {space.name}: below {ENOUGH} it is larger by what the number of images does, compare it at "
-            "this n only",
+            f"{n} images are few for {space.name}: below {ENOUGH} a small number alone makes the distance larger, so compare it "
+            "with those of as many images only",
             stacklevel=3,
         )
 

@@ -146,7 +146,7 @@ class DiffusersNetwork(Network):
         s, a, b = (c.view(-1, 1, 1, 1) for c in self.coefficients(phi)) if self.preconditioned else (None,) * 3
         z = z.float()
         half = self.dtype == torch.bfloat16
-        with torch.autocast(z.device.type, torch.bfloat16) if half else nullcontext():
+        with torch.autocast(z.device.type, torch.bfloat16, cache_enabled=False) if half else nullcontext():
             output = self.unet(z if s is None else s * z, self.times(phi), class_labels=cond, return_dict=False)[0]
         output = output.float()
         return output if s is None else a * z + b * output

@@ -109,13 +109,13 @@ def _unet2d(network: Network, phi: Tensor) -> nn.Module:
         unet = library().UNet2DModel.from_config(network.config.unet | learned)
         weights = network.unet.state_dict() | {"time_proj.weight": network.unet.time_proj(network.times(phi))}
     else:
-        unet = library().UNet2DModel(**_arguments(network.config, len(phi)))
+        unet = library().UNet2DModel(**unet2d_arguments(network.config, len(phi)))
         weights = _weights(network, phi)
     unet.load_state_dict(weights)
     return unet
 
 
-def _arguments(network: NetworkConfig, times: int) -> dict[str, Any]:
+def unet2d_arguments(network: NetworkConfig, times: int) -> dict[str, Any]:
     """Of the UNet2DModel that is our U-Net."""
     attends = [
         network.image_size >> level in network.attention_resolutions for level in range(len(network.channel_mult))

@@ -62,6 +62,7 @@ class Draws:
             batch = next(self._stream)
             self.images.copy_(batch.images, non_blocking=True)
             if self.labels is not None:
+                assert batch.labels is not None  # a source without any is refused when it is opened
                 self.labels.copy_(batch.labels, non_blocking=True)
             self._loaded = round_index, update
         keys = torch.tensor([noise.key(self._seed, stream, round_index, update) for stream in STREAMS])

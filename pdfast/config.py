@@ -100,7 +100,7 @@ class EvaluationConfig:
     """How teacher and students are judged."""
 
     features: str = "mobilenet"
-    """Feature space of the Frechet distance: digits, mobilenet, or a path to Inception weights (then it is the FID)."""
+    """Feature space of distances and scores: digits, mobilenet, or a path to Inception weights (then they are FID, KID, IS)."""
     num_samples: int = 10000
     """Images drawn and real images compared with; the same number everywhere, so that distances compare."""
     max_steps: int = 1024

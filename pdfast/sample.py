@@ -110,6 +110,11 @@ def draw(arguments: Arguments, saved: SavedModel, device: torch.device) -> tuple
     return drawn[:count], np.concatenate(labels)[:count] if labels else None, steps
 
 
+def picture(images: np.ndarray) -> np.ndarray:
+    """Images uint8 [N, H, W, C] in a square, enlarged where they are tiny: uint8 [H', W', 3]."""
+    return image_grid(images, columns=max(1, round(len(images) ** 0.5)), scale=max(1, 64 // images.shape[1]))
+
+
 def main() -> None:
     arguments = parse(Arguments, prog="python -m pdfast.sample", description=__doc__)
     for flag, value in (("steps", arguments.steps), ("count", arguments.count), ("batch-size", arguments.batch_size)):
@@ -133,8 +138,7 @@ def main() -> None:
         if arguments.out.suffix == ".npz":
             np.savez(arguments.out, images=images, **({} if labels is None else {"labels": labels}))
         else:
-            columns = max(1, round(len(images) ** 0.5))
-            write_png(arguments.out, image_grid(images, columns, scale=max(1, 64 // images.shape[1])))
+            write_png(arguments.out, picture(images))
     drawn = f"{len(images)} images in {steps} steps ({arguments.sampler}), {rate:.4g} images/s,"
     print(f"{drawn} from {saved.folder} -> {arguments.out}")
 

@@ -165,7 +165,7 @@ def write_teacher(
         made = {} if conversion is None else {"conversion": conversion}
         write_json(folder / "metrics.json", evaluator.metrics(rows, training) | made)
         np.save(folder / "samples.npy", samples)
-        np.save(folder / "real.npy", evaluator.real_samples)
+        np.save(folder / "real.npy", evaluator.real_samples())
         np.save(folder / "reference.npy", reference.numpy())
         write_png(folder / "grid.png", image_grid(samples, columns=4, scale=4))
 

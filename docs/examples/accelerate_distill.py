@@ -28,23 +28,20 @@ def distill(
     losses = []
     steps = start // 2
     while steps >= end:
-        unet = copy.deepcopy(teacher.unet).train().requires_grad_(True)
+        student = copy.deepcopy(teacher).train().requires_grad_(True)
         table = pdfast.build_step_table(schedule, steps, teacher.prediction, "truncated_snr", device=accelerator.device)
-        optimizer = torch.optim.Adam(unet.parameters(), lr=1e-4)
+        optimizer = torch.optim.Adam(student.parameters(), lr=1e-4)
         loader = DataLoader(images, batch_size=16, shuffle=True, drop_last=True)
-        unet, optimizer, loader = accelerator.prepare(unet, optimizer, loader)
-        student, _ = pdfast.adapt(unet, pipeline.scheduler)
+        student, optimizer, loader = accelerator.prepare(student, optimizer, loader)
         for _ in range(epochs):
             for x in loader:
                 loss = pdfast.distillation_loss(student, teacher, x, table).mean()
                 accelerator.backward(loss)
-                accelerator.clip_grad_norm_(unet.parameters(), 1.0)
+                accelerator.clip_grad_norm_(student.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
                 losses.append(loss.item())
-        # The student is the teacher of the next round.
-        student = accelerator.unwrap_model(unet).eval().requires_grad_(False)
-        teacher, _ = pdfast.adapt(student, pipeline.scheduler)
+        teacher = accelerator.unwrap_model(student).eval().requires_grad_(False)
         steps //= 2
     scheduler = DDIMScheduler.from_config(
         pipeline.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False

@@ -1,6 +1,7 @@
 """Sample grids: pictures of small images, enlarged without smoothing."""
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -43,8 +44,8 @@ def steps_grid(rows: list[tuple[str, np.ndarray]], scale: int) -> np.ndarray:
     return np.asarray(canvas)
 
 
-def write_png(path: Path, pixels: np.ndarray) -> None:
+def write_png(file: Path | BinaryIO, pixels: np.ndarray) -> None:
     """Write uint8 [H, W, 3] as PNG."""
     from PIL import Image
 
-    Image.fromarray(pixels).save(path)
+    Image.fromarray(pixels).save(file, format="PNG")

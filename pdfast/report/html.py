@@ -13,6 +13,7 @@ import numpy as np
 from pdfast.engine.files import write_file
 from pdfast.engine.log import count_steps
 from pdfast.report.grids import steps_grid
+from pdfast.report.metrics import in_words
 from pdfast.report.plots import loss_by_step_plot, loss_plot, quality_plot
 
 
@@ -237,6 +238,7 @@ def build_report(run: Path) -> Path:
         config=config_text,
         command=config.get("command"),
         count_steps=count_steps,
+        in_words=in_words,
         rate=_rate,
     )
     path = run / "report.html"

@@ -70,6 +70,8 @@ class MobileNetFeatures(nn.Module):
 
     name = "FD-MobileNetV2"
     num_features = 1280
+    natural = True
+    sha256 = SHA256
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,6 +88,11 @@ class MobileNetFeatures(nn.Module):
         x = F.interpolate(x, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=True)
         x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         return self.network.features(x).mean((2, 3))
+
+    @torch.no_grad()
+    def logits(self, features: Tensor) -> Tensor:
+        """float32 [n, 1280] -> [n, 1000], of ImageNet's classes."""
+        return self.network.classifier(features)
 
 
 def _weights_file() -> Path:

@@ -17,7 +17,7 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pdfast.config import to_plain
 from pdfast.diffusion import ddim, sample
@@ -222,3 +222,17 @@ def test_in_two_processes_in_parts(tmp_path, compiled):
         entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         losses.append([entry["loss"] for entry in entries if entry.get("phase") == "distill"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 4
+
+
+def test_older_names_of_the_attentions_weights(tmp_path):
+    """As in the checkpoints of 2022: query, key, value and proj_attn."""
+    theirs = save(tmp_path, DDPMScheduler(1000))
+    file = tmp_path / "unet/diffusion_pytorch_model.safetensors"
+    older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    weights = load_file(file)
+    for new, old in older.items():
+        weights = {name.replace(f".{new}.", f".{old}."): weight for name, weight in weights.items()}
+    assert any(".query." in name for name in weights)
+    save_file(weights, file, metadata={"format": "pt"})
+    network, _ = load_pipeline(tmp_path)
+    assert all(torch.equal(weight, network.unet.state_dict()[name]) for name, weight in theirs.state_dict().items())

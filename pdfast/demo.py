@@ -1,0 +1,188 @@
+"""Try a run's students in a browser, beside their teacher from the same noise (pip install 'pdfast[demo]'):
+
+    python -m pdfast.demo runs/digits
+
+The student's picture at N steps and seed S is that of `python -m pdfast.sample runs/digits --steps N --seed S --count 16`.
+Nothing is asked of other machines.
+"""
+
+import base64
+import functools
+import io
+import os
+import queue
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+
+from pdfast import sample
+from pdfast.cli import parse, run_command
+from pdfast.config import load_yaml
+from pdfast.engine import layout
+from pdfast.engine.device import open_device
+from pdfast.engine.log import count_steps
+from pdfast.engine.model_folder import SavedModel, load_model
+from pdfast.errors import UsageError
+from pdfast.report.grids import write_png
+
+ALL_CLASSES = "all, in turn"
+LARGEST_SEED = 2**53 - 1  # that a browser's numbers hold
+CSS = """
+#draw { align-self: center; }
+#pictures .html-container { padding: 0; }
+#pictures .prose { display: flex; flex-wrap: wrap; gap: 1.5rem; }
+#pictures figure { margin: 0; }
+#pictures figcaption { margin-bottom: .5rem; }
+#pictures b { font-weight: 600; }
+#pictures figcaption span { display: block; opacity: .7; font-variant-numeric: tabular-nums; }
+#pictures img, #pictures .waiting { display: block; margin: 0; max-width: 100%; image-rendering: pixelated; }
+#pictures .waiting { width: 16rem; aspect-ratio: 1; background: var(--background-fill-secondary); }
+"""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Try a run's students in a browser, beside their teacher from the same noise."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """A run's folder, with students."""
+    count: int = 16
+    """Images in each picture."""
+    host: str = "127.0.0.1"
+    """Where to listen; 0.0.0.0 lets other machines in."""
+    port: int = 7860
+    """Where to listen; 0 for any that is free."""
+    open: bool = False
+    """Open the page in this machine's browser, too."""
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu, cuda or cuda:N."""
+
+
+class Models:
+    """A run's teacher and students, ready to draw. UsageError where there are none, or one is damaged.
+
+    start: the step count at which the teacher is what the first student was distilled from.
+    """
+
+    def __init__(self, run: Path, count: int, device: torch.device) -> None:
+        folders = sorted((run / "students").glob("[0-9]*"), reverse=True)
+        if not folders:
+            raise UsageError(f"there are no students in {run}: give the folder of a run of pdfast.distill")
+        self.run, self.count, self.device = run, count, device
+        self.students = {int(folder.name): load_model(folder, device) for folder in folders}
+        self.teacher = load_model(run / "teacher", device)
+        self.start = load_yaml(run / "config.yaml").get("start_steps") or 2 * max(self.students)
+        for saved in (self.teacher, *self.students.values()):
+            layout.for_sampling(saved.network, device, "auto", "auto")
+
+    @functools.lru_cache(maxsize=256)  # of pictures: the teacher's stays while the student changes
+    def draw(self, saved: SavedModel, steps: int, seed: int, classes: tuple[int, ...]) -> tuple[bytes, float]:
+        """A PNG of the images, and the seconds an image took; a first step, which may compile, is not counted."""
+        arguments = sample.Arguments(self.run, steps=steps, count=self.count, seed=seed, classes=classes)
+        sample.draw(replace(arguments, steps=1), saved, self.device)
+        began = time.perf_counter()
+        images, _, _ = sample.draw(arguments, saved, self.device)
+        seconds = (time.perf_counter() - began) / len(images)
+        png = io.BytesIO()
+        write_png(png, sample.picture(images))
+        return png.getvalue(), seconds
+
+
+def figure(title: str, steps: int, drawn: tuple[bytes, float] | None) -> str:
+    """HTML of one picture under its title and its time; of an empty frame where it is not drawn yet."""
+    if drawn is None:
+        speed, content = "drawing …", '<div class="waiting"></div>'
+    else:
+        png, seconds = drawn
+        speed = f"{1000 * seconds:.3g} ms an image" if seconds < 1 else f"{seconds:.3g} s an image"
+        source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+        content = f'<img alt="{title}, {count_steps(steps)}" src="{source}">'
+    caption = f"<b>{title}</b><span>{count_steps(steps)} · {speed}</span>"
+    return f"<figure><figcaption>{caption}</figcaption>{content}</figure>"
+
+
+def build_page(models: Models, draw: Callable[..., tuple[bytes, float]]) -> Any:
+    """The page (a gradio.Blocks), which calls `draw` as `Models.draw`. UsageError where gradio is not installed."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # it sends nothing to anyone
+    try:
+        import gradio as gr
+    except ImportError:
+        raise UsageError("the demo needs gradio: pip install 'pdfast[demo]'") from None
+    name, num_classes = models.run.resolve().name, models.teacher.network.config.num_classes
+
+    def show(n: int, seed: int | None, label: int | str = ALL_CLASSES) -> Iterator[str]:
+        """The pictures, again after each that was drawn."""
+        classes = () if label == ALL_CLASSES else (label,)
+        shown = [
+            ("Student", models.students[n], n),
+            ("Teacher in as few steps (DDIM)", models.teacher, n),
+            ("Teacher", models.teacher, models.start),
+        ]
+        figures = [figure(title, steps, None) for title, _, steps in shown]
+        yield "".join(figures)
+        for i, (title, saved, steps) in enumerate(shown):
+            figures[i] = figure(title, steps, draw(saved, steps, seed or 0, classes))
+            yield "".join(figures)
+
+    counts, labels = sorted(models.students), [ALL_CLASSES, *range(num_classes)]
+    with gr.Blocks(title=f"pdfast: {name}") as page:
+        gr.Markdown(f"# {name}\nStudents beside their teacher, from the same noise.")
+        with gr.Row():
+            steps = gr.Radio(counts, value=counts[0], label="Student's steps", elem_id="steps", scale=4)
+            seed = gr.Number(
+                0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, elem_id="seed", min_width=120
+            )
+            controls = [steps, seed]
+            if num_classes:
+                controls.append(gr.Dropdown(labels, value=ALL_CLASSES, label="Class", elem_id="class", min_width=120))
+            button = gr.Button("Draw", variant="primary", elem_id="draw", min_width=120)
+        pictures = gr.HTML(elem_id="pictures")
+        triggers = [page.load, button.click, seed.submit]
+        gr.on(triggers, show, controls, pictures, show_progress="hidden", trigger_mode="always_last", api_name="draw")
+    return page
+
+
+def main() -> None:
+    arguments = parse(Arguments, prog="python -m pdfast.demo", description=__doc__)
+    if arguments.count < 1:
+        raise UsageError(f"--count must be at least 1, got {arguments.count}")
+    models = Models(arguments.run, arguments.count, open_device(arguments.device))
+    wanted: queue.SimpleQueue[tuple[Future, tuple]] = queue.SimpleQueue()
+
+    def draw(*what: Any) -> tuple[bytes, float]:
+        future: Future = Future()
+        wanted.put((future, what))
+        return future.result()
+
+    page = build_page(models, draw)
+    try:
+        with socket.create_server((arguments.host, arguments.port)) as probe:
+            port = probe.getsockname()[1]
+        page.launch(
+            server_name=arguments.host, server_port=port, inbrowser=arguments.open, share=False, ssr_mode=False, quiet=True,
+            prevent_thread_lock=True, show_error=True, footer_links=[], css=CSS,
+        )  # fmt: skip
+    except (OSError, OverflowError) as error:
+        address = f"{arguments.host}:{arguments.port}"
+        raise UsageError(f"cannot listen at {address} ({error}): choose others with --host and --port") from None
+    print(f"{arguments.run}: http://{arguments.host}:{port} (Ctrl-C ends it)", flush=True)
+    try:
+        while True:  # drawn in this thread, whose GPU and compiler are set up, and one at a time
+            future, what = wanted.get()
+            try:
+                future.set_result(models.draw(*what))
+            except Exception as error:
+                future.set_exception(error)
+    except KeyboardInterrupt:
+        pass
+
+
+if __name__ == "__main__":
+    run_command(main)

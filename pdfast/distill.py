@@ -9,6 +9,7 @@ students/NNNN for every step count and report.html.
 import dataclasses
 import functools
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from pdfast.engine.optimizer import linear_decay
 from pdfast.engine.run import open_run
 from pdfast.engine.step import Draws, RoundTable, conversion_gradient, distillation_gradient
 from pdfast.errors import RunError, UsageError
-from pdfast.networks import Network
+from pdfast.networks import Network, NetworkConfig
 from pdfast.report.evaluator import Evaluator, shown
 from pdfast.report.grids import image_grid, write_png
 from pdfast.report.guard import complaints
@@ -217,7 +218,8 @@ def with_teachers_network(config: DistillConfig) -> tuple[DistillConfig, SavedMo
     schedule = saved.schedule
     if config.schedule.u_start != 1:
         schedule = dataclasses.replace(schedule, u_start=config.schedule.u_start)
-    return dataclasses.replace(config, network=network, schedule=schedule), saved
+    # --network has flags for our U-Net; the configurations of other networks have what is read of one besides.
+    return dataclasses.replace(config, network=cast(NetworkConfig, network), schedule=schedule), saved
 
 
 def convert_teacher(
@@ -230,10 +232,10 @@ def convert_teacher(
 ) -> tuple[Network, dict | None, dict]:
     """A copy of the teacher that predicts v, trained for where its algebra is not exact; with the figures of the training
     (None where there was none), and those of the original and of the untrained copy."""
-    copy = config.network.build()
+    copy = ConvertedConfig(original.config).build()
     copy.network.load_state_dict(original.network.state_dict())
     judged: dict[str, list] = {"original": [], "untrained": []}
-    networks = {"original": original.network, "untrained": copy}
+    networks: dict[str, Network] = {"original": original.network, "untrained": copy}
     try:
         dataclasses.replace(original, schedule=config.schedule).check_start()
     except UsageError as error:
@@ -241,7 +243,7 @@ def convert_teacher(
         del networks["original"]
     for name, network in networks.items():
         network.to(machine.world.device).eval().dtype = machine.dtype
-        for steps in [config.start_steps, *(n for n in FEW if n < config.start_steps)]:
+        for steps in [config.first_steps, *(n for n in FEW if n < config.first_steps)]:
             images, seconds = evaluator.draw(network, steps)
             row = evaluator.measure(images, steps, seconds)
             judged[name].append(row)
@@ -290,7 +292,7 @@ def distill(
         else:
             teacher = machine.trained(given_teacher.network)
             evaluator = open_evaluator(config, machine, source)
-        halvings = [config.start_steps, *(n for n in config.round_steps if n <= config.evaluation.max_steps)]
+        halvings = [config.first_steps, *(n for n in config.round_steps if n <= config.evaluation.max_steps)]
         write_teacher(config, machine, teacher, training, evaluator, halvings, log, conversion)
         machine.finish(lambda: build_report(config.run))
         del teacher

@@ -91,7 +91,8 @@ def models_to_judge(arguments: Arguments, device: torch.device) -> list[tuple[st
     return wanted
 
 
-def _line(name: str, steps: str, fd: str, kd: str, cs: str, precision: str, recall: str, time: str) -> str:
+def _line(*cells: str) -> str:
+    name, steps, fd, kd, cs, precision, recall, time = cells
     return f"{name:<16} {steps:>5} {fd:>14} {kd:>20} {cs:>15} {precision:>9} {recall:>7} {time:>12}".rstrip()
 
 
@@ -120,13 +121,13 @@ def main() -> None:
         saved.check_start()
     for network in {id(saved): saved.network for _, saved, _ in wanted}.values():
         layout.for_sampling(network, device, arguments.dtype, arguments.compile)
-    network = first.config
+    config = first.config
     evaluator = Evaluator(
         evaluation_settings(arguments, run),
-        load_source(data, image_size=network.image_size, channels=network.image_channels, device=device),
+        load_source(data, image_size=config.image_size, channels=config.image_channels, device=device),
         first.schedule.build(),
         seed=run.get("seed", 0) if arguments.seed is None else arguments.seed,
-        num_classes=network.num_classes,
+        num_classes=config.num_classes,
         world=World(device),
     )
     rows = []

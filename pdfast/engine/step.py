@@ -63,6 +63,7 @@ class Draws:
             batch = next(self._stream)
             self.images.copy_(batch.images, non_blocking=True)
             if self.labels is not None:
+                assert batch.labels is not None  # a source without any is refused when it is opened
                 self.labels.copy_(batch.labels, non_blocking=True)
             self._loaded = round_index, update
         keys = torch.tensor([noise.key(self._seed, stream, round_index, update) for stream in STREAMS])
@@ -136,8 +137,8 @@ def teacher_gradient(
     compiled: what is around the network too. Leaves the gradient of the mean in the parameters. Returns the losses, float32 [n].
     """
     run = _one_graph if compiled else as_it_is
-    images = run(_noisy_images)(draws, schedule, model.prediction, weighting)
-    return _gradient(model, draws.labels, *images, micro_batches, run)
+    z, phi, target, coefficient, weight = run(_noisy_images)(draws, schedule, model.prediction, weighting)
+    return _gradient(model, draws.labels, z, phi, target, coefficient, weight, micro_batches, run)
 
 
 def _gradient(

@@ -102,6 +102,7 @@ def train_digits_features() -> DigitsFeatures:
         order = permutation(SEED, 1 + update * BATCH_SIZE // NUM_TRAINED, NUM_TRAINED)
         batch = source.take(trained[order[samples % NUM_TRAINED]])
         x = batch.images.permute(0, 3, 1, 2).float() / 127.5 - 1
+        assert batch.labels is not None  # the digits have some
         loss = F.cross_entropy(network.classify(network.hidden(x)), batch.labels)
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - update / UPDATES)
         optimizer.zero_grad()
@@ -110,7 +111,10 @@ def train_digits_features() -> DigitsFeatures:
     return network.eval().requires_grad_(False)
 
 
-def load_feature_space(spec: str, *, device: torch.device | str = "cpu") -> nn.Module:
+FeatureSpace = DigitsFeatures | MobileNetFeatures | InceptionFeatures
+
+
+def load_feature_space(spec: str, *, device: torch.device | str = "cpu") -> FeatureSpace:
     """`digits`, `mobilenet`, or a path to Inception weights. UsageError for anything else."""
     if spec == "digits":
         return train_digits_features().to(device)

@@ -19,9 +19,9 @@ from pdfast.report.plots import loss_by_step_plot, loss_plot, quality_plot
 
 @dataclass(frozen=True)
 class Stage:
-    """The teacher (`steps` None) or a student, as found on disk."""
+    """The teacher (`steps` None) or a student (a number), as found on disk."""
 
-    steps: int | None
+    steps: Any
     metrics: dict[str, Any]
     samples: np.ndarray | None
 
@@ -156,7 +156,7 @@ def _rows(teacher: Stage | None, students: list[Stage]) -> list[dict[str, Any]]:
 def _conversion(teacher: Stage | None) -> list[dict[str, Any]]:
     """One row a step count: the distance of the teacher as it was, of its untrained copy and of the trained one."""
     made = teacher.metrics.get("conversion") if teacher else None
-    if not made:
+    if teacher is None or not made:
         return []
     stages = [{row["steps"]: row["fd"] for row in rows} for rows in (made["original"], made["untrained"])]
     stages.append({row["steps"]: row["fd"] for row in teacher.metrics["evaluation"]})

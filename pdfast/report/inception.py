@@ -9,6 +9,7 @@ published features: check a known FID before you quote one.
 """
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ class _Mixed(nn.Module):
     def __init__(
         self,
         in_channels: int,
-        branches: list[list[Layer]],
+        branches: Sequence[Sequence[Layer]],
         pool: tuple[str, int] | None = None,
         reduce: bool = False,
     ) -> None:
@@ -102,7 +103,7 @@ def _block_b() -> _Mixed:
 
 def _block_c(width: int) -> _Mixed:
     row, column = (1, 7), (7, 1)
-    double = [(1, width), (column, width), (row, width), (column, width), (row, 192)]
+    double: list[tuple[Kernel, int]] = [(1, width), (column, width), (row, width), (column, width), (row, 192)]
     return _Mixed(
         768,
         [
@@ -115,7 +116,7 @@ def _block_c(width: int) -> _Mixed:
 
 
 def _block_d() -> _Mixed:
-    kernels = (1, (1, 7), (7, 1), 3)
+    kernels: tuple[Kernel, ...] = (1, (1, 7), (7, 1), 3)
     return _Mixed(
         768,
         [
@@ -196,7 +197,7 @@ class InceptionFeatures(nn.Module):
                 "called FD-Inception, not FID, and compare with those of the same file only",
                 stacklevel=2,
             )
-        self.network.to(memory_format=torch.channels_last)
+        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.eval()
 
     @torch.no_grad()

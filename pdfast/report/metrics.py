@@ -72,7 +72,7 @@ class Comparison:
     torchmetrics computes what it has; all sums are float64. Nothing is exchanged with other processes.
     """
 
-    def __init__(self, space: nn.Module, real: Tensor, device: torch.device | str = "cpu") -> None:
+    def __init__(self, space: Any, real: Tensor, device: torch.device | str = "cpu") -> None:
         """space: with `num_features` and `logits`, on the device. real: float32 [n, num_features] on the CPU."""
         self._space, self._real, self._device = space, real, device
         self._frechet = FrechetDistance(real, device)

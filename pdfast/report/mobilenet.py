@@ -70,6 +70,8 @@ class MobileNetFeatures(nn.Module):
 
     name = "FD-MobileNetV2"
     num_features = 1280
+    mean: Tensor
+    std: Tensor
     natural = True
     sha256 = SHA256
 
@@ -77,7 +79,7 @@ class MobileNetFeatures(nn.Module):
         super().__init__()
         self.network = MobileNetV2().requires_grad_(False)
         self.network.load_state_dict(torch.load(_weights_file(), map_location="cpu", weights_only=True))
-        self.network.to(memory_format=torch.channels_last)
+        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
         self.eval()

@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from pdfast.data import ImageSource
 from pdfast.engine.files import write_file
@@ -34,7 +34,7 @@ class RealImages:
     of the images. A damaged file there is replaced, with a warning.
     """
 
-    def __init__(self, source: ImageSource, space: nn.Module, n: int, world: World, batch_size: int = 256) -> None:
+    def __init__(self, source: ImageSource, space: Any, n: int, world: World, batch_size: int = 256) -> None:
         """All processes must call it. UsageError where there are fewer than 2 n images, or n is below 4. Warns, in the first
         process, where n is small for the space."""
         if n <= NEIGHBOURS:
@@ -53,15 +53,15 @@ class RealImages:
             "device": world.device.type,
         }
         kept = _Kept(key)
-        text = world.on_first(kept.read)
+        text: Any = world.on_first(kept.read)
         if known := text is not None:
-            features = kept.features
+            features: Any = kept.features  # in the first process
         else:
             images = source.take(self.indices).images.permute(0, 3, 1, 2)
             features = features_of(space, images, world, batch_size)
             mean, std = channel_statistics(images)
         # The first process alone compares, and tells the others.
-        self._comparison = Comparison(space, features, world.device) if world.first else None
+        self._comparison: Any = Comparison(space, features, world.device) if world.first else None
         if not known:
             against_real = self.figures(source.take(held_out).images.permute(0, 3, 1, 2))
             text = json.dumps({"against_real": against_real, "channel_mean": mean, "channel_std": std})
@@ -79,7 +79,7 @@ class RealImages:
         return json.loads(self._world.on_first(lambda: json.dumps(self._comparison.figures(features))))
 
 
-def _warn_of_few(n: int, space: nn.Module) -> None:
+def _warn_of_few(n: int, space: Any) -> None:
     if n <= space.num_features:
         warnings.warn(
             f"{n} images are too few for the {space.num_features} features of {space.name}: their covariance is singular, "
@@ -106,7 +106,7 @@ class _Kept:
 
     def _checksum(self, features: Tensor, facts: str) -> str:
         digest = hashlib.sha256(f"{self._key}\n{facts}\n".encode())
-        digest.update(features.contiguous().numpy())
+        digest.update(features.contiguous().numpy().data)
         return digest.hexdigest()
 
     def read(self) -> str | None:

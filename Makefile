@@ -1,6 +1,7 @@
 # make distill   the main job on the built-in data, ending with a report
 # make test      all tests that need no GPU and are quick
 # make test-all  those that take longer as well
+# make lint      ruff and mypy
 #
 # Variables: PYTHON (interpreter, 3.11 or newer), TORCH (such as torch==2.12.0) and TORCH_INDEX (such as
 # https://download.pytorch.org/whl/cpu) choose the environment when it is first made; ARGS are further flags of the command.
@@ -11,7 +12,7 @@ export PYTHON TORCH TORCH_INDEX
 # Two files of tests at a time, each file in one process: most tests have one thread.
 PYTEST := $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile
 
-.PHONY: help environment distill test test-all
+.PHONY: help environment distill test test-all lint
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
@@ -30,3 +31,8 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(PYTEST) -m "not gpu" $(ARGS)
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy

@@ -100,7 +100,7 @@ class EvaluationConfig:
     """How teacher and students are judged."""
 
     features: str = "mobilenet"
-    """Feature space of the Frechet distance: digits, mobilenet, or a path to Inception weights (then it is the FID)."""
+    """Feature space of distances and scores: digits, mobilenet, or a path to Inception weights (then they are FID, KID, IS)."""
     num_samples: int = 10000
     """Images drawn and real images compared with; the same number everywhere, so that distances compare."""
     max_steps: int = 1024
@@ -233,9 +233,16 @@ class DistillConfig(RunConfig):
         return exceptions.get(steps, default)
 
     @property
+    def first_steps(self) -> int:
+        """start_steps, once it is known: see `resolve_steps`."""
+        assert self.start_steps is not None
+        return self.start_steps
+
+    @property
     def round_steps(self) -> list[int]:
         """The students' step counts, from start_steps / 2 down to end_steps."""
-        return [self.start_steps >> r for r in range(1, self.rounds + 1)]
+        assert self.rounds is not None
+        return [self.first_steps >> r for r in range(1, self.rounds + 1)]
 
 
 def parse_updates(text: str) -> tuple[int, dict[int, int]]:
@@ -267,6 +274,7 @@ def resolve_steps(given: Steps, preset: Steps) -> tuple[int, int, int]:
     if end is None:
         end = 1 if rounds is None or start is None else start >> rounds
     if start is None:
+        assert rounds is not None  # a preset has one
         start = end << rounds
     if rounds is None:
         rounds = max((start // end).bit_length() - 1, 1)

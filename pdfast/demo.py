@@ -82,7 +82,7 @@ class Models:
         for saved in (self.teacher, *self.students.values()):
             layout.for_sampling(saved.network, device, "auto", "auto")
 
-    @functools.lru_cache(maxsize=256)  # of pictures: the teacher's stays while the student changes
+    @functools.lru_cache(maxsize=256)  # noqa: B019 of pictures: the teacher's stays while the student changes
     def draw(self, saved: SavedModel, steps: int, seed: int, classes: tuple[int, ...]) -> tuple[bytes, float]:
         """A PNG of the images, and the seconds an image took; a first step, which may compile, is not counted."""
         arguments = sample.Arguments(self.run, steps=steps, count=self.count, seed=seed, classes=classes)

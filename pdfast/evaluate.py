@@ -3,7 +3,8 @@
     python -m pdfast.evaluate runs/digits --steps 4 2 1
     python -m pdfast.evaluate runs/digits/teacher --steps 256 16 --data digits --json out.json
 
-Every model draws from the same noise; n and the real-against-real floor are printed with the distances.
+Every model draws from the same noise. The last row compares real images with as many other real ones: what a perfect model would
+reach.
 """
 
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from pdfast.engine.model_folder import SavedModel, is_model, load_model
 from pdfast.engine.world import World
 from pdfast.errors import UsageError
 from pdfast.report.evaluator import Evaluator
+from pdfast.report.metrics import in_words
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,20 @@ def models_to_judge(arguments: Arguments, device: torch.device) -> list[tuple[st
     return wanted
 
 
+def _line(*cells: str) -> str:
+    name, steps, fd, kd, cs, precision, recall, time = cells
+    return f"{name:<16} {steps:>5} {fd:>14} {kd:>20} {cs:>15} {precision:>9} {recall:>7} {time:>12}".rstrip()
+
+
+def _figures(row: dict[str, Any]) -> list[str]:
+    return [
+        f"{row['fd']:.4f}",
+        in_words(row["kd"], row["kd_std"]),
+        in_words(row["cs"], row["cs_std"]),
+        *(in_words(row[name]) for name in ("precision", "recall")),
+    ]
+
+
 def main() -> None:
     arguments = parse(Arguments, prog="python -m pdfast.evaluate", description=__doc__)
     device = open_device(arguments.device)
@@ -105,24 +121,25 @@ def main() -> None:
         saved.check_start()
     for network in {id(saved): saved.network for _, saved, _ in wanted}.values():
         layout.for_sampling(network, device, arguments.dtype, arguments.compile)
-    network = first.config
+    config = first.config
     evaluator = Evaluator(
         evaluation_settings(arguments, run),
-        load_source(data, image_size=network.image_size, channels=network.image_channels, device=device),
+        load_source(data, image_size=config.image_size, channels=config.image_channels, device=device),
         first.schedule.build(),
         seed=run.get("seed", 0) if arguments.seed is None else arguments.seed,
-        num_classes=network.num_classes,
+        num_classes=config.num_classes,
         world=World(device),
     )
     rows = []
-    print(f"{'':<16} {'steps':>6} {evaluator.feature_space:>14} {'ms a sample':>12}")
+    print(_line("", "steps", *evaluator.names.values(), "precision", "recall", "ms a sample"))
     for name, saved, steps in wanted:
         images, seconds = evaluator.draw(saved.network, steps)
         row = {"model": name} | evaluator.measure(images, steps, seconds)
         rows.append(row)
-        print(f"{name:<16} {steps:>6} {row['fd']:>14.4f} {1000 * seconds:>12.3g}", flush=True)
+        print(_line(name, str(steps), *_figures(row), f"{1000 * seconds:.3g}"), flush=True)
     metrics = evaluator.metrics(rows, None)
-    print(f"real against real {metrics['floor']:.4f}, n = {metrics['num_samples']}, {metrics['device']}")
+    print(_line("real images", "", *_figures(metrics["real_against_real"]), ""))
+    print(f"n = {metrics['num_samples']}, {metrics['device']}")
     if arguments.json is not None:
         with writing(arguments.json, remedy="choose another file with --json"):
             write_json(arguments.json, metrics)

@@ -136,7 +136,7 @@ def main() -> None:
     with writing(arguments.out, remedy="choose another file with --out"):
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         if arguments.out.suffix == ".npz":
-            np.savez(arguments.out, images=images, **({} if labels is None else {"labels": labels}))
+            np.savez(arguments.out, images=images, **({} if labels is None else {"labels": labels}))  # type: ignore[arg-type]
         else:
             write_png(arguments.out, picture(images))
     drawn = f"{len(images)} images in {steps} steps ({arguments.sampler}), {rate:.4g} images/s,"

@@ -19,6 +19,12 @@ torch.set_num_threads(1)
 features.train_digits_features = functools.cache(features.train_digits_features)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """Statistics of real images are not kept among the user's."""
+    os.environ["PDFAST_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
 def own_signals():
     """Commands called in this process install handlers; give the test runner its own back."""

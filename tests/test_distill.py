@@ -160,11 +160,22 @@ def test_sampling_from_a_run(finished_run, tmp_path):
 
 def test_evaluating_a_run_gives_its_numbers_again(finished_run, tmp_path, capsys):
     assert call("evaluate", str(finished_run), "--json", str(tmp_path / "m.json"), "--device", "cpu") == 0
-    rows = {(r["model"], r["steps"]): r["fd"] for r in json.loads((tmp_path / "m.json").read_text())["evaluation"]}
+    found = json.loads((tmp_path / "m.json").read_text())
+    rows = {(r["model"], r["steps"]): r for r in found["evaluation"]}
+    printed = capsys.readouterr().out
     for steps in (2, 1):
-        (row,) = json.loads((finished_run / f"students/{steps:04d}/metrics.json").read_text())["evaluation"]
-        assert rows["student", steps] == row["fd"]
-    assert ("teacher, DDIM", 1) in rows and "FD-digits" in capsys.readouterr().out
+        before = json.loads((finished_run / f"students/{steps:04d}/metrics.json").read_text())
+        (row,) = before["evaluation"]
+        for name in ("fd", "kd", "kd_std", "cs", "cs_std", "precision", "recall"):
+            assert rows["student", steps][name] == row[name], name
+        assert before["real_against_real"] == found["real_against_real"]
+        figures = f"{row['fd']:.4f} {row['kd']:.4g} {row['cs']:.4g} ± {row['cs_std']:.2g} {row['precision']:.4g}"
+        assert f"student {steps} {figures} " in re.sub(" +", " ", printed)
+    assert ("teacher, DDIM", 1) in rows
+    head, last = printed.splitlines()[0], printed.splitlines()[-1]
+    assert head.split()[:6] == ["steps", "FD-digits", "KD-digits", "CS-digits", "precision", "recall"]
+    assert last.startswith("n = 64, ")
+    assert re.search(rf"^real images +{found['floor']:.4f} ", printed, re.M)
 
 
 def test_dry_run(tmp_path, capsys):

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 
 import pytest
@@ -67,7 +68,7 @@ def test_the_environment_is_made_once(checkout):
     calls = (checkout / "pip-calls").read_text().splitlines()
     assert [call.split()[-1] for call in calls if "install" in call] == [
         "torch==2.13.0",
-        ".[test]",
+        ".[lint,test]",
         "nvidia-dali-cuda130",
     ]
     assert (checkout / "torchrun-calls").read_text().splitlines() == ["--standalone -m pdfast.distill --rounds 8"] * 2
@@ -135,20 +136,68 @@ def test_kernels_must_stay_a_bare_folder(checkout):
     assert done.returncode == 1 and done.stderr.startswith("kernels/__init__.py must not exist")
 
 
-@pytest.mark.slow
-def test_the_wheel_holds_both_packages_and_nothing_stray(tmp_path):
-    source = tmp_path / "source"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "*.egg-info", "build"))
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), "."],
-        cwd=source, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The folder of what `python -m build` makes: the source distribution, and the wheel made of that."""
+    folder = tmp_path_factory.mktemp("built")
+    source = folder / "source"
+    left_out = (".venv", ".git", "runs", "*.egg-info", "build", "dist", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*left_out))
+    for stray in ("runs/digits/config.yaml", "pdfast/__pycache__/cli.cpython-311.pyc", "tests/__pycache__/a.pyc"):
+        (source / stray).parent.mkdir(parents=True)
+        (source / stray).touch()
+    command = [sys.executable, "-m", "build", "--outdir", str(folder), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("pdfast-*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names} - {wheel.name.rsplit("-", 3)[0] + ".dist-info"} == {
-        "pdfast",
-        "pdfast_kernels",
-    }
-    assert {"pdfast/data/digits.npz", "pdfast/data/digits.txt", "pdfast/report/report.html.jinja"} <= set(names)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_source_distribution_is_the_repository(built):
+    (archive,) = built.glob("pdfast-*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {member.name.partition("/")[2] for member in tar if member.isfile()}
+    assert {*FILES, "README.md", "LICENSE", "kernels/README.md", "docs/method.md", "tests/commands.py"} <= names
+    assert {"pdfast/data/digits.npz", "pdfast/report/report.html.jinja", "kernels/pdfast_kernels/py.typed"} <= names
+    assert not [name for name in names if name.startswith("runs") or "cache__" in name]
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_both_packages_and_nothing_stray(built):
+    (wheel,) = built.glob("pdfast-*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    information = wheel.name.rsplit("-", 3)[0] + ".dist-info"
+    assert {name.split("/")[0] for name in names} - {information} == {"pdfast", "pdfast_kernels"}
+    files = {path.relative_to(folder) for folder in (ROOT, ROOT / "kernels") for path in folder.glob("pdfast*/**/*.*")}
+    kept = {str(path) for path in files if path.suffix != ".pyc" and path.parts[0] in ("pdfast", "pdfast_kernels")}
+    assert {name for name in names if not name.startswith(information)} == kept
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+AWAY = """
+import importlib.util, pdfast, pdfast_kernels
+from pathlib import Path
+from pdfast.presets import PRESETS
+print(*(Path(package.__file__).parents[1] for package in (pdfast, pdfast_kernels)), importlib.util.find_spec("kernels"), *PRESETS)
+"""
+
+
+@pytest.mark.slow
+def test_the_wheel_works_away_from_the_checkout(built, tmp_path):
+    (wheel,) = built.glob("pdfast-*.whl")
+    target, elsewhere = tmp_path / "target", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+
+    def python(*arguments):
+        command = [sys.executable, *arguments]
+        surroundings = os.environ | {"PYTHONPATH": str(target), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=elsewhere, env=surroundings, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    python("-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(wheel))
+    presets = "digits cifar10-fast cifar10 imagenet64 lsun128"
+    assert python("-c", AWAY).split() == [str(target), str(target), "None", *presets.split()]
+    assert "8 rounds, 256 -> 1 steps" in python("-m", "pdfast.distill", "--rounds", "8", "--dry-run", "--device", "cpu")
+    assert "--steps" in python("-m", "pdfast.sample", "--help")
+    assert not list(elsewhere.iterdir())

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable
 from itertools import pairwise
 from types import FunctionType
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -69,7 +70,7 @@ def _norm_silu(
     """silu(norm(x) * (1 + scale) + shift), scale and shift [N, C]."""
     if _silu_fuses(norm, silu):
         return norm(x, scale=scale, shift=shift, silu=True)
-    if scale is None:
+    if scale is None or shift is None:
         return silu(norm(x))
     return silu(norm(x) * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
 
@@ -90,7 +91,9 @@ class GroupNorm:
     def why_not(norm: nn.Module) -> str | None:
         return None
 
-    def forward(self, input: Tensor, *, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = False):
+    def forward(
+        self: Any, input: Tensor, *, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = False
+    ):
         return group_norm(input, self.num_groups, self.weight, self.bias, self.eps, scale=scale, shift=shift, silu=silu)
 
 
@@ -107,7 +110,7 @@ class Sequential:
         return None if None in reasons else reasons[0]
 
     # The SiLU's own forward stays: there is code that slices a Sequential, and puts something between the two.
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self: Any, input: Tensor) -> Tensor:
         modules = list(self)
         done = False
         for module, following in zip(modules, [*modules[1:], None], strict=True):
@@ -129,7 +132,7 @@ class ResnetBlock2D:
         output_scale_factor"""
 
     @staticmethod
-    def why_not(block: nn.Module) -> str | None:
+    def why_not(block: Any) -> str | None:
         if reason := _unknown_version(type(block).forward, ResnetBlock2D.known):
             return reason
         if block.time_embedding_norm not in ("default", "scale_shift"):
@@ -138,7 +141,7 @@ class ResnetBlock2D:
             return f"its activation is {type(block.nonlinearity).__name__}, not SiLU"
         return why_not_fused(block.norm1, block.nonlinearity) or why_not_fused(block.norm2, block.nonlinearity)
 
-    def forward(self, input_tensor: Tensor, temb: Tensor | None, *args, **kwargs) -> Tensor:
+    def forward(self: Any, input_tensor: Tensor, temb: Tensor | None, *args, **kwargs) -> Tensor:
         scale_shift = self.time_embedding_norm == "scale_shift"
         if args or kwargs or (temb is None) != (self.time_emb_proj is None) or (scale_shift and temb is None):
             return type(self).forward(self, input_tensor, temb, *args, **kwargs)
@@ -177,7 +180,7 @@ class Attention:
     others = ("norm_q", "norm_k", "spatial_norm", "added_kv_proj_dim")
 
     @staticmethod
-    def why_not(block: nn.Module) -> str | None:
+    def why_not(block: Any) -> str | None:
         return (
             _unknown_version(type(block).forward, Attention.known)
             or Attention.not_now(block)
@@ -185,7 +188,7 @@ class Attention:
         )
 
     @staticmethod
-    def not_now(block: nn.Module) -> str | None:
+    def not_now(block: Any) -> str | None:
         """Asked on each call: processors come and go."""
         if block.is_cross_attention:
             return "cross attention: its keys and values are of another tensor"
@@ -200,7 +203,7 @@ class Attention:
         return None
 
     def forward(
-        self,
+        self: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -227,7 +230,7 @@ class GroupNormSiLU:
 
     kind = "GroupNorm + SiLU"
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self: Any, input: Tensor) -> Tensor:
         return group_norm(input, self.num_groups, self.weight, self.bias, self.eps, silu=True)
 
 
@@ -236,5 +239,5 @@ class PassedThrough:
 
     kind = "its SiLU, done by the GroupNorm"
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self: Any, input: Tensor) -> Tensor:
         return input

@@ -23,6 +23,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import FunctionType, MethodType, ModuleType
+from typing import Any
 
 from torch import nn
 
@@ -31,7 +32,7 @@ from pdfast_kernels._forwards import code_names, instance_forward, is_silu, qual
 
 _GROUP_NORM = "torch.nn.modules.normalization.GroupNorm"
 _SEQUENTIAL = "torch.nn.modules.container.Sequential"
-_BLOCKS = {
+_BLOCKS: dict[str, Any] = {
     _SEQUENTIAL: _forwards.Sequential,
     "diffusers.models.resnet.ResnetBlock2D": _forwards.ResnetBlock2D,
     "diffusers.models.attention_processor.Attention": _forwards.Attention,
@@ -40,8 +41,8 @@ _UNETS = (
     "diffusers.models.unets.unet_2d.UNet2DModel",
     "diffusers.models.unets.unet_2d_condition.UNet2DConditionModel",
 )
-_PAIR = (_forwards.GroupNormSiLU, _forwards.PassedThrough)
-_KINDS = {new.forward: new.kind for new in (_forwards.GroupNorm, *_BLOCKS.values(), *_PAIR)}
+_PAIR: tuple[Any, ...] = (_forwards.GroupNormSiLU, _forwards.PassedThrough)
+_KINDS: dict[Any, str] = {new.forward: new.kind for new in (_forwards.GroupNorm, *_BLOCKS.values(), *_PAIR)}
 
 
 @dataclass
@@ -82,11 +83,11 @@ def _calls_group_norm(module: nn.Module) -> bool:
     return False
 
 
-def _set_forward(module: nn.Module, new: type) -> None:
+def _set_forward(module: nn.Module, new: Any) -> None:
     module.forward = MethodType(new.forward, module)  # a bound method, which deepcopy binds to the copy
 
 
-def _accelerate(name: str, module: nn.Module, new: type, report: Report) -> None:
+def _accelerate(name: str, module: nn.Module, new: Any, report: Report) -> None:
     function = instance_forward(module)
     if function in _KINDS:
         report.already.append((name, _KINDS[function]))
@@ -99,7 +100,7 @@ def _accelerate(name: str, module: nn.Module, new: type, report: Report) -> None
         report.replaced.append((name, new.kind))
 
 
-def _accelerate_end(name: str, unet: nn.Module, uses: Counter, report: Report) -> None:
+def _accelerate_end(name: str, unet: Any, uses: Counter, report: Report) -> None:
     """conv_norm_out and conv_act, which the forward of the whole network calls."""
     norm, activation = unet.conv_norm_out, unet.conv_act
     norm_name, activation_name = (f"{name}.{part}".lstrip(".") for part in ("conv_norm_out", "conv_act"))
@@ -108,6 +109,7 @@ def _accelerate_end(name: str, unet: nn.Module, uses: Counter, report: Report) -
     if instance_forward(norm) is _forwards.GroupNormSiLU.forward:
         report.already.append((activation_name, _forwards.PassedThrough.kind))
         return
+    reason: str | None
     if ("conv_norm_out", "conv_act") not in pairwise(code_names(type(unet).forward)):
         reason = f"{type(unet).__name__}.forward is of an unknown version"
     elif uses[norm] > 1 or uses[activation] > 1:

@@ -168,6 +168,9 @@ class AdamEma:
     something does not fit.
     """
 
+    _page: Tensor | None
+    _gradient_table: Tensor
+
     def __init__(
         self,
         parameters: Sequence[Tensor],
@@ -187,7 +190,7 @@ class AdamEma:
         self._device = self._parameters[0].device if self._parameters else torch.device("cpu")
         self._shapes, self._strides = [p.shape for p in self._parameters], [p.stride() for p in self._parameters]
         names = {"parameters": self._parameters, "exp_avgs": self._exp_avgs, "exp_avg_sqs": self._exp_avg_sqs}
-        if averages is not None:
+        if self._averages is not None:
             names["averages"] = self._averages
         for name, tensors in names.items():
             self._check(name, tensors)
@@ -276,7 +279,7 @@ class AdamEma:
         counts = -(-sizes // self._config.block)
         tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)
         place = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]
-        averages = self._averages or [None] * len(sizes)
+        averages: Sequence[Tensor | None] = self._averages or [None] * len(sizes)
         lists = zip(self._parameters, self._exp_avgs, self._exp_avg_sqs, averages, strict=True)
         addresses = [[0 if t is None else t.data_ptr() for t in tensors] for tensors in lists]
         self._wide = not any(a % WIDE_BYTES for row in addresses for a in row) and not bool((sizes % 4).any())

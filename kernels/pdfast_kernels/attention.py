@@ -18,7 +18,7 @@ Other dtypes, layouts and sizes run in PyTorch.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ class Config(NamedTuple):
 
 # 90, 100: 227 KB of shared memory, and matrix instructions that read it, of 64 and of 128 rows; 80: 163 KB; the others
 # have 99 KB. Chosen by what the compiler reports (nothing spills), not by time yet.
-_FORWARD = {
+_FORWARD: dict[int, tuple[Config, ...]] = {
     90: (
         Config(256, 64, forward_resident, 64, 256, 4, 2),
         Config(128, 128, forward_resident, 64, 128, 4, 2),
@@ -80,7 +80,7 @@ _FORWARD = {
         Config(UNBOUNDED, 256, forward_stream, 64, 16, 4, 2),
     ),
 }
-_BACKWARD = {
+_BACKWARD: dict[int, tuple[Config, ...]] = {
     90: (
         Config(64, 128, backward_tile, 64, 64, 4, 1),
         Config(64, 256, backward_tile, 64, 64, 8, 1),
@@ -141,7 +141,7 @@ def _columns(q: Tensor) -> int:
 
 def _arguments(scale: float, q: Tensor, k: Tensor, v: Tensor, gradient: Tensor | None = None) -> dict:
     """What all kernels but `row_products` take, of the tensors: strides in units of 8 elements where that is possible."""
-    strides = {}
+    strides: dict[str, int] = {}
     for name, tensor in (("q", q), ("k", k), ("v", v), ("d", gradient)):
         if tensor is not None:
             n, length, heads, _ = (
@@ -149,7 +149,7 @@ def _arguments(scale: float, q: Tensor, k: Tensor, v: Tensor, gradient: Tensor |
             )
             strides |= {f"{name}_n": n, f"{name}_l": length, f"{name}_h": heads}
     unit = 8 if all(stride % 8 == 0 for stride in strides.values()) else 1
-    arguments = {name: stride // unit for name, stride in strides.items()}
+    arguments: dict[str, Any] = {name: stride // unit for name, stride in strides.items()}
     arguments |= {"q_ptr": q, "k_ptr": k, "v_ptr": v, "L": q.shape[1], "heads": q.shape[2], "D": q.shape[3]}
     return arguments | {"SCALE2": scale * math.log2(math.e), "UNIT": unit, "BLOCK_D": _columns(q)}
 
@@ -189,7 +189,7 @@ def backward(
     arguments = _arguments(scale, q, k, v, gradients[0])
     arguments |= {"grad_ptr": grad, "lse_ptr": lse, "SCALE": scale, "BLOCK": config.block}
     arguments |= dict(zip(("dq_ptr", "dk_ptr", "dv_ptr"), gradients, strict=True))
-    grid = (n * heads,)
+    grid: tuple[int, ...] = (n * heads,)
     if config.kernel is not backward_tile:
         arguments["STEP"] = config.step
     if config.kernel is backward_stream:
@@ -237,7 +237,8 @@ def _(grad, q, k, v, out, lse, scale):
 
 @torch.library.custom_op("pdfast_kernels::attention_packed", mutates_args=())
 def _attention_packed(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return forward(*qkv.unbind(2), scale)
+    q, k, v = qkv.unbind(2)
+    return forward(q, k, v, scale)
 
 
 @_attention_packed.register_fake
@@ -248,7 +249,8 @@ def _(qkv, scale):
 @torch.library.custom_op("pdfast_kernels::attention_packed_backward", mutates_args=())
 def _attention_packed_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
     gradient = empty_gradient(qkv)
-    backward(grad, *qkv.unbind(2), out, lse, scale, gradient.unbind(2))
+    q, k, v = qkv.unbind(2)
+    backward(grad, q, k, v, out, lse, scale, gradient.unbind(2))
     return gradient
 
 
@@ -264,7 +266,8 @@ def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _empty_gradients(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+    dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+    return dq, dk, dv
 
 
 def empty_gradient(qkv: Tensor) -> Tensor:
@@ -306,7 +309,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
             raise ValueError(f"attention: {name} is {tensor.dtype}, expected that of q, {q.dtype}")
     check_floating("attention", q=q)
     check_device("attention", q.device, k=k, v=v)
-    scale = q.shape[3] ** -0.5 if scale is None and q.shape[3] else scale
+    scale = max(q.shape[3], 1) ** -0.5 if scale is None else scale
     if q.numel() and triton_runs("attention", q.device, unsupported(scale, q=q, k=k, v=v)):
         return _attention(q, k, v, scale)[0]
     return reference.attention(q, k, v, scale)
@@ -320,7 +323,7 @@ def attention_packed(qkv: Tensor, scale: float | None = None) -> Tensor:
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"attention_packed: qkv has shape {tuple(qkv.shape)}, expected [N, L, 3, heads, D]")
     check_floating("attention_packed", qkv=qkv)
-    scale = qkv.shape[4] ** -0.5 if scale is None and qkv.shape[4] else scale
+    scale = max(qkv.shape[4], 1) ** -0.5 if scale is None else scale
     if qkv.numel() and triton_runs("attention_packed", qkv.device, unsupported(scale, qkv=qkv)):
         return _attention_packed(qkv, scale)[0]
     return reference.attention_packed(qkv, scale)

@@ -12,6 +12,8 @@ Computed in float32. Each element of z and o is read once and each of z' written
 not computed (the coefficients are the schedule's). Other layouts and dtypes run in PyTorch.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -89,7 +91,7 @@ def _backward(
         tl.store(grad_output_ptr + n * M * P + place, grad_output.to(grad_output_ptr.dtype.element_ty), mask=inside)
 
 
-def _launch(kernel, z: Tensor, parts: int, index: Tensor | None, run: int, **tensors: Tensor | None) -> None:
+def _launch(kernel, z: Tensor, parts: int, index: Tensor | None, run: int, **tensors: Any) -> None:
     elements = z.numel() // max(len(z), 1)
     _, block, warps = TABLE.row(arch_of(z.device), elements)
     launch(

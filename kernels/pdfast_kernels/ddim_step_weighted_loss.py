@@ -14,6 +14,8 @@ wanted; what needs another gradient runs in PyTorch. Sums in two stages, without
 Other layouts and dtypes run in PyTorch.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -99,8 +101,8 @@ def _backward(
     tl.store(grad_ptr + n * M + e, grad.to(grad_ptr.dtype.element_ty), mask=e < M)
 
 
-def _run(tensors: tuple[Tensor | None, ...], grad_scale: float | None) -> tuple[Tensor, Tensor]:
-    """The losses, and grad_scale d(sum of M losses)/d output, M = C H W: empty for None."""
+def _run(tensors: tuple[Any, ...], grad_scale: float | None) -> tuple[Tensor, Tensor]:
+    """The losses, and grad_scale d(sum of M losses)/d output, M = C H W: empty for None. tensors: the arguments, in order."""
     output, z, teacher, teacher_mid, target_z, target_output, target_output_mid, coefficient, weight, index = tensors
     run, _ = run_length(z, output=output)
     parts, elements = coefficient.shape[1], z.numel() // max(len(z), 1)
@@ -248,7 +250,7 @@ def ddim_step_weighted_loss(
     _check(OP, *tensors, *columns, index)
     if triton_runs(OP, z.device, _unsupported(*tensors, *columns)):
         differentiable = torch.is_grad_enabled() and output.requires_grad
-        return _loss(*tensors, *_dense(*columns, index), differentiable)[0]
+        return _loss(*tensors, *_dense(index, *columns), differentiable)[0]
     return reference.ddim_step_weighted_loss(*tensors, *columns, index)
 
 
@@ -276,12 +278,12 @@ def ddim_step_weighted_loss_and_grad(
     columns = (target_z, target_output, target_output_mid, output_coefficient, weight)
     _check(f"{OP}_and_grad", *tensors, *columns, index)
     if triton_runs(f"{OP}_and_grad", z.device, _unsupported(*tensors)):
-        return _loss_and_grad(*tensors, *_dense(*columns, index), grad_scale)
+        return _loss_and_grad(*tensors, *_dense(index, *columns), grad_scale)
     return reference.ddim_step_weighted_loss_and_grad(*tensors, *columns, index, grad_scale=grad_scale)
 
 
-def _dense(*columns_and_index: Tensor | None) -> list[Tensor | None]:
-    *columns, index = columns_and_index
+def _dense(index: Tensor | None, *columns: Tensor) -> list[Tensor | None]:
+    """The columns, then the index."""
     return [*(column.float().contiguous() for column in columns), None if index is None else index.contiguous()]
 
 

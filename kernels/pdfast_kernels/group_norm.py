@@ -339,10 +339,10 @@ def group_norm(
     ):
         if parameter is not None:
             check_shape("group_norm", name, parameter, shape)
-    tensors = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift}
-    check_floating("group_norm", **tensors)
-    check_device("group_norm", x.device, **{name: t for name, t in tensors.items() if name != "x"})
-    unsupported = unsupported_dtype(**tensors) or _unsupported_layout(**tensors)
+    parameters = {"weight": weight, "bias": bias, "scale": scale, "shift": shift}
+    check_floating("group_norm", x=x, **parameters)
+    check_device("group_norm", x.device, **parameters)
+    unsupported = unsupported_dtype(x=x, **parameters) or _unsupported_layout(x, **parameters)
     if x.numel() and triton_runs("group_norm", x.device, unsupported):
         return _group_norm(x, num_groups, weight, bias, scale, shift, eps, silu)[0]
     return reference.group_norm(x, num_groups, weight, bias, eps, scale=scale, shift=shift, silu=silu)

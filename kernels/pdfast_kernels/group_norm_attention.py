@@ -58,7 +58,8 @@ def _group_norm_attention(
     dim = c // num_heads
     normalised, mean, rstd = group_norm_forward(x, num_groups, norm_weight, norm_bias, None, None, eps, False)
     qkv = _linear(_rows(normalised), qkv_weight, qkv_bias).view(n, h * w, 3, num_heads, dim)
-    attended, lse = attention_forward(*qkv.unbind(2), dim**-0.5)
+    q, k, v = qkv.unbind(2)
+    attended, lse = attention_forward(q, k, v, dim**-0.5)
     y = _linear(attended.view(-1, c), proj_weight, proj_bias).add_(_rows(x))
     return _image(y, x), mean, rstd, qkv, lse, attended
 
@@ -100,8 +101,9 @@ def _group_norm_attention_backward(
     d_attended = (dy_rows @ proj_weight.to(x.dtype)).view(attended.shape)
 
     d_qkv = torch.empty_like(qkv)
+    q, k, v = qkv.unbind(2)
     scale = attended.shape[3] ** -0.5
-    attention_backward(d_attended, *qkv.unbind(2), attended, lse, scale, d_qkv.unbind(2))
+    attention_backward(d_attended, q, k, v, attended, lse, scale, d_qkv.unbind(2))
     d_qkv_rows = d_qkv.view(-1, 3 * c)
     normalised, _, _ = group_norm_forward(x, num_groups, norm_weight, norm_bias, None, None, eps, False)
     d_qkv_weight = (d_qkv_rows.t() @ _rows(normalised)).to(qkv_weight.dtype)
@@ -111,6 +113,7 @@ def _group_norm_attention_backward(
     dx, (d_norm_weight, d_norm_bias, _, _) = group_norm_backward(
         d_normalised, x, mean, rstd, num_groups, norm_weight, norm_bias, None, None, False
     )
+    assert d_norm_weight is not None and d_norm_bias is not None  # both parameters are there
     dx += dy
     return dx, d_norm_weight, d_norm_bias, d_qkv_weight, d_qkv_bias, d_proj_weight, d_proj_bias
 
@@ -176,7 +179,7 @@ def group_norm_attention(
     unsupported = unsupported_dtype(x=x, **tensors) or _unsupported(x, c // num_heads, norm_weight, norm_bias)
     if x.numel() and triton_runs(op, x.device, unsupported):
         return _group_norm_attention(x, num_groups, *tensors.values(), num_heads, eps)[0]
-    return reference.group_norm_attention(x, num_groups, *tensors.values(), num_heads, eps)
+    return reference.group_norm_attention(x, num_groups, **tensors, num_heads=num_heads, eps=eps)
 
 
 def _unsupported(x: Tensor, dim: int, norm_weight: Tensor, norm_bias: Tensor) -> str | None:

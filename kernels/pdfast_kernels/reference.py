@@ -3,6 +3,8 @@
 The public functions, in the modules of their names, say what the arguments are and check them.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,7 +21,7 @@ def _like(coefficient: Tensor, z: Tensor) -> Tensor:
 def _combine(output: Tensor, coefficient: Tensor) -> Tensor:
     """sum_p coefficient[:, p] * output_p: [N, P*C, ...] and [N, P] -> [N, C, ...]."""
     parts = output.chunk(coefficient.shape[1], dim=1)
-    return sum(_like(coefficient[:, p], part) * part for p, part in enumerate(parts))
+    return sum(_like(coefficient[:, p], part) * part for p, part in enumerate(parts))  # type: ignore[return-value]
 
 
 def mix(images: Tensor, phi: Tensor, noise: Tensor, flip: Tensor | None) -> Tensor:
@@ -144,7 +146,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
 
 
 def attention_packed(qkv: Tensor, scale: float | None = None) -> Tensor:
-    return attention(*qkv.unbind(2), scale)
+    q, k, v = qkv.unbind(2)
+    return attention(q, k, v, scale)
 
 
 def group_norm_attention(
@@ -174,7 +177,7 @@ def adam_ema(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     averages: list[Tensor] | None,
-    gradients: list[Tensor],
+    gradients: Sequence[Tensor],
     scalars: Tensor,
     betas: tuple[float, float],
     eps: float,
@@ -186,7 +189,7 @@ def adam_ema(
         return
     gradients = [g.to(p.dtype) for g, p in zip(gradients, parameters, strict=True)]
     if clip != 1:
-        gradients = torch._foreach_mul(gradients, clip)
+        gradients = list(torch._foreach_mul(gradients, clip))
     adamw(
         parameters,
         gradients,

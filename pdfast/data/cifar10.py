@@ -57,7 +57,9 @@ def read_members(archive: Path) -> dict[str, bytes]:
                 name = member.name.rsplit("/", 1)[-1]
                 names.add(name)
                 if name in wanted and member.isfile():
-                    members[name] = tar.extractfile(member).read()
+                    content = tar.extractfile(member)
+                    assert content is not None  # it is a file
+                    members[name] = content.read()
     except FileNotFoundError:
         raise UsageError(f"there is no archive at {archive}: {SOURCES}") from None
     except (OSError, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
@@ -75,7 +77,7 @@ def parse_official(members: dict[str, bytes], archive: Path) -> tuple[Split, Spl
 
     def part(names: tuple[str, ...]) -> Split:
         records = [parse_records(_member(members, f"{name}.bin", archive), f"{archive}: {name}.bin") for name in names]
-        return Split(*(np.concatenate(arrays) for arrays in zip(*records)))
+        return Split(*(np.concatenate(arrays) for arrays in zip(*records, strict=True)))
 
     return part(TRAIN), part(TEST)
 

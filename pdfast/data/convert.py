@@ -85,7 +85,7 @@ def convert(encoded: EncodedImages, out: Path, size: int, channels: int, *, jobs
     with writing(out, REMEDY):
         _join(parts, len(starts), out, labelled=encoded.labels is not None)
         shutil.rmtree(parts)
-    mean, std = moments(sum(np.array(fact["histogram"]) for fact in facts))
+    mean, std = moments(np.sum([fact["histogram"] for fact in facts], axis=0))
     classes = 0 if encoded.labels is None else int(encoded.labels.max()) + 1
     return Converted(len(encoded) - len(bad), classes, mean, std, bad, shown)
 
@@ -95,7 +95,7 @@ def _key(encoded: EncodedImages, size: int, channels: int, as_array: bool) -> st
     digest = hashlib.sha256(f"{size} {channels} {as_array} {PART}\n".encode())
     digest.update("\n".join(map(str, encoded.files)).encode() + encoded.places.tobytes())
     if encoded.labels is not None:
-        digest.update(encoded.labels)
+        digest.update(encoded.labels.data)
     return digest.hexdigest()
 
 
@@ -111,9 +111,9 @@ def _begin(parts: Path, key: str) -> None:
 _work: tuple[Samples, Path, bool]
 
 
-def _start(*work: object) -> None:
+def _start(samples: Samples, parts: Path, as_array: bool) -> None:
     global _work
-    _work = work
+    _work = samples, parts, as_array
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops all
 
 
@@ -184,7 +184,7 @@ def write_npz(path: Path, **arrays: np.ndarray) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
-                np.savez(file, **arrays)
+                np.savez(file, **arrays)  # type: ignore[arg-type]
             sync(temporary)
             os.replace(temporary, path)
         except BaseException:

@@ -25,13 +25,13 @@ CHUNK = 1024  # images decoded between two looks at what was bad
 
 def spare_cores() -> int:
     """Of this process's share of the machine, those that training leaves: all but one."""
-    return os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1
+    return (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1
 
 
 class Bad(NamedTuple):
     """An image that cannot be used."""
 
-    index: int
+    image: int
     reason: str
 
 
@@ -52,8 +52,10 @@ class Samples:
 
     def content(self, i: int) -> bytes:
         """The bytes of image i. BadImage where they, or the label, are not there."""
-        if self.num_classes and not 0 <= self.encoded.labels[i] < self.num_classes:
-            raise BadImage(f"label {self.encoded.labels[i]}, not one of {self.num_classes} classes")
+        if self.num_classes:
+            assert self.encoded.labels is not None  # `open_files` refuses data without any
+            if not 0 <= (label := self.encoded.labels[i]) < self.num_classes:
+                raise BadImage(f"label {label}, not one of {self.num_classes} classes")
         return self.encoded.read(i)
 
     def usable(self, i: int, use: Callable[[int, bytes], T]) -> tuple[T, int, list[Bad]]:
@@ -100,9 +102,9 @@ class FileImages:
         encoded = samples.encoded
         digest = hashlib.sha256(f"{samples.size} {samples.channels}\n".encode())
         digest.update("\n".join(encoded.names).encode())
-        digest.update(encoded.places)
+        digest.update(encoded.places.data)
         if encoded.labels is not None:
-            digest.update(encoded.labels)
+            digest.update(encoded.labels.data)
         self.name, self.fingerprint, self.num_images = name, digest.hexdigest(), len(encoded)
         self.shape = (samples.size, samples.size, samples.channels)
         self.num_classes = samples.num_classes or (0 if encoded.labels is None else int(encoded.labels.max()) + 1)
@@ -139,14 +141,14 @@ class FileImages:
     def resident(self) -> ResidentImages:
         """All of them, decoded now and kept on the device."""
         images = np.empty((self.num_images, *self.shape), dtype=np.uint8)
-        labels = np.empty(self.num_images, dtype=np.int64)
+        numbers = np.empty(self.num_images, dtype=np.int64)
         for start in range(0, self.num_images, CHUNK):
             rows = torch.arange(start, min(start + CHUNK, self.num_images))
             batch = self.take(rows)
             images[rows] = batch.images.cpu()
             if batch.labels is not None:
-                labels[rows] = batch.labels.cpu()
-        labels = None if self._samples.encoded.labels is None else torch.from_numpy(labels)
+                numbers[rows] = batch.labels.cpu()
+        labels = None if self._samples.encoded.labels is None else torch.from_numpy(numbers)
         resident = ResidentImages(self.name, torch.from_numpy(images), labels, self._device)
         # Of the files, whatever loads them: a run may go on with another loader.
         resident.description = f"{self.description}, {resident.home}"

@@ -40,8 +40,16 @@ def load_source(
     else:
         from pdfast.data.loaders import open_files  # with Pillow, which arrays do without
 
-        options = {"num_classes": num_classes, "loader": loader, "max_bad": max_bad}
-        if source := open_files(path, image_size=image_size, channels=channels, device=device, **options):
+        source = open_files(
+            path,
+            image_size=image_size,
+            channels=channels,
+            device=device,
+            num_classes=num_classes,
+            loader=loader,
+            max_bad=max_bad,
+        )
+        if source is not None:
             return source
         raise UsageError(f"{spec} is not data that pdfast reads: {KINDS}")
     if loader not in ("auto", "resident"):

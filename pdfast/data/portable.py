@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
@@ -34,7 +35,7 @@ class _InOrder:
         return self._indices
 
 
-def _as_it_is(item: Decoded | UsageError) -> Decoded | UsageError:
+def _as_it_is(item: Any) -> Any:
     return item
 
 

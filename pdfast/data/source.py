@@ -99,12 +99,12 @@ class ResidentImages:
         """images: uint8 [N, H, W, C]; labels: int64 [N] or None. device: where batches are wanted."""
         digest = hashlib.sha256(str(tuple(images.shape)).encode())
         for tensor in (images,) if labels is None else (images, labels):
-            digest.update(tensor.cpu().contiguous().numpy())
+            digest.update(tensor.cpu().contiguous().numpy().data)
         self.name = name
         self.bad = BadImages(name, len(images))
         self.fingerprint = digest.hexdigest()
-        self.num_images = len(images)
-        self.shape = tuple(images.shape[1:])
+        self.num_images, height, width, channels = images.shape
+        self.shape = (height, width, channels)
         self.num_classes = int(labels.max()) + 1 if labels is not None else 0
         self._device = torch.device(device)
         home = home_of(images.nbytes, self._device)

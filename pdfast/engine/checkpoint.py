@@ -196,7 +196,7 @@ class Checkpoints:
         meta = json.loads((folder / "state.json").read_text())
         files = [safe_open(folder / f"rank-{part:04d}.safetensors", framework="pt") for part in range(meta["parts"])]
         tensors = {}
-        for name in files[0].keys():  # noqa: SIM118 (not a dict)
+        for name in files[0].keys():  # it is not a dict
             if name in meta["common"]:
                 tensors[name] = files[0].get_tensor(name)
             else:

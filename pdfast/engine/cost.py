@@ -143,9 +143,9 @@ def _fuse(model: Network) -> None:
     """Let normalisation and attention be the custom operations that a GPU runs."""
     for module in model.modules():
         if isinstance(module, GroupNorm):
-            module.forward = _fused_norm(module)
+            module.forward = _fused_norm(module)  # type: ignore[method-assign]
         elif isinstance(module, Attention) and unsupported_dim(module.head_dim, model.dtype) is None:
-            module.forward = _fused_attention(module)
+            module.forward = _fused_attention(module)  # type: ignore[method-assign,assignment]
 
 
 def _fused_norm(norm: GroupNorm) -> Callable[..., Tensor]:

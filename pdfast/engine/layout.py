@@ -8,6 +8,7 @@ are and by `dtype` what its activations are; one that has neither is a unit by i
 
 from collections.abc import Mapping
 from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from pdfast.engine.world import World
+from pdfast.networks import Network
 
 MANY_GRAPHS = 1024  # of one code object: the blocks of a network share one, and each has its own shapes
 
@@ -31,7 +33,7 @@ def chosen_compile(name: str, device: torch.device) -> bool:
     return name == "on" or (name == "auto" and device.type == "cuda")
 
 
-def for_sampling(network: nn.Module, device: torch.device, dtype: str, compile: str) -> None:
+def for_sampling(network: Network, device: torch.device, dtype: str, compile: str) -> None:
     """Lay out a network that only draws, as the run that made it did when it judged it."""
     network.dtype = chosen_dtype(dtype, device)
     halve(network, network.dtype)
@@ -39,7 +41,7 @@ def for_sampling(network: nn.Module, device: torch.device, dtype: str, compile: 
         compile_network(network, whole=device.type == "cpu")
 
 
-def blocks(network: nn.Module) -> list[nn.Module]:
+def blocks(network: Any) -> list[Any]:
     """The units of compilation, of recomputation and of sharding."""
     return list(network.blocks()) if hasattr(network, "blocks") else [network]
 
@@ -100,7 +102,7 @@ def shard(network: nn.Module, world: World, *, reduced: torch.dtype = torch.floa
         following.set_modules_to_backward_prefetch([block])
 
 
-def last_of_batch(network: nn.Module, last: bool) -> None:
+def last_of_batch(network: Any, last: bool) -> None:
     """Whether the next backward completes the gradient: only then do the processes exchange it."""
     if hasattr(network, "set_requires_gradient_sync"):
         network.set_requires_gradient_sync(last)

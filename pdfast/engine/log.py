@@ -175,7 +175,7 @@ class Progress:
         loss, by_step = self._losses.read()
         rates = self._speed.read(done, self._draws.waited)
         norm = float(self._optimizer.norm)
-        entry = {
+        entry: dict[str, Any] = {
             "phase": self._phase,
             "steps": self._steps,
             "update": done,

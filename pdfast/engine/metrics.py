@@ -104,7 +104,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.1) -
         return time.perf_counter() - began
 
     run()
-    times, end = [], time.perf_counter() + seconds
+    times: list[float] = []
+    end = time.perf_counter() + seconds
     while len(times) < LEAST_RUNS or time.perf_counter() < end:
         times.append(run())
     return 2 * size**3 / min(times)

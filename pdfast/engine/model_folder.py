@@ -76,8 +76,8 @@ def load_model(folder: Path, device: torch.device) -> SavedModel:
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder}; a model folder holds config.json and *.safetensors")
     if is_pipeline(folder):
-        network, schedule = load_pipeline(folder)
-        return SavedModel(network.to(device), schedule, None, folder)
+        pipeline, schedule = load_pipeline(folder)
+        return SavedModel(pipeline.to(device), schedule, None, folder)
     meta = read_json(folder / "config.json")
     if meta.get("format") != FORMAT or not {"kind", "steps", "network", "schedule", "sha256"} <= meta.keys():
         raise UsageError(f"{folder / 'config.json'} is not of a model that this version of pdfast wrote ({FORMAT})")

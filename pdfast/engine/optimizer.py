@@ -153,7 +153,7 @@ class Optimizer:
 
         loss: this process's, without gradient. Where it or the gradient is not finite, only `skipped` changes.
         """
-        gradients = [local(p.grad) for p in self._model.parameters()]
+        gradients = [local(p.grad) for p in self._model.parameters()]  # type: ignore[arg-type]
         norm = nn.utils.get_total_norm(gradients)
         finite = torch.isfinite(norm + loss)
         if self._world.mesh is not None:

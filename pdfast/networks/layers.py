@@ -122,5 +122,6 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         norm, qkv, proj = self.norm, self.qkv, self.proj
         parameters = norm.weight, norm.bias, qkv.weight, qkv.bias, proj.weight, proj.bias
-        cast = (parameter.to(x.dtype) for parameter in parameters)
-        return group_norm_attention(x, norm.num_groups, *cast, x.shape[1] // self.head_dim, norm.eps)
+        w_norm, b_norm, w_qkv, b_qkv, w_proj, b_proj = (parameter.to(x.dtype) for parameter in parameters)
+        heads = x.shape[1] // self.head_dim
+        return group_norm_attention(x, norm.num_groups, w_norm, b_norm, w_qkv, b_qkv, w_proj, b_proj, heads, norm.eps)

@@ -65,6 +65,10 @@ class UNet(Network):
     """What comes before and after its blocks, and the embedding, is float32: near phi = 0 the rounding of a bf16 input would
     be larger than the noise in it."""
 
+    down: Any
+    up: Any
+    """Of each level, a dictionary: `blocks`, `attentions`, and `downsample` or `upsample`."""
+
     def __init__(self, config: NetworkConfig, dropout: float = 0.0) -> None:
         super().__init__()
         self.config = config
@@ -89,7 +93,7 @@ class UNet(Network):
         channels, skips = width[0], [width[0]]
         self.down = nn.ModuleList()
         for level in range(len(width)):
-            stage = nn.ModuleDict({"blocks": nn.ModuleList(), "attentions": nn.ModuleList()})
+            stage: Any = nn.ModuleDict({"blocks": nn.ModuleList(), "attentions": nn.ModuleList()})
             for _ in range(config.num_res_blocks):
                 stage["blocks"].append(block(channels, width[level]))
                 stage["attentions"].append(attention(level))

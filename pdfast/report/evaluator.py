@@ -4,6 +4,7 @@ All processes of a world draw and measure, and all have the result. Every model 
 """
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,8 @@ from pdfast.diffusion.noise import Stream
 from pdfast.engine.device import commit, describe
 from pdfast.engine.world import World
 from pdfast.report.features import load_feature_space
-from pdfast.report.metrics import FrechetDistance, channel_statistics, mean_squared_distance, psnr, split_real
+from pdfast.report.metrics import channel_statistics, mean_squared_distance, names_in, psnr
+from pdfast.report.real import RealImages
 
 SHOWN = 16  # images kept for sample grids
 
@@ -94,15 +96,23 @@ class Evaluator:
     ) -> None:
         self._config, self._source, self._schedule = config, source, schedule
         self._seed, self._num_classes, self._world, self._between = seed, num_classes, world, between
-        reference, held_out = split_real(source.num_images, config.num_samples, seed=0)
-        real = source.take(reference).images.permute(0, 3, 1, 2)
-        features = load_feature_space(config.features, device=world.device)
-        self.feature_space: str = features.name
-        self._distance = FrechetDistance(features, real, world, batch_size=config.batch_size)
-        self._floor = self._distance.distance(source.take(held_out).images.permute(0, 3, 1, 2))
-        self._real_mean, self._real_std = channel_statistics(real)
-        self.real_samples = source.take(reference[:SHOWN]).images.cpu().numpy()
+        with warnings.catch_warnings():
+            if not world.first:
+                warnings.simplefilter("ignore")  # what the first process says
+            self._space = load_feature_space(config.features, device=world.device)
+        self.names = names_in(self._space.name)
+        """What `fd`, `kd` and `cs` of a row are called."""
+        self._real = RealImages(source, self._space, config.num_samples, world, config.batch_size)
         self._reference_images: Tensor | None = None
+
+    @property
+    def feature_space(self) -> str:
+        """Its name, which is that of the Frechet distance in it."""
+        return self._space.name
+
+    def real_samples(self) -> np.ndarray:
+        """The first real images for a grid: uint8 [k, H, W, C]."""
+        return self._source.take(self._real.indices[:SHOWN]).images.cpu().numpy()
 
     def set_reference(self, images: Tensor) -> None:
         """The first teacher's images, uint8 [n, C, H, W], which every model's are compared with."""
@@ -132,7 +142,7 @@ class Evaluator:
         mean, std = channel_statistics(images)
         row = {
             "steps": steps,
-            "fd": self._distance.distance(images),
+            **self._real.figures(images),
             "mse": None,
             "psnr": None,
             "channel_mean": mean,
@@ -149,8 +159,11 @@ class Evaluator:
         """The whole of a metrics.json."""
         return {
             "feature_space": self.feature_space,
+            "feature_sha256": self._space.sha256,
+            "names": self.names,
             "num_samples": self._config.num_samples,
-            "floor": self._floor,
+            "floor": self._real.against_real["fd"],
+            "real_against_real": self._real.against_real,
             "sampler": "ddim",
             "clip": self._config.clip,
             "device": describe(self._world.device),
@@ -162,7 +175,7 @@ class Evaluator:
                 "num_images": self._source.num_images,
                 "shape": list(self._source.shape),
             },
-            "real": {"channel_mean": self._real_mean, "channel_std": self._real_std},
+            "real": {"channel_mean": self._real.channel_mean, "channel_std": self._real.channel_std},
             "training": training,
             "evaluation": rows,
         }

@@ -1,10 +1,12 @@
-"""Named feature spaces for the Frechet distance.
+"""Named feature spaces for distances and scores.
 
-Each is a module in eval mode with `name` and `num_features`: uint8 images [n, C, H, W] -> float32 [n, num_features],
-without gradients. A distance is only comparable within one space, and is called FID in that of the published Inception
-weights alone.
+Each is a module in eval mode: uint8 images [n, C, H, W] -> float32 [n, num_features], without gradients. `logits` goes on
+from features to its classifier's logits, float32 [n, classes]. `name` is that of the Frechet distance in it, `sha256` that
+of its weights, `natural` says whether it is one for natural images. Figures are only comparable within one space, and are
+called FID, KID and IS in that of the published Inception weights alone.
 """
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,7 @@ from pdfast.data import load_source
 from pdfast.diffusion.noise import permutation
 from pdfast.errors import UsageError
 from pdfast.report.inception import InceptionFeatures
+from pdfast.report.metrics import fixed_seed
 from pdfast.report.mobilenet import MobileNetFeatures
 
 SEED = 0
@@ -31,6 +34,7 @@ class DigitsFeatures(nn.Module):
 
     name = "FD-digits"
     num_features = 32
+    natural = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,6 +62,19 @@ class DigitsFeatures(nn.Module):
             )
         return self.hidden(images.float() / 127.5 - 1)
 
+    @torch.no_grad()
+    def logits(self, features: Tensor) -> Tensor:
+        """float32 [n, 32] -> [n, 10]."""
+        return self.classify(features)
+
+    @property
+    def sha256(self) -> str:
+        """Of the weights, which another kind of processor may train to other bits."""
+        digest = hashlib.sha256()
+        for tensor in self.state_dict().values():
+            digest.update(tensor.cpu().numpy())
+        return digest.hexdigest()
+
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
@@ -77,9 +94,7 @@ def train_digits_features() -> DigitsFeatures:
     """The digits' feature space, in a few seconds on a CPU; the same on every call, global generators left alone."""
     source = load_source("digits", image_size=8, channels=1)
     trained = permutation(SEED, 0, source.num_images)[:NUM_TRAINED]
-    with torch.random.fork_rng(devices=[]):
-        # torch.manual_seed would reseed the GPUs as well.
-        torch.default_generator.manual_seed(SEED)
+    with fixed_seed(SEED):
         network = DigitsFeatures()
     optimizer = torch.optim.Adam(network.parameters())
     for update in range(UPDATES):
@@ -87,6 +102,7 @@ def train_digits_features() -> DigitsFeatures:
         order = permutation(SEED, 1 + update * BATCH_SIZE // NUM_TRAINED, NUM_TRAINED)
         batch = source.take(trained[order[samples % NUM_TRAINED]])
         x = batch.images.permute(0, 3, 1, 2).float() / 127.5 - 1
+        assert batch.labels is not None  # the digits have some
         loss = F.cross_entropy(network.classify(network.hidden(x)), batch.labels)
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - update / UPDATES)
         optimizer.zero_grad()
@@ -95,8 +111,11 @@ def train_digits_features() -> DigitsFeatures:
     return network.eval().requires_grad_(False)
 
 
-def load_feature_space(spec: str, *, device: torch.device | str = "cpu") -> nn.Module:
-    """`digits`, `mobilenet`, or a path to Inception weights (then it is called FID). UsageError for anything else."""
+FeatureSpace = DigitsFeatures | MobileNetFeatures | InceptionFeatures
+
+
+def load_feature_space(spec: str, *, device: torch.device | str = "cpu") -> FeatureSpace:
+    """`digits`, `mobilenet`, or a path to Inception weights. UsageError for anything else."""
     if spec == "digits":
         return train_digits_features().to(device)
     if spec == "mobilenet":

@@ -13,14 +13,15 @@ import numpy as np
 from pdfast.engine.files import write_file
 from pdfast.engine.log import count_steps
 from pdfast.report.grids import steps_grid
+from pdfast.report.metrics import in_words
 from pdfast.report.plots import loss_by_step_plot, loss_plot, quality_plot
 
 
 @dataclass(frozen=True)
 class Stage:
-    """The teacher (`steps` None) or a student, as found on disk."""
+    """The teacher (`steps` None) or a student (a number), as found on disk."""
 
-    steps: int | None
+    steps: Any
     metrics: dict[str, Any]
     samples: np.ndarray | None
 
@@ -155,7 +156,7 @@ def _rows(teacher: Stage | None, students: list[Stage]) -> list[dict[str, Any]]:
 def _conversion(teacher: Stage | None) -> list[dict[str, Any]]:
     """One row a step count: the distance of the teacher as it was, of its untrained copy and of the trained one."""
     made = teacher.metrics.get("conversion") if teacher else None
-    if not made:
+    if teacher is None or not made:
         return []
     stages = [{row["steps"]: row["fd"] for row in rows} for rows in (made["original"], made["untrained"])]
     stages.append({row["steps"]: row["fd"] for row in teacher.metrics["evaluation"]})
@@ -237,6 +238,7 @@ def build_report(run: Path) -> Path:
         config=config_text,
         command=config.get("command"),
         count_steps=count_steps,
+        in_words=in_words,
         rate=_rate,
     )
     path = run / "report.html"

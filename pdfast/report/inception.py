@@ -1,12 +1,15 @@
 """FID: the 2048 pooled features of Inception v3 as published for it, from a file of weights that the user gives.
 
-The file is the pytorch-fid project's pt_inception-2015-12-05 (.pth), or the same tensors as safetensors. The network is
+The file is the pytorch-fid project's pt_inception-2015-12-05 (.pth), known by its hash; of any other, be it the same tensors
+as safetensors, nothing proves that it gives the FID, and the space has another name. The network is
 that of Szegedy et al. 2015 (arXiv 1512.00567) with the habits of the TensorFlow graph it was exported from: images
 resized to 299 x 299, bilinear without antialias; inputs in [-1, 1]; padding left out of every average; a maximum in
 place of the average in the last block; 1008 classes. Its structure is tested, its values were not compared with
 published features: check a known FID before you quote one.
 """
 
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +17,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pdfast.engine.files import sha256
 from pdfast.errors import UsageError
+
+# Of https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth
+SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 Kernel = int | tuple[int, int]
 Layer = tuple[str, int, Kernel]  # name, output channels, kernel
@@ -41,7 +48,7 @@ class _Mixed(nn.Module):
     def __init__(
         self,
         in_channels: int,
-        branches: list[list[Layer]],
+        branches: Sequence[Sequence[Layer]],
         pool: tuple[str, int] | None = None,
         reduce: bool = False,
     ) -> None:
@@ -96,7 +103,7 @@ def _block_b() -> _Mixed:
 
 def _block_c(width: int) -> _Mixed:
     row, column = (1, 7), (7, 1)
-    double = [(1, width), (column, width), (row, width), (column, width), (row, 192)]
+    double: list[tuple[Kernel, int]] = [(1, width), (column, width), (row, width), (column, width), (row, 192)]
     return _Mixed(
         768,
         [
@@ -109,7 +116,7 @@ def _block_c(width: int) -> _Mixed:
 
 
 def _block_d() -> _Mixed:
-    kernels = (1, (1, 7), (7, 1), 3)
+    kernels: tuple[Kernel, ...] = (1, (1, 7), (7, 1), 3)
     return _Mixed(
         768,
         [
@@ -137,7 +144,7 @@ def _block_e(in_channels: int, pool: str) -> _Mixed:
 class InceptionV3(nn.Module):
     """The network under the published parameter names: float [n, 3, 299, 299] in [-1, 1] -> [n, 2048].
 
-    `fc` is there for the file, which holds it.
+    `fc` makes logits of them.
     """
 
     def __init__(self) -> None:
@@ -170,16 +177,27 @@ class InceptionV3(nn.Module):
 
 
 class InceptionFeatures(nn.Module):
-    """uint8 images [n, 1 or 3, H, W] -> float32 [n, 2048]. UsageError for a file that holds any other network."""
+    """uint8 images [n, 1 or 3, H, W] -> float32 [n, 2048]. UsageError for a file that holds any other network.
 
-    name = "FID"
+    Called FID with the published file; with another FD-Inception, and a warning says so.
+    """
+
     num_features = 2048
+    natural = True
 
     def __init__(self, weights: Path) -> None:
         super().__init__()
         self.network = InceptionV3().requires_grad_(False)
         self.network.load_state_dict(_read_weights(weights, self.network.state_dict()))
-        self.network.to(memory_format=torch.channels_last)
+        self.sha256 = sha256(weights)
+        self.name = "FID" if self.sha256 == SHA256 else "FD-Inception"
+        if self.sha256 != SHA256:
+            warnings.warn(
+                f"{weights} (SHA-256 {self.sha256}) is not the published pt_inception-2015-12-05 ({SHA256}): its figures are "
+                "called FD-Inception, not FID, and compare with those of the same file only",
+                stacklevel=2,
+            )
+        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.eval()
 
     @torch.no_grad()
@@ -187,6 +205,11 @@ class InceptionFeatures(nn.Module):
         x = images.expand(-1, 3, -1, -1).float() / 255
         x = F.interpolate(x, (299, 299), mode="bilinear", align_corners=False)
         return self.network((2 * x - 1).contiguous(memory_format=torch.channels_last))
+
+    @torch.no_grad()
+    def logits(self, features: Tensor) -> Tensor:
+        """float32 [n, 2048] -> [n, 1008], without the classifier's bias, as the published Inception score has them."""
+        return F.linear(features, self.network.fc.weight)
 
 
 def _read_weights(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:

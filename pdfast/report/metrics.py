@@ -1,55 +1,184 @@
-"""Distances between sets of images: the Frechet distance in a feature space, and distances in pixels."""
+"""Figures of sets of images: distances and scores in a feature space, and distances in pixels."""
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pdfast.diffusion.noise import permutation
 from pdfast.engine.world import World
 from pdfast.errors import UsageError
 
+Figures = dict[str, float | None]
+SEED = 0  # of the subsets and splits
+SUBSETS, SUBSET_SIZE = 100, 1000  # of the kernel distance: Binkowski et al.'s code
+SPLITS = 10  # of the classifier score: Salimans et al. 2016
+NEIGHBOURS = 3  # of precision and recall: Kynkaanniemi et al. 2019
+BLOCK = 1 << 24  # distances held at once
 
-class FrechetDistance:
-    """The Frechet distance of Heusel et al. 2017 (arXiv 1706.08500) to one set of real images.
 
-    torchmetrics computes it, its sums in float64. Each process of a world computes the features of its part of the images.
+@contextmanager
+def fixed_seed(seed: int) -> Iterator[None]:
+    """Let torch's generator on the CPU begin at `seed`, and go on afterwards as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs as well
+        yield
+
+
+def names_in(space: str) -> dict[str, str]:
+    """What the Frechet distance, the kernel distance and the classifier score are called in a feature space, by its name:
+    FID, KID and IS in that called FID, in any other, FD-X, KD-X and CS-X."""
+    if space == "FID":
+        return {"fd": "FID", "kd": "KID", "cs": "IS"}
+    return {key: key.upper() + space.removeprefix("FD") for key in ("fd", "kd", "cs")}
+
+
+def in_words(figure: float | None, deviation: float | None = None) -> str:
+    """A figure to four digits, with its standard deviation to two where there is one; a dash for None."""
+    if figure is None:
+        return "–"
+    return f"{figure:.4g}" if deviation is None else f"{figure:.4g} ± {deviation:.2g}"
+
+
+def features_of(space: nn.Module, images: Tensor, world: World, batch_size: int = 256) -> Tensor:
+    """Features float32 [n, num_features], on the CPU, of uint8 images [n, C, H, W], the same in all processes, of which each
+    computes a part. All processes must call it.
+
+    space: uint8 [n, C, H, W] -> float32 [n, num_features], on the world's device.
+    """
+    part = world.part(len(images)).clamp(max=len(images) - 1)  # what is past the end is dropped below
+    features = [space(batch.to(world.device)).cpu() for batch in images[part].split(batch_size)]
+    return world.gather(torch.cat(features))[: len(images)]
+
+
+class Given(nn.Module):
+    """Features as they are, where a metric of torchmetrics would compute them."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+class Comparison:
+    """All figures of images against one set of real ones, from features of both in one space.
+
+    torchmetrics computes what it has; all sums are float64. Nothing is exchanged with other processes.
     """
 
-    def __init__(self, features: nn.Module, real: Tensor, world: World, batch_size: int = 256) -> None:
-        """features: uint8 [n, C, H, W] -> float [n, num_features], with `name` and `num_features`, on the world's device.
-        real: uint8 [n, C, H, W], the same in all processes; its statistics are computed once.
-        Warns where n <= num_features.
-        """
+    def __init__(self, space: Any, real: Tensor, device: torch.device | str = "cpu") -> None:
+        """space: with `num_features` and `logits`, on the device. real: float32 [n, num_features] on the CPU."""
+        self._space, self._real, self._device = space, real, device
+        self._frechet = FrechetDistance(real, device)
+
+    def figures(self, generated: Tensor) -> Figures:
+        """Of images with the features `generated`, float32 [m, num_features] on the CPU. None for what is not defined."""
+        logits = torch.cat([self._space.logits(f.to(self._device)) for f in generated.split(BLOCK // 1024)])
+        kd, kd_std = kernel_distance(self._real.to(self._device), generated.to(self._device))
+        cs, cs_std = classifier_score(logits)
+        precision, recall = precision_and_recall(self._real.to(self._device), generated.to(self._device))
+        figures = {
+            "fd": self._frechet.distance(generated),
+            "kd": kd,
+            "kd_std": kd_std,
+            "cs": cs,
+            "cs_std": cs_std,
+            "precision": precision,
+            "recall": recall,
+        }
+        return {name: value if value is not None and math.isfinite(value) else None for name, value in figures.items()}
+
+
+class FrechetDistance:
+    """The Frechet distance of Heusel et al. 2017 (arXiv 1706.08500) to one set of real images."""
+
+    def __init__(self, real: Tensor, device: torch.device | str = "cpu") -> None:
+        """real: features, float [n, d]; their sums are computed once, on the device."""
         # A second and a half to import, which a command that measures nothing should not wait for.
         from torchmetrics.image.fid import FrechetInceptionDistance
 
-        if len(real) <= features.num_features:
-            warnings.warn(
-                f"{len(real)} images are too few for the {features.num_features} features of {features.name}: their "
-                "covariance is singular, take the distance as a trend",
-                stacklevel=2,
-            )
-        # The sums over the processes are ours: torchmetrics would move them by the backend of the gradients.
-        metric = FrechetInceptionDistance(features, reset_real_features=False, sync_on_compute=False)
-        self._metric = metric.to(world.device)
-        self._world, self._batch_size = world, batch_size
+        metric = FrechetInceptionDistance(Given(real.shape[1]), reset_real_features=False, sync_on_compute=False)
+        self._metric, self._device = metric.to(device), device
         self._update(real, real=True)
 
-    def _update(self, images: Tensor, real: bool) -> None:
-        part = self._world.part(len(images))
-        for batch in images[part[part < len(images)]].split(self._batch_size):
-            if len(batch):
-                self._metric.update(batch.to(self._world.device), real=real)
-        for name in ("features_sum", "features_cov_sum", "features_num_samples"):
-            name = f"{'real' if real else 'fake'}_{name}"
-            setattr(self._metric, name, self._world.sum(getattr(self._metric, name)))
+    def _update(self, features: Tensor, real: bool) -> None:
+        for batch in features.split(1024):
+            self._metric.update(batch.to(self._device, torch.float64), real=real)
 
     def distance(self, generated: Tensor) -> float:
-        """The paper's d^2 between uint8 images [m, C, H, W], the same in all processes, and the real ones."""
+        """The paper's d^2 between features, float [m, d], and the real ones."""
         self._metric.reset()
         self._update(generated, real=False)
         return float(self._metric.compute())
+
+
+def kernel_distance(real: Tensor, generated: Tensor) -> tuple[float, float | None]:
+    """The kernel distance of Binkowski et al. 2018 (arXiv 1801.01401), squared and unbiased, so that it may be below 0: mean
+    and standard deviation over 100 subsets of 1000 features, float [n, d] each; of fewer over all at once, without deviation.
+    """
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    size = min(SUBSET_SIZE, len(real), len(generated))
+    subsets = 1 if size == len(real) == len(generated) else SUBSETS
+    metric = _that_keeps(KernelInceptionDistance, Given(real.shape[1]), subsets=subsets, subset_size=size)
+    metric.update(real.double(), real=True)
+    metric.update(generated.double(), real=False)
+    with fixed_seed(SEED):
+        mean, std = metric.compute()
+    return float(mean), float(std) if subsets > 1 else None
+
+
+def classifier_score(logits: Tensor) -> tuple[float, float]:
+    """The Inception score of Salimans et al. 2016 (arXiv 1606.03498), of any classifier's logits, float [n, classes]: mean
+    and standard deviation over 10 parts."""
+    from torchmetrics.image.inception import InceptionScore
+
+    metric = _that_keeps(InceptionScore, Given(logits.shape[1]), splits=SPLITS)
+    metric.update(logits.double())
+    with fixed_seed(SEED):
+        mean, std = metric.compute()
+    return float(mean), float(std)
+
+
+def _that_keeps(metric: Any, *arguments: Any, **options: Any) -> Any:
+    with warnings.catch_warnings():  # it warns that it keeps the features, which is what it is for
+        warnings.filterwarnings("ignore", "Metric .* will save all extracted features in buffer")
+        return metric(*arguments, sync_on_compute=False, **options)
+
+
+def precision_and_recall(real: Tensor, generated: Tensor, k: int = NEIGHBOURS) -> tuple[float | None, float | None]:
+    """Improved precision and recall of Kynkaanniemi et al. 2019 (arXiv 1904.06991) of features, float32 [n, d] and [m, d]:
+    the fraction of the generated within a real one's distance to its k-th nearest other, and the same with both exchanged.
+    None without so many others.
+
+    Holds a block of the distances at a time.
+    """
+    if min(len(real), len(generated)) <= k:
+        return None, None
+    centre = real.mean(0)  # torch.cdist multiplies out the square: the smaller the features, the less is lost
+    real, generated = real - centre, generated - centre
+    real_radii, generated_radii = (_radii(features, k) for features in (real, generated))
+    precise = torch.zeros(len(generated), dtype=torch.bool, device=real.device)
+    recalled = []
+    rows = max(1, BLOCK // len(generated))
+    for block, radii in zip(real.split(rows), real_radii.split(rows), strict=True):
+        distances = torch.cdist(block, generated)
+        precise |= (distances <= radii[:, None]).any(0)
+        recalled.append((distances <= generated_radii).any(1))
+    return float(precise.double().mean()), float(torch.cat(recalled).double().mean())
+
+
+def _radii(features: Tensor, k: int) -> Tensor:
+    """The distance of each to its k-th nearest other: [n]."""
+    blocks = features.split(max(1, BLOCK // len(features)))
+    # Each is its own nearest.
+    return torch.cat([torch.cdist(b, features).topk(k + 1, largest=False).values.amax(1) for b in blocks])
 
 
 def split_real(num_images: int, n: int, seed: int) -> tuple[Tensor, Tensor]:

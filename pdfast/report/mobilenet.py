@@ -70,12 +70,16 @@ class MobileNetFeatures(nn.Module):
 
     name = "FD-MobileNetV2"
     num_features = 1280
+    mean: Tensor
+    std: Tensor
+    natural = True
+    sha256 = SHA256
 
     def __init__(self) -> None:
         super().__init__()
         self.network = MobileNetV2().requires_grad_(False)
         self.network.load_state_dict(torch.load(_weights_file(), map_location="cpu", weights_only=True))
-        self.network.to(memory_format=torch.channels_last)
+        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
         self.eval()
@@ -86,6 +90,11 @@ class MobileNetFeatures(nn.Module):
         x = F.interpolate(x, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=True)
         x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         return self.network.features(x).mean((2, 3))
+
+    @torch.no_grad()
+    def logits(self, features: Tensor) -> Tensor:
+        """float32 [n, 1280] -> [n, 1000], of ImageNet's classes."""
+        return self.network.classifier(features)
 
 
 def _weights_file() -> Path:

@@ -78,7 +78,7 @@ def _stages(config: RunConfig, device: torch.device) -> dict[str, Job]:
 
 
 def _print_table(title: str, columns: Mapping[str, Mapping[str, float]]) -> None:
-    names = list(dict.fromkeys(name for column in reversed(columns.values()) for name in column))
+    names = list(dict.fromkeys(name for column in reversed(list(columns.values())) for name in column))
     print(f"{title:<32}" + "".join(f"{stage:>12}" for stage in columns))
     for name in names:
         cells = (f"{column[name]:>12,.1f}" if name in column else f"{'-':>12}" for column in columns.values())
@@ -177,7 +177,7 @@ def print_distillation_plan(config: DistillConfig, device: torch.device) -> None
         _row(count_steps(steps), updates, images, 3 * images, seconds)
         total += seconds
     judged = [n for n in config.round_steps if n <= config.evaluation.max_steps]
-    draws = (config.start_steps + 2 * sum(config.round_steps if not judged else judged)) * config.evaluation.num_samples
+    draws = (config.first_steps + 2 * sum(config.round_steps if not judged else judged)) * config.evaluation.num_samples
     _row("evaluation", 0, 0, draws, draws * forward)
     print(
         f"\nexpected time {clock(total + draws * forward)} (training {clock(total)}, evaluation {clock(draws * forward)})"

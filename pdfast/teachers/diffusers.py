@@ -94,6 +94,10 @@ class DiffusersConfig:
 class DiffusersNetwork(Network):
     """A UNet2DModel with our call; activations of `dtype` by autocast."""
 
+    unet: Any
+    knots: Tensor
+    """Angles of the times -1 (no noise), 0, ..., T-1: float32 [T + 1]."""
+
     def __init__(self, config: DiffusersConfig, dropout: float = 0.0, unet: nn.Module | None = None) -> None:
         """unet: the UNet2DModel, if there is one already."""
         super().__init__()
@@ -105,7 +109,6 @@ class DiffusersNetwork(Network):
         with torch.device("cpu"):  # a table, even where the network is only to be counted
             knots = torch.zeros(0) if self.preconditioned else AlphaBars(alpha_bars(config.scheduler)).knots.float()
         self.register_buffer("knots", knots, persistent=False)
-        """Angles of the times -1 (no noise), 0, ..., T-1: float32 [T + 1]."""
 
     def blocks(self) -> Iterator[nn.Module]:
         from diffusers.models.attention_processor import Attention
@@ -143,13 +146,17 @@ class DiffusersNetwork(Network):
         return inverse, (1 - sigma_data**2) * sin * cos * inverse.square(), -sign * sigma_data * inverse
 
     def forward(self, z: Tensor, phi: Tensor, cond: Any = None) -> Tensor:
-        s, a, b = (c.view(-1, 1, 1, 1) for c in self.coefficients(phi)) if self.preconditioned else (None,) * 3
         z = z.float()
+        if not self.preconditioned:
+            return self._output(z, phi, cond)
+        s, a, b = (c.view(-1, 1, 1, 1) for c in self.coefficients(phi))
+        return a * z + b * self._output(s * z, phi, cond)
+
+    def _output(self, z: Tensor, phi: Tensor, cond: Any) -> Tensor:
         half = self.dtype == torch.bfloat16
-        with torch.autocast(z.device.type, torch.bfloat16) if half else nullcontext():
-            output = self.unet(z if s is None else s * z, self.times(phi), class_labels=cond, return_dict=False)[0]
-        output = output.float()
-        return output if s is None else a * z + b * output
+        with torch.autocast(z.device.type, torch.bfloat16, cache_enabled=False) if half else nullcontext():
+            output = self.unet(z, self.times(phi), class_labels=cond, return_dict=False)[0]
+        return output.float()
 
 
 def is_pipeline(folder: Path) -> bool:
@@ -214,8 +221,9 @@ def _schedule(scheduler: dict[str, Any], where: str) -> tuple[ScheduleConfig, di
     if name in EDM:
         own = getattr(library(), name)().config  # its defaults, for what is not said
         kept = {key: scheduler.get(key, own[key]) for key in OF_EDM}
-        ends = {f"logsnr_{a}": -2 * math.log(kept[f"sigma_{b}"]) for a, b in (("min", "max"), ("max", "min"))}
-        return ScheduleConfig(name="clipped_cosine", **ends), {"_class_name": name} | kept, "v"
+        logsnr_min, logsnr_max = (-2 * math.log(kept[sigma]) for sigma in ("sigma_max", "sigma_min"))
+        schedule = ScheduleConfig(name="clipped_cosine", logsnr_min=logsnr_min, logsnr_max=logsnr_max)
+        return schedule, {"_class_name": name} | kept, "v"
     if name not in DISCRETE:
         raise UsageError(f"{where} is a {name}: choose one of {', '.join((*DISCRETE, *EDM))}")
     said = scheduler.get("prediction_type", "epsilon")

@@ -16,6 +16,11 @@ from torch import Tensor
 
 
 class PdfastUNet(ModelMixin, ConfigMixin):
+    core: Any
+    input_scale: Tensor
+    of_input: Tensor
+    of_outputs: Tensor
+
     @register_to_config
     def __init__(
         self,
@@ -40,6 +45,6 @@ class PdfastUNet(ModelMixin, ConfigMixin):
         column = (-1, 1, 1, 1)
         raw = self.core(self.input_scale[t].view(column) * sample, t, class_labels=class_labels, return_dict=False)[0]
         result = self.of_input[t].view(column) * sample
-        for p, output in enumerate(raw.chunk(self.config.outputs, dim=1)):
+        for p, output in enumerate(raw.chunk(self.of_outputs.shape[1], dim=1)):
             result = result + self.of_outputs[t, p].view(column) * output
         return UNet2DOutput(sample=result) if return_dict else (result,)

@@ -44,24 +44,24 @@ def write_pipeline(folder: Path, network: Network, schedule: Schedule, steps: in
     diffusers = library()
     times = number_of_times(steps)
     phi = schedule.phi(torch.arange(1, times + 1, dtype=torch.float64) / times).float()
-    core, input_scale, of_input, of_outputs = combination(network, phi)
+    core, tables = combination(network, phi)
     unet = _unet2d(core, phi)
-    custom = input_scale is not None
-    if custom:
+    custom = tables is not None
+    if tables is not None:
         from pdfast.teachers.pdfast_unet import PdfastUNet
 
         config = network.config
         arguments = {name: value for name, value in unet.config.items() if not name.startswith("_")}
         whole = PdfastUNet(
             unet=arguments,
-            outputs=of_outputs.shape[1],
+            outputs=tables[2].shape[1],
             num_train_timesteps=times,
             sample_size=config.image_size,
             in_channels=config.image_channels,
             num_class_embeds=config.num_classes or None,
         )
         whole.core = unet
-        for name, table in (("input_scale", input_scale), ("of_input", of_input), ("of_outputs", of_outputs)):
+        for name, table in zip(("input_scale", "of_input", "of_outputs"), tables, strict=True):
             getattr(whole, name).copy_(table)
         unet = whole
     scheduler = diffusers.DDIMScheduler(
@@ -88,34 +88,35 @@ def write_pipeline(folder: Path, network: Network, schedule: Schedule, steps: in
     return custom
 
 
-def combination(network: Network, phi: Tensor) -> tuple[Network, Tensor | None, Tensor | None, Tensor | None]:
-    """(core, s, a, b) of output = a z + sum_p b_p core(s z)_p at angles phi [T], s and a [T], b [T, P]; the core alone, and
+def combination(network: Network, phi: Tensor) -> tuple[Network, tuple[Tensor, Tensor, Tensor] | None]:
+    """(core, (s, a, b)) of output = a z + sum_p b_p core(s z)_p at angles phi [T], s and a [T], b [T, P]; the core alone, and
     None, where its output is meant as it is."""
     if isinstance(network, Converted):
         a, b = coefficients(network.network.prediction, phi)
-        return network.network, torch.ones_like(phi), a, b
+        return network.network, (torch.ones_like(phi), a, b)
     if network.prediction == "both":
         a, b = coefficients("both", phi)
-        return network, torch.ones_like(phi), a, b
+        return network, (torch.ones_like(phi), a, b)
     if isinstance(network, DiffusersNetwork) and network.preconditioned:
         s, a, b = network.coefficients(phi)
-        return network, s, a, b[:, None]
-    return network, None, None, None
+        return network, (s, a, b[:, None])
+    return network, None
 
 
-def _unet2d(network: Network, phi: Tensor) -> nn.Module:
+def _unet2d(network: Network, phi: Tensor) -> Any:
     if isinstance(network, DiffusersNetwork):
         learned = {"time_embedding_type": "learned", "num_train_timesteps": len(phi)}
         unet = library().UNet2DModel.from_config(network.config.unet | learned)
         weights = network.unet.state_dict() | {"time_proj.weight": network.unet.time_proj(network.times(phi))}
     else:
-        unet = library().UNet2DModel(**_arguments(network.config, len(phi)))
+        assert isinstance(network, UNet)  # of the others `combination` gives what is inside
+        unet = library().UNet2DModel(**unet2d_arguments(network.config, len(phi)))
         weights = _weights(network, phi)
     unet.load_state_dict(weights)
     return unet
 
 
-def _arguments(network: NetworkConfig, times: int) -> dict[str, Any]:
+def unet2d_arguments(network: NetworkConfig, times: int) -> dict[str, Any]:
     """Of the UNet2DModel that is our U-Net."""
     attends = [
         network.image_size >> level in network.attention_resolutions for level in range(len(network.channel_mult))
@@ -158,17 +159,16 @@ def _weights(network: UNet, phi: Tensor) -> dict[str, Tensor]:
         state |= _level(f"up_blocks.{i}", level, "upsample")
     # As wide as the first level; what is beyond the embedding multiplies nothing.
     beyond = config.channels * config.channel_mult[0] - config.channels
-    first, last = network.time_mlp[0], network.time_mlp[2]
-    state["time_proj.weight"] = nn.functional.pad(time_embedding(phi, config.channels), (0, beyond))
-    state["time_embedding.linear_1.weight"] = nn.functional.pad(first.weight, (0, beyond))
-    state["time_embedding.linear_1.bias"] = first.bias
-    state |= _as("time_embedding.linear_2", last)
-    if config.num_classes:
+    state |= _as("time_embedding.linear_1", network.time_mlp[0]) | _as("time_embedding.linear_2", network.time_mlp[2])
+    state["time_proj.weight"] = time_embedding(phi, config.channels)
+    for name in ("time_proj.weight", "time_embedding.linear_1.weight"):
+        state[name] = nn.functional.pad(state[name], (0, beyond))
+    if network.class_embedding is not None:
         state["class_embedding.weight"] = network.class_embedding.weight.T + network.class_embedding.bias
     return state
 
 
-def _as(name: str, module: nn.Module) -> dict[str, Tensor]:
+def _as(name: str, module: Any) -> dict[str, Tensor]:
     return {f"{name}.weight": module.weight, f"{name}.bias": module.bias}
 
 
@@ -176,7 +176,7 @@ def _conv(name: str, conv: Conv2d) -> dict[str, Tensor]:
     return {f"{name}.weight": conv.weight.permute(0, 3, 1, 2).contiguous(), f"{name}.bias": conv.bias}
 
 
-def _level(name: str, level: nn.ModuleDict, resampler: str) -> dict[str, Tensor]:
+def _level(name: str, level: Any, resampler: str) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for i, (block, attention) in enumerate(zip(level["blocks"], level["attentions"], strict=True)):
         state |= _res_block(f"{name}.resnets.{i}", block)

@@ -178,7 +178,7 @@ def test_a_run_from_files_goes_on_bit_for_bit(folder, tmp_path, loader, monkeypa
         if stopped:
             asked = iter([False] * 5 + [True] * 100)
             with monkeypatch.context() as patch:
-                patch.setattr(interrupt, "requested", lambda: next(asked))
+                patch.setattr(interrupt, "requested", asked.__next__)
                 assert call("train", *flags, "--run", str(run)) == 130
             assert not (run / "teacher").exists()
         assert call("train", *flags, "--run", str(run)) == 0

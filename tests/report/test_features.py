@@ -1,6 +1,8 @@
 """The feature spaces: what the digits' one can tell, and the structure of the two whose weights come from elsewhere."""
 
+import copy
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,10 @@ from torch import Tensor, nn
 
 from pdfast.data import load_source
 from pdfast.diffusion.noise import permutation
-from pdfast.engine.world import World
+from pdfast.engine.files import sha256
 from pdfast.errors import UsageError
 from pdfast.report import features, mobilenet
+from pdfast.report import inception as inception_module
 from pdfast.report.features import NUM_TRAINED, SEED, load_feature_space
 from pdfast.report.inception import InceptionFeatures, InceptionV3
 from pdfast.report.metrics import FrechetDistance, split_real
@@ -53,7 +56,8 @@ def inception_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def inception(inception_file) -> nn.Module:
-    return load_feature_space(str(inception_file))
+    with pytest.warns(UserWarning, match="is not the published pt_inception-2015-12-05"):
+        return load_feature_space(str(inception_file))
 
 
 def inception_shapes() -> dict[str, torch.Size]:
@@ -72,7 +76,8 @@ def check_space(space: nn.Module, name: str, num_features: int, batch: Tensor) -
     assert not space.training and not any(module.training for module in space.modules())
     features = space(batch)
     assert features.shape == (len(batch), num_features) and features.dtype == torch.float32
-    assert not features.requires_grad
+    assert not features.requires_grad and not space.logits(features).requires_grad
+    assert re.fullmatch("[0-9a-f]{64}", space.sha256)
     one_by_one = torch.cat([space(image) for image in batch.split(1)])
     torch.testing.assert_close(features, one_by_one, rtol=1e-4, atol=1e-4)
 
@@ -84,7 +89,7 @@ def test_digits_is_a_feature_space(digits, real):
 def test_digits_classifier_knows_digits_it_was_not_trained_on(digits, real):
     held_out = permutation(SEED, 0, 1797)[NUM_TRAINED:]
     labels = load_source("digits", image_size=8, channels=1).take(held_out).labels
-    logits = digits.classify(digits.hidden(real[held_out].float() / 127.5 - 1))
+    logits = digits.logits(digits(real[held_out]))
     assert (logits.argmax(1) == labels).float().mean() >= 0.97
 
 
@@ -104,6 +109,13 @@ def test_digits_is_the_same_space_every_time_and_leaves_the_global_generator_alo
     assert all(torch.equal(value, again[key]) for key, value in digits.state_dict().items())
 
 
+def test_the_hash_of_digits_is_of_its_weights(digits):
+    other = copy.deepcopy(digits)
+    assert other.sha256 == digits.sha256
+    other.classify.bias[3] += 1e-6
+    assert other.sha256 != digits.sha256
+
+
 def test_digits_is_the_same_with_gradients_off_and_another_number_of_threads(digits):
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
@@ -118,14 +130,14 @@ def test_digits_is_the_same_with_gradients_off_and_another_number_of_threads(dig
 
 def test_digits_ranks_images_by_quality(digits, real):
     reference, held_out = split_real(1797, 898, seed=0)
-    distance = FrechetDistance(digits, real[reference], World(torch.device("cpu")))
+    distance = FrechetDistance(digits(real[reference]))
     generator = torch.Generator().manual_seed(0)
     good = real[held_out].float()
     kernel = torch.tensor([1.0, 2.0, 1.0]).outer(torch.tensor([1.0, 2.0, 1.0])) / 16
     blurred = F.conv2d(F.pad(good, (1, 1, 1, 1), mode="replicate"), kernel[None, None])
 
     def measure(pixels: Tensor) -> float:
-        return distance.distance(pixels.round().clamp(0, 255).to(torch.uint8))
+        return distance.distance(digits(pixels.round().clamp(0, 255).to(torch.uint8)))
 
     floor = measure(good)
     noisy = [measure(good + sd * torch.randn(good.shape, generator=generator)) for sd in (15, 30, 60)]
@@ -186,7 +198,7 @@ def test_mobilenet_names_a_photograph():
     photograph = torch.from_numpy(datasets.load_sample_image("china.jpg").copy()).permute(2, 0, 1)[None]
     space = load_feature_space("mobilenet")
     palace = 698
-    assert space.network.classifier(space(photograph[..., 106:533])).argmax() == palace
+    assert space.logits(space(photograph[..., 106:533])).argmax() == palace
 
 
 def test_mobilenet_without_its_package_says_how_to_install_it(monkeypatch):
@@ -232,9 +244,27 @@ def test_inception_has_the_published_names_and_sizes():
 
 
 def test_inception_is_a_feature_space(inception):
-    check_space(inception, "FID", 2048, images(2, 3, 32))
+    check_space(inception, "FD-Inception", 2048, images(2, 3, 32))
     grey = images(1, 1, 28)
     torch.testing.assert_close(inception(grey), inception(grey.repeat(1, 3, 1, 1)))
+
+
+def test_inceptions_logits_leave_out_the_bias(inception):
+    features = torch.rand(3, 2048, generator=torch.Generator().manual_seed(0))
+    fc = inception.network.fc
+    assert fc.bias.abs().min() > 0
+    torch.testing.assert_close(inception.logits(features), fc(features) - fc.bias)
+
+
+def test_only_the_published_file_gives_the_fid(inception, inception_file, monkeypatch):
+    assert inception.sha256 == sha256(inception_file) and inception.name == "FD-Inception"
+    monkeypatch.setattr(inception_module, "SHA256", sha256(inception_file))
+    assert load_feature_space(str(inception_file)).name == "FID"
+
+
+def test_the_published_files_name_has_the_begin_of_its_hash():
+    """As torch.hub wants it: pt_inception-2015-12-05-6726825d.pth."""
+    assert re.fullmatch("6726825d[0-9a-f]{56}", inception_module.SHA256)
 
 
 def seen_by(module: nn.Module, space: nn.Module, batch: Tensor) -> Tensor:
@@ -293,7 +323,8 @@ def test_inception_reads_pth_with_or_without_counts_of_batches(tmp_path):
     torch.save(state, tmp_path / "without.pth")
     torch.save(state | {"Conv2d_1a_3x3.bn.num_batches_tracked": torch.tensor(5)}, tmp_path / "with.pth")
     for name in ("without.pth", "with.pth"):
-        assert InceptionFeatures(tmp_path / name).name == "FID"
+        with pytest.warns(UserWarning, match="is not the published"):
+            assert InceptionFeatures(tmp_path / name).num_features == 2048
 
 
 @pytest.mark.parametrize("damage", ["missing", "extra", "shape", "other", "list", "garbage", "absent"])

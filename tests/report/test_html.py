@@ -120,6 +120,43 @@ def test_the_numbers(run):
     )
 
 
+def add_further_figures(run):
+    """To the teacher at 256 steps, the student of 2 and the real images."""
+    further = {"kd": 1.23456, "kd_std": None, "cs": 9.1234, "cs_std": 0.256, "precision": 0.9, "recall": 0.81}
+    for n, name in ((256, "teacher"), (2, "students/0002")):
+        path = run / name / "metrics.json"
+        changed = json.loads(path.read_text())
+        names = {"fd": "FD-digits", "kd": "KD-digits", "cs": "CS-digits"}
+        changed |= {"names": names, "real_against_real": {"fd": 3.73, **further, "recall": 0.95}}
+        row = changed["evaluation"][0]
+        assert row["steps"] == n
+        row |= further | {"kd": n + 0.5, "kd_std": 0.001 * n, "precision": None}
+        path.write_text(json.dumps(changed))
+
+
+def test_further_figures(run):
+    """A second table, which what an older version wrote has none of."""
+    assert "KD-digits" not in Page(build_report(run)).text
+    add_further_figures(run)
+    page = Page(build_report(run))
+    rows = [row for row in page.rows if len(row) == 9 and row[0] in ("steps", "256", "2", "1", "real")]
+    assert [row[0] for row in rows] == ["steps", "256", "2", "1", "steps", "256", "2", "1", "real"]
+    headings, *table = rows[4:]
+    assert headings[1:] == 2 * ["KD-digits", "CS-digits", "precision", "recall"]
+    none = 4 * ["–"]
+    assert table[0][1:] == [*none, "256.5 ± 0.26", "9.123 ± 0.26", "–", "0.81"]
+    assert table[1][1:] == ["2.5 ± 0.002", "9.123 ± 0.26", "–", "0.81", *none]
+    assert table[2][1:] == [*none, *none], "a student and rows of an older version"
+    assert table[3][1:8] == [
+        "1.235",
+        "9.123 ± 0.26",
+        "0.9",
+        "0.95",
+        *none[1:],
+    ]  # the parser adds to the last what follows
+    assert "it is not the IS" in page.text and "subsets of 1000" not in page.text
+
+
 def test_speed_is_what_the_log_says(run):
     page = Page(build_report(run))
     speed = {row[0]: row for row in page.rows if len(row) == 9 and not row[0].isdigit() and row[0] != "steps"}
@@ -197,6 +234,7 @@ def test_grids():
 @pytest.mark.parametrize("width", [500, 1280])  # 500 is the narrowest window that Chromium makes
 def test_in_a_browser(run, tmp_path, width):
     """Every picture is drawn, nothing runs over the side, and the browser has nothing to complain of."""
+    add_further_figures(run)
     page = build_report(run)
     probe = """<script>addEventListener("load", () => { document.body.dataset.seen = JSON.stringify({
         images: [...document.images].map(i => i.naturalWidth), plots: [...document.querySelectorAll("svg")].map(

@@ -1,0 +1,17 @@
+"""What each of several processes says of the images of `test_real.py`, twice, the second time of a kept file: one JSON line a
+process."""
+
+import json
+import sys
+
+from pdfast.engine.world import open_world
+from pdfast.report.real import RealImages
+from tests.report.test_real import Pixels, everything, source
+
+with open_world("cpu") as world:
+    lines = []
+    for _ in range(2):
+        images = source()
+        said = everything(RealImages(images, Pixels(), 41, world, batch_size=7))
+        lines.append({"taken": images.taken, "said": said})
+    sys.stdout.write(json.dumps(lines) + "\n")

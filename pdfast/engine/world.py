@@ -128,7 +128,7 @@ def open_store(name: str) -> dist.Store:
 
 @contextmanager
 def open_world(device_name: str, shard: int = 1) -> Iterator[World]:
-    """The world of this process, which ends with the block. UsageError for a device that is not here, or a --shard that
+    """The world of this process, which ends with the block. UsageError for a device that is not here, or --engine.shard that
     does not divide the number of processes."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if shard < 1 or size % shard:

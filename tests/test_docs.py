@@ -208,25 +208,25 @@ def test_the_code_of_a_page(page, finished_run, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "language, text",
+    "language, text, failure",
     [
-        ("sh", "python -m pdfast.distill --roundz 8"),
-        ("sh", "python -m pdfast.distill --rounds eight"),
-        ("sh", "torchrun --nprocs 8 -m pdfast.distill"),
-        ("sh", "python -m pdfast.distil"),
-        ("sh", "python -m benchmarks.kernels --opp attention"),
-        ("sh", "python docs/examples/none.py"),
-        ("sh", "make distil"),
-        ("sh", "curl example.org"),
-        ("python", "from pdfast import nothing"),
-        ("diff", "+import nothing"),
-        ("fortran", "END"),
-        ("", "no language"),
+        ("sh", "python -m pdfast.distill --roundz 8", AssertionError),
+        ("sh", "python -m pdfast.distill --rounds eight", AssertionError),
+        ("sh", "torchrun --nprocs 8 -m pdfast.distill", SystemExit),
+        ("sh", "python -m pdfast.distil", AssertionError),
+        ("sh", "python -m benchmarks.kernels --opp attention", SystemExit),
+        ("sh", "python docs/examples/none.py", FileNotFoundError),
+        ("sh", "make distil", subprocess.CalledProcessError),
+        ("sh", "curl example.org", AssertionError),
+        ("python", "from pdfast import nothing", ImportError),
+        ("diff", "+import nothing", AssertionError),
+        ("fortran", "END", AssertionError),
+        ("", "no language", AssertionError),
     ],
 )
-def test_code_that_does_not_run_is_found(language, text, tmp_path, monkeypatch):
+def test_code_that_does_not_run_is_found(language, text, failure, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises((Exception, SystemExit)):
+    with pytest.raises(failure):
         Reader("", tmp_path, monkeypatch).do(Block("here", language, text))
 
 

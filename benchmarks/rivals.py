@@ -18,10 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.providers import Unavailable
 from benchmarks.updates import Batch, Setting, distillation_losses, reference
-from pdfast.diffusion import angles, ddim_coefficients, outputs_per_channel
+from pdfast.diffusion import angles, ddim_coefficients
 from pdfast.engine.cost import parameters_and_flops
 from pdfast.networks import NetworkConfig, UNet
 from pdfast.networks.layers import Conv2d
+from pdfast.teachers.pipeline import unet2d_arguments
 from pdfast_kernels import dispatch
 
 
@@ -44,7 +45,7 @@ def _unet64(network: NetworkConfig, model: nn.Module) -> Callable[..., Tensor]:
 
 
 class _Diffusers(nn.Module):
-    """diffusers' U-Net with our call: the same depths, widths, attention and scale-shift norms, BigGAN resampling."""
+    """The same network of diffusers' own layers, with our call."""
 
     def __init__(self, network: NetworkConfig) -> None:
         super().__init__()
@@ -52,26 +53,10 @@ class _Diffusers(nn.Module):
             from diffusers import UNet2DModel
         except ImportError as error:
             raise Unavailable(f"diffusers is not installed ({error})") from None
-        sizes = [network.image_size >> level for level in range(len(network.channel_mult))]
-        attends = [size in network.attention_resolutions for size in sizes]
-        down = ["AttnDownBlock2D" if here else "ResnetDownsampleBlock2D" for here in attends]
-        up = ["AttnUpBlock2D" if here else "ResnetUpsampleBlock2D" for here in reversed(attends)]
+        # By their formula for the time, in place of a table of times.
+        positional = {"time_embedding_type": "positional", "num_train_timesteps": None}
         self.network = network
-        self.unet = UNet2DModel(
-            sample_size=network.image_size,
-            in_channels=network.image_channels,
-            out_channels=outputs_per_channel(network.prediction) * network.image_channels,
-            block_out_channels=tuple(network.channels * m for m in network.channel_mult),
-            layers_per_block=network.num_res_blocks,
-            down_block_types=tuple(down),
-            up_block_types=tuple(up),
-            downsample_type="resnet",
-            upsample_type="resnet",
-            resnet_time_scale_shift="scale_shift",
-            attention_head_dim=network.head_dim,
-            norm_num_groups=network.num_groups,
-            num_class_embeds=network.num_classes or None,
-        )
+        self.unet = UNet2DModel(**unet2d_arguments(network, 0) | positional)
 
     def forward(self, z: Tensor, phi: Tensor, cond: Tensor | None = None) -> Tensor:
         return self.unet(z, phi * (1000 / (torch.pi / 2)), class_labels=cond, return_dict=False)[0]

@@ -7,6 +7,7 @@ students/NNNN for every step count and report.html.
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import cast
 
@@ -28,7 +29,7 @@ from pdfast.engine.metrics import Losses
 from pdfast.engine.model_folder import SavedModel, fill_model_folder, load_model
 from pdfast.engine.optimizer import linear_decay
 from pdfast.engine.run import open_run
-from pdfast.engine.step import Draws, RoundTable, distillation_gradient
+from pdfast.engine.step import Draws, RoundTable, conversion_gradient, distillation_gradient
 from pdfast.errors import RunError, UsageError
 from pdfast.networks import Network, NetworkConfig
 from pdfast.report.evaluator import Evaluator, shown
@@ -37,6 +38,7 @@ from pdfast.report.guard import complaints
 from pdfast.report.html import build_report
 from pdfast.report.plan import print_distillation_plan
 from pdfast.teachers import ConvertedConfig
+from pdfast.teachers.convert import regular_angles
 from pdfast.train import (
     HINT,
     new_network,
@@ -227,15 +229,15 @@ def convert_teacher(
     source: ImageSource,
     evaluator: Evaluator,
     log: RunLog,
-) -> tuple[Network, dict, dict]:
-    """A copy of the teacher that predicts v, trained where its algebra is not exact; with the figures of the training, and
-    those of the original and of the untrained copy."""
+) -> tuple[Network, dict | None, dict]:
+    """A copy of the teacher that predicts v, trained for where its algebra is not exact; with the figures of the training
+    (None where there was none), and those of the original and of the untrained copy."""
     copy = ConvertedConfig(original.config).build()
     copy.network.load_state_dict(original.network.state_dict())
     judged: dict[str, list] = {"original": [], "untrained": []}
     networks: dict[str, Network] = {"original": original.network, "untrained": copy}
     try:
-        original.check_start()
+        dataclasses.replace(original, schedule=config.schedule).check_start()
     except UsageError as error:
         log.say(f"the original teacher is not judged: {error}")
         del networks["original"]
@@ -246,6 +248,11 @@ def convert_teacher(
             row = evaluator.measure(images, steps, seconds)
             judged[name].append(row)
             log.say(f"{name} teacher, DDIM at {count_steps(steps)}: {evaluator.feature_space} {row['fd']:.3f}")
+    end = float(config.schedule.build().phi(torch.ones((), dtype=torch.float64)))
+    regular = regular_angles(original.config.prediction, end)
+    if regular == (0.0, end):
+        log.say("the copy is exact everywhere: it needs no training")
+        return machine.trained(copy), None, {"from": original.config.prediction, **judged}
     settings = TeacherConfig(
         updates=config.convert_updates,
         batch_size=config.batch_size,
@@ -254,9 +261,16 @@ def convert_teacher(
         decay=0.5,
         ema=min(config.train.ema, 0.999),
         clip=config.clip,
-        weighting=config.weighting,
     )
-    network, training = train_teacher(config, copy, settings, machine, source, log)
+    gradient = functools.partial(
+        conversion_gradient,
+        original=original.network,
+        regular=regular,
+        end=end,
+        micro_batches=config.engine.micro_batches,
+        compiled=machine.compiled,
+    )
+    network, training = train_teacher(config, copy, settings, machine, source, log, gradient)
     return network, training, {"from": original.config.prediction, **judged}
 
 

@@ -5,7 +5,8 @@
 The same command run again resumes. The result, runs/my-teacher/teacher, is what `pdfast.distill --teacher` takes.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -49,13 +50,21 @@ def train_teacher(
     machine: Machine,
     source: ImageSource,
     log: RunLog,
+    gradient: Callable[[Network, Draws], Tensor] | None = None,
 ) -> tuple[Network, dict]:
     """Train (or go on training) a teacher; returns its network, with the averaged weights, and the training's figures.
 
-    Dropout is a function of the seed, the update and the process.
+    gradient: leaves the gradient of an update in the parameters and returns the losses [n]; Algorithm 1 unless said. Dropout is a function of the seed, the update and the process.
     """
     world = machine.world
-    schedule = config.schedule.build()
+    if gradient is None:
+        gradient = functools.partial(
+            teacher_gradient,
+            schedule=config.schedule.build(),
+            weighting=settings.weighting,
+            micro_batches=config.engine.micro_batches,
+            compiled=machine.compiled,
+        )
     network = machine.trained(network)
     optimizer = machine.optimizer(network, clip=settings.clip, ema=settings.ema, weight_decay=settings.weight_decay)
     draws = Draws(
@@ -70,9 +79,7 @@ def train_teacher(
     buckets = torch.full((), BUCKETS, device=world.device)
 
     def update_once() -> None:
-        values = teacher_gradient(
-            network, draws, schedule, settings.weighting, config.engine.micro_batches, machine.compiled
-        )
+        values = gradient(network, draws)
         losses.add(values, 1 + (draws.times() * BUCKETS).long(), buckets)
         optimizer.step(values.mean())
 

@@ -22,6 +22,7 @@ from pdfast.diffusion import (
     natural_weight,
     noise,
     output_coefficient,
+    to_v,
 )
 from pdfast.diffusion.noise import Stream
 from pdfast.engine.layout import last_of_batch
@@ -136,17 +137,59 @@ def teacher_gradient(
     compiled: what is around the network too. Leaves the gradient of the mean in the parameters. Returns the losses, float32 [n].
     """
     run = _one_graph if compiled else as_it_is
-    model.zero_grad(set_to_none=True)
     z, phi, target, coefficient, weight = run(_noisy_images)(draws, schedule, model.prediction, weighting)
+    return _gradient(model, draws.labels, z, phi, target, coefficient, weight, micro_batches, run)
+
+
+def _gradient(
+    model: nn.Module,
+    labels: Tensor | None,
+    z: Tensor,
+    phi: Tensor,
+    target: Tensor,
+    coefficient: Tensor,
+    weight: Tensor,
+    micro_batches: int,
+    run: Callable[[Callable], Callable],
+) -> Tensor:
+    model.zero_grad(set_to_none=True)
     losses = []
     parts = _parts(len(z), micro_batches)
     for part in parts:
-        output = model(z[part], phi[part], _of(draws.labels, part))
+        output = model(z[part], phi[part], _of(labels, part))
         loss = run(weighted_loss)(output, target[part], coefficient[part], weight[part])
         last_of_batch(model, part is parts[-1])
         (loss.mean() / micro_batches).backward()
         losses.append(loss.detach())
     return torch.cat(losses)
+
+
+def conversion_gradient(
+    copy: nn.Module,
+    draws: Draws,
+    original: Model,
+    regular: tuple[float, float],
+    end: float,
+    micro_batches: int = 1,
+    compiled: bool = False,
+) -> Tensor:
+    """The error of v of a copy that predicts v: next to its original at the angles `regular`, between which that says what v
+    is, and next to the truth, as in Algorithm 1, at the rest of [0, end], where half of the images are.
+
+    Leaves the gradient of the mean in the parameters. Returns the losses, float32 [n].
+    """
+    (low, high), u = regular, 2 * draws.times()
+    # The regular angles for u < 1; for more what is below them, then what is above.
+    rest = (u - 1) * (end - (high - low))
+    phi = torch.where(u < 1, low + u * (high - low), torch.where(rest < low, rest, rest + (high - low)))
+    z, target = draws.diffused(phi), draws.diffused(natural_angle("v", phi))
+    phi = phi.float()
+    with torch.no_grad():
+        theirs = to_v(original.prediction, original(z, phi, draws.labels), z, phi)
+    target = torch.where((u < 1).view(-1, 1, 1, 1), theirs, target)
+    one = torch.ones_like(phi)
+    run = _one_graph if compiled else as_it_is
+    return _gradient(copy, draws.labels, z, phi, target, one[:, None], one, micro_batches, run)
 
 
 def _images_at_steps(draws: Draws, table: RoundTable) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,6 +6,7 @@ The first divides by 0 at the start of sampling, the second at its end. There th
 copy is exact wherever it is not, continuous everywhere, and what it has to learn is small.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +53,13 @@ class ConvertedConfig:
 
     def build(self, dropout: float = 0.0) -> "Converted":
         return Converted(self, dropout)
+
+
+def regular_angles(prediction: Prediction, end: float) -> tuple[float, float]:
+    """Those of [0, end] at which v is an exact combination of z and what such a network predicts."""
+    if prediction == "eps":
+        return 0.0, min(math.acos(LEAST), end)
+    return (math.asin(LEAST), end) if prediction == "x" else (0.0, end)
 
 
 def coefficients(prediction: Prediction, phi: Tensor) -> tuple[Tensor, Tensor]:

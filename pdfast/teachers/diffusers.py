@@ -154,7 +154,7 @@ class DiffusersNetwork(Network):
 
     def _output(self, z: Tensor, phi: Tensor, cond: Any) -> Tensor:
         half = self.dtype == torch.bfloat16
-        with torch.autocast(z.device.type, torch.bfloat16) if half else nullcontext():
+        with torch.autocast(z.device.type, torch.bfloat16, cache_enabled=False) if half else nullcontext():
             output = self.unet(z, self.times(phi), class_labels=cond, return_dict=False)[0]
         return output.float()
 

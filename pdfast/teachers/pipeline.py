@@ -110,13 +110,13 @@ def _unet2d(network: Network, phi: Tensor) -> Any:
         weights = network.unet.state_dict() | {"time_proj.weight": network.unet.time_proj(network.times(phi))}
     else:
         assert isinstance(network, UNet)  # of the others `combination` gives what is inside
-        unet = library().UNet2DModel(**_arguments(network.config, len(phi)))
+        unet = library().UNet2DModel(**unet2d_arguments(network.config, len(phi)))
         weights = _weights(network, phi)
     unet.load_state_dict(weights)
     return unet
 
 
-def _arguments(network: NetworkConfig, times: int) -> dict[str, Any]:
+def unet2d_arguments(network: NetworkConfig, times: int) -> dict[str, Any]:
     """Of the UNet2DModel that is our U-Net."""
     attends = [
         network.image_size >> level in network.attention_resolutions for level in range(len(network.channel_mult))

@@ -90,7 +90,7 @@ def test_peak_memory():
 @pytest.mark.parametrize("provider", ["pdfast", "eager"])
 def test_a_wrong_provider_is_seen(tmp_path, monkeypatch, provider):
     if provider == "pdfast":
-        monkeypatch.setattr("pdfast.engine.step.ddim_step", lambda z, *others: 1.01 * z)
+        monkeypatch.setattr("pdfast.loss.ddim_step", lambda z, *others: 1.01 * z)
     else:
         published = rivals.distillation_losses
 

@@ -7,6 +7,8 @@ import torch
 from pdfast.data import ResidentImages, dali, load_source, source
 from tests.data.files import encoded
 
+pytestmark = pytest.mark.gpu
+
 
 def test_from_the_hosts_memory(monkeypatch):
     """Where the GPU has no room the batches are those that it would have kept."""

@@ -24,10 +24,10 @@ def table(steps):
     return build_step_table(Cosine(), steps, "v", "truncated_snr", device="cuda")
 
 
-def course(graph, dtype=torch.float32, compiled=False, optimizer="pdfast", updates=8):
+def course(graph, dtype=torch.float32, compiled=False, optimizer="pdfast", updates=8, config=CONFIG):
     """The weights and the losses of a few updates, in rounds of 8 and of 2 steps."""
     torch.manual_seed(0)
-    student, teacher = (UNet(CONFIG).cuda() for _ in range(2))
+    student, teacher = (config.build().cuda() for _ in range(2))
     for network in (student, teacher):
         network.dtype = dtype
         if compiled:
@@ -77,6 +77,24 @@ def test_compiled_bf16_is_near_float32():
     losses, _ = course(True, torch.bfloat16, compiled=True)
     expected, _ = course(False)
     torch.testing.assert_close(losses.mean(1), expected.mean(1), rtol=0.1, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_network_of_diffusers(tmp_path, compiled):
+    """In bf16, as a graph as without one."""
+    diffusers = pytest.importorskip("diffusers")
+    from pdfast.teachers import load_pipeline
+    from tests.teachers.pipelines import save, unet
+
+    save(tmp_path, diffusers.DDPMScheduler(prediction_type="v_prediction"), unet(channels=3, classes=3))
+    config = load_pipeline(tmp_path)[0].config
+    torch.backends.cudnn.deterministic = True
+    (losses, weights), (expected, others) = (
+        course(graph, torch.bfloat16, compiled=compiled, config=config) for graph in (True, False)
+    )
+    assert torch.equal(losses, expected) and bool(torch.isfinite(losses).all())
+    assert all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore")

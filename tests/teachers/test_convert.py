@@ -9,11 +9,14 @@ from diffusers import DDPMScheduler
 from torch import nn
 
 from pdfast.config import to_plain
+from pdfast.data import ResidentImages
 from pdfast.diffusion import Cosine, sample, to_v
 from pdfast.engine.model_folder import load_model
+from pdfast.engine.step import Draws, conversion_gradient
+from pdfast.engine.world import World
 from pdfast.networks import NetworkConfig, UNet
 from pdfast.teachers import ConvertedConfig, network_config
-from pdfast.teachers.convert import LEAST, coefficients
+from pdfast.teachers.convert import LEAST, coefficients, regular_angles
 from tests.commands import TINY_NETWORK, TINY_RUN, call
 from tests.networks.test_unet import perturbed
 from tests.teachers.pipelines import save, unet
@@ -124,3 +127,54 @@ def test_its_inner_network_is_in_bf16_too():
     copy.dtype = torch.bfloat16
     assert isinstance(copy.network, UNet) and copy.network.dtype == torch.bfloat16
     assert list(copy.blocks()) == list(copy.network.blocks())
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x"])
+def test_what_it_learns(prediction):
+    """Of images that are all 0.3, where the truth is known: the original's v where that is regular, the true one elsewhere,
+    each for half of the images."""
+    images = torch.full((4, 8, 8, 1), round((0.3 + 1) * 127.5), dtype=torch.uint8)
+    draws = Draws(
+        ResidentImages("flat", images), World(torch.device("cpu")), seed=1, batch_size=64, flip=False, conditional=False
+    )
+    draws.load(0, 0)
+    original = perturbed(inner(prediction).build(), 3)
+    end = math.pi / 2
+    regular = regular_angles(prediction, end)
+    seen = []
+
+    class Copy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(()))
+
+        def forward(self, z, phi, cond=None):
+            seen.append((z, phi))
+            return 0 * z + self.weight
+
+    copy = Copy()
+    losses = conversion_gradient(copy, draws, original, regular, end)
+    [(z, phi)] = seen
+    inside = (phi >= regular[0]) & (phi <= regular[1])
+    assert 16 < inside.sum() < 48 and phi.min() >= 0 and phi.max() <= end + 1e-6
+    cos, sin = (f(phi.double()).view(-1, 1, 1, 1) for f in (torch.cos, torch.sin))
+    x = images[0, 0, 0, 0] / 127.5 - 1
+    truth = (z.double() * cos - x) / sin  # v = (cos z - x) / sin
+    with torch.no_grad():
+        theirs = to_v(prediction, original(z, phi).double(), z.double(), phi.double())
+    expected = torch.where(inside.view(-1, 1, 1, 1), theirs, truth).square().mean((1, 2, 3))
+    torch.testing.assert_close(losses.double(), expected, rtol=2e-3, atol=1e-5)
+    torch.testing.assert_close(
+        copy.weight.grad.double(),
+        -2 * torch.where(inside.view(-1, 1, 1, 1), theirs, truth).mean(),
+        rtol=1e-3,
+        atol=1e-5,
+    )
+
+
+def test_where_it_is_exact_it_is_not_trained():
+    assert regular_angles("both", 1.5) == (0.0, 1.5)
+    assert regular_angles("eps", 1.4) == (0.0, 1.4)  # a schedule that ends before
+    low, high = regular_angles("x", 1.5)
+    assert math.sin(low) == pytest.approx(LEAST) and high == 1.5
+    assert math.cos(regular_angles("eps", 1.57)[1]) == pytest.approx(LEAST)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import runpy
 
 import pytest
 import torch
@@ -17,9 +18,9 @@ from pdfast.engine.world import World
 from pdfast.networks import NetworkConfig, UNet
 from pdfast.teachers import ConvertedConfig, network_config
 from pdfast.teachers.convert import LEAST, coefficients, regular_angles
-from tests.commands import TINY_NETWORK, TINY_RUN, call
+from tests.commands import ROOT, TINY_NETWORK, TINY_RUN, call
 from tests.networks.test_unet import perturbed
-from tests.teachers.pipelines import save, unet
+from tests.teachers.pipelines import save
 
 PREDICTIONS = ("x", "eps", "both")
 
@@ -85,7 +86,8 @@ def test_it_is_made_judged_and_distilled(tmp_path, capsys, library):
         assert call("train", *flags, *network, "--train.updates", "40", "--run", str(tmp_path / "made")) == 0
         teacher = tmp_path / "made/teacher"
     else:
-        save(teacher, DDPMScheduler(1000), unet())
+        example = runpy.run_path(str(ROOT / "docs/examples/eps_teacher.py"))
+        assert len(example["train"](str(teacher), updates=3)) == 3
     command = [*flags, "--teacher", str(teacher), "--convert", "v", *"--convert-updates 20 --batch-size 16".split()]
     command += "--rounds 2 --updates 3 --learning-rate 2e-3".split()
     run = tmp_path / "run"

@@ -109,7 +109,7 @@ def test_a_teacher_of_another_shape(finished_run, tmp_path, capsys):
     np.save(tmp_path / "rgb.npy", np.zeros((200, 8, 8, 3), np.uint8))
     flags = ["--data", str(tmp_path / "rgb.npy"), "--network.image-channels", "3", "--run", str(tmp_path / "run")]
     code = call("distill", *TINY_DISTILL, "--teacher", str(finished_run / "teacher"), *flags)
-    one_line(capsys, code, 2, "(8, 8, 1)", "(3, 8, 8)")
+    one_line(capsys, code, 2, "(8, 8, 3)", "(8, 8, 1)", "where no teacher is given")
 
 
 def test_a_student_as_teacher_starts_at_its_own_steps(finished_run, tmp_path, capsys):

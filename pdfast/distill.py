@@ -41,6 +41,7 @@ from pdfast.teachers import ConvertedConfig
 from pdfast.teachers.convert import regular_angles
 from pdfast.train import (
     HINT,
+    check_evaluation,
     new_network,
     open_data,
     open_evaluator,
@@ -333,6 +334,7 @@ def main() -> None:
         return
     with open_machine(config) as machine:
         source = open_data(config, machine.world.device)
+        check_evaluation(config, source)
         with open_run(config, source, machine.world), RunLog(config.run, machine.world) as log:
             interrupt.install()
             log.say(f"{source.description}; run folder {config.run}")

@@ -15,7 +15,7 @@ import torch
 import tyro
 
 from pdfast.cli import parse, run_command
-from pdfast.config import EvaluationConfig, OptionalInt, OptionalPath, OptionalString, from_plain, load_yaml
+from pdfast.config import EvaluationConfig, OptionalInt, OptionalPath, OptionalString, RunConfig, from_plain, load_yaml
 from pdfast.data import load_source
 from pdfast.engine import layout
 from pdfast.engine.device import open_device
@@ -124,7 +124,14 @@ def main() -> None:
     config = first.config
     evaluator = Evaluator(
         evaluation_settings(arguments, run),
-        load_source(data, image_size=config.image_size, channels=config.image_channels, device=device),
+        load_source(
+            data,
+            image_size=config.image_size,
+            channels=config.image_channels,
+            device=device,
+            loader=run.get("loader", "auto") if data == run.get("data") else "auto",
+            max_bad=run.get("max_bad", RunConfig.max_bad),
+        ),
         first.schedule.build(),
         seed=run.get("seed", 0) if arguments.seed is None else arguments.seed,
         num_classes=config.num_classes,

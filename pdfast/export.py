@@ -57,6 +57,7 @@ def load_again(folder: Path, custom: bool) -> Any:
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # it says that the network of a model file is not a UNet2DModel, which is so
     pipeline = library().DiffusionPipeline.from_pretrained(
         folder, local_files_only=True, trust_remote_code=custom, low_cpu_mem_usage=False
     )

@@ -78,8 +78,10 @@ def distillation_loss(
 
     x: images in about [-1, 1], float [N, C, H, W]. table: of the student's number of steps, on x's device. k: step indices in
     1..steps, int64 [N], and eps: noise like x; both drawn, with the generator, where not given. student and teacher: of one
-    `prediction`, that of the table.
+    `prediction`, that of the table. TypeError for images that are not floats.
     """
+    if not x.is_floating_point():
+        raise TypeError(f"images of dtype {x.dtype}: make them floats in [-1, 1], as x.float() / 127.5 - 1")
     steps = len(table.phi)
     if k is None:
         k = torch.randint(1, steps + 1, (len(x),), device=x.device, generator=generator)

@@ -61,7 +61,8 @@ class Arguments:
 
 
 def find_model(folder: Path, steps: int | None, device: torch.device) -> SavedModel:
-    """The model in a model's folder, or in a run's: the student of `steps` steps, or of fewest; else the teacher.
+    """The model in a model's folder, or in a run's: the student of `steps` steps, or of fewest; the teacher where there are no
+    students.
 
     UsageError where there is none.
     """
@@ -72,6 +73,11 @@ def find_model(folder: Path, steps: int | None, device: torch.device) -> SavedMo
         return load_model(students[steps], device)
     if steps is None and students:
         return load_model(students[min(students)], device)
+    if students:
+        raise UsageError(
+            f"{folder} has no student of {steps} steps, but of {', '.join(map(str, sorted(students)))}; for its teacher say "
+            f"{folder / 'teacher'}"
+        )
     if (folder / "teacher").is_dir():
         return load_model(folder / "teacher", device)
     raise UsageError(f"{folder} is neither a run with a teacher or students nor a model's folder")

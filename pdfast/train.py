@@ -6,6 +6,7 @@ The same command run again resumes. The result, runs/my-teacher/teacher, is what
 """
 
 import functools
+import shlex
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -31,7 +32,9 @@ from pdfast.engine.step import Draws, teacher_gradient
 from pdfast.errors import UsageError
 from pdfast.networks import Network
 from pdfast.report.evaluator import Evaluator, shown
+from pdfast.report.features import check_feature_space
 from pdfast.report.grids import image_grid, write_png
+from pdfast.report.metrics import split_real
 from pdfast.report.plan import print_training_plan
 
 HINT = "the same command goes on from here"
@@ -220,6 +223,12 @@ def open_data(config: RunConfig, device: torch.device) -> ImageSource:
     return source
 
 
+def check_evaluation(config: RunConfig, source: ImageSource) -> None:
+    """UsageError, before anything is trained or written, where these images cannot be judged as the configuration says."""
+    split_real(source.num_images, config.evaluation.num_samples, seed=0)
+    check_feature_space(config.evaluation.features, source.shape)
+
+
 def refuse_eps_at_the_start(config: RunConfig) -> None:
     """UsageError for a network that predicts eps where sampling starts from pure noise."""
     schedule = config.schedule.build()
@@ -237,6 +246,7 @@ def main() -> None:
         return
     with open_machine(config) as machine:
         source = open_data(config, machine.world.device)
+        check_evaluation(config, source)
         with open_run(config, source, machine.world), RunLog(config.run, machine.world) as log:
             if (config.run / "teacher").exists():
                 log.say(f"already finished: {config.run / 'teacher'}")
@@ -250,9 +260,10 @@ def main() -> None:
             write_teacher(config, machine, network, training, evaluator, config.evaluation_steps, log)
             teacher = config.run / "teacher"
             log.count_bad_images()
-            log.say(
-                f"wrote {teacher}; distill it with: python -m pdfast.distill --preset {config.preset} --teacher {teacher}"
-            )
+            flags = ["--preset", config.preset, "--data", config.data, "--teacher", str(teacher)]
+            flags += ["--evaluation.features", config.evaluation.features]
+            flags += ["--evaluation.num-samples", str(config.evaluation.num_samples)]
+            log.say(f"wrote {teacher}; distill it with: {shlex.join(['python', '-m', 'pdfast.distill', *flags])}")
 
 
 if __name__ == "__main__":

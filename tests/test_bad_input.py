@@ -246,3 +246,24 @@ def test_updates_by_step_count():
     for bad in ("", "a", "500,", "2:900", "500;2:900", "-5"):
         with pytest.raises(UsageError, match=re.escape(repr(bad))):
             parse_updates(bad)
+
+
+def test_what_cannot_be_judged_is_refused_before_anything_is_done(tmp_path, capsys):
+    """Too few images, or of another shape than the features take: no folder is left that would refuse the advice."""
+    few, run = tmp_path / "few.npz", tmp_path / "run"
+    np.savez(few, images=np.zeros((100, 8, 8, 1), np.uint8))
+    command = [*TINY_RUN, "--data", str(few), "--run", str(run)]
+    for name in ("train", "distill"):
+        one_line(capsys, call(name, *command), 2, "--evaluation.num-samples to at most 50")
+        assert not run.exists()
+    colour = tmp_path / "colour.npz"
+    np.savez(colour, images=np.zeros((200, 8, 8, 3), np.uint8))
+    command = [*TINY_RUN, "--data", str(colour), "--network.image-channels", "3", "--run", str(run)]
+    one_line(capsys, call("distill", *command), 2, "set --evaluation.features to mobilenet")
+    assert not run.exists()
+
+
+def test_a_student_that_is_not_there_is_not_replaced_by_its_teacher(finished_run, tmp_path, capsys):
+    for command in (["sample", "--out", str(tmp_path / "a.png")], ["export", str(tmp_path / "out")]):
+        code = call(command[0], str(finished_run), *command[1:], "--steps", "3")
+        one_line(capsys, code, 2, "no student of 3 steps, but of 1, 2", "teacher")

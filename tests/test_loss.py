@@ -99,3 +99,16 @@ def test_an_import_costs_nothing():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = pdfast.nothing
     assert all(getattr(pdfast, name) is not None for name in pdfast.__all__)
+
+
+def test_what_makes_no_sense_is_refused():
+    for prediction, steps, words in (
+        ("w", 4, "unknown prediction 'w'"),
+        ("v", 2.5, "whole number"),
+        ("v", 0, "at least 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            pdfast.build_step_table(pdfast.Cosine(), steps, prediction, "snr")
+    table = pdfast.build_step_table(pdfast.Cosine(), 4, "v", "snr")
+    with pytest.raises(TypeError, match="dtype torch.uint8"):
+        pdfast.distillation_loss(network("v", 0), network("v", 0), torch.zeros(2, 1, 8, 8, dtype=torch.uint8), table)

@@ -1,6 +1,7 @@
 """One encoded image: what is taken of it, and what makes it bad."""
 
 import io
+import re
 import warnings
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
 MOST_PIXELS = 1 << 26  # of an image as it is stored; more is taken for a decompression bomb
 GREY, COLOUR, TRANSPARENT = {"1", "L"}, {"P", "RGB"}, {"LA", "PA", "RGBA"}
 ORIENTATION, UPRIGHT = 0x0112, 1  # of EXIF
+OF_PILLOW = re.compile(r"PIL\.")
 TURNED = {5, 6, 7, 8}  # the orientations that exchange height and width
 
 
@@ -33,16 +35,22 @@ class Opened:
         return self.image.mode in TRANSPARENT or "transparency" in self.image.info
 
 
+def _quiet_pillow() -> None:
+    """Leave out Pillow's own warnings, of bombs, for one: the limit is ours. By a filter that stays: images are decoded in
+    threads, where `catch_warnings` would take other warnings with it."""
+    if not any(entry[3] == OF_PILLOW for entry in warnings.filters):
+        warnings.filterwarnings("ignore", module=OF_PILLOW.pattern)
+
+
 def examine(content: bytes) -> Opened:
     """Read the header. BadImage for what is no single image of 8 bits, grey or in colour, of more than one pixel a side."""
     if not content:
         raise BadImage("empty")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of bombs: the limit is ours
-            image = Image.open(io.BytesIO(content))
-            frames = getattr(image, "n_frames", 1)
-            orientation = image.getexif().get(ORIENTATION, UPRIGHT)
+        _quiet_pillow()
+        image = Image.open(io.BytesIO(content))
+        frames = getattr(image, "n_frames", 1)
+        orientation = image.getexif().get(ORIENTATION, UPRIGHT)
     except Image.UnidentifiedImageError:
         raise BadImage("not an image") from None
     except Exception as error:  # Pillow's decoders raise what they please for damaged data

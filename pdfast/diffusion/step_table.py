@@ -16,7 +16,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pdfast.diffusion.parameterization import Prediction, Weighting, check_start, natural_weight, output_coefficient
+from pdfast.diffusion.parameterization import (
+    PREDICTIONS,
+    Prediction,
+    Weighting,
+    check_start,
+    natural_weight,
+    output_coefficient,
+)
 from pdfast.diffusion.schedules import Schedule
 
 
@@ -70,8 +77,10 @@ def build_step_table(
     device: torch.device | str = "cpu",
 ) -> StepTable:
     """The table of a round with `steps` student steps. ValueError for eps-prediction from (almost) pure noise."""
-    if steps < 1:
-        raise ValueError(f"the number of steps must be at least 1, got {steps}")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"the number of steps must be a whole number, at least 1, got {steps}")
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"unknown prediction {prediction!r}, choose from {', '.join(PREDICTIONS)}")
     k = torch.arange(1, steps + 1, dtype=torch.float64)
     half = torch.tensor(0.5 / steps, dtype=torch.float64)
     u, u_mid = k / steps, (k - 0.5) / steps

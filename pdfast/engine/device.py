@@ -42,6 +42,8 @@ def _check_count(device: torch.device) -> None:
     if device.index is not None and (device.index >= count or processes > 1):
         reason = f"this machine has {count} GPUs" if processes == 1 else f"{processes} processes share this machine"
         raise UsageError(f"device '{device}' is not for this process: {reason}; use --device cuda, cpu or auto")
+    if processes == 1 and count == 0:
+        raise UsageError("this machine has no GPU that torch can use: say --device cpu")
     if processes > count:
         raise UsageError(
             f"{processes} processes, but this machine has {count} GPUs: use --nproc-per-node {max(count, 1)}, or --device cpu"

@@ -74,7 +74,10 @@ def load_model(folder: Path, device: torch.device) -> SavedModel:
     """Load a teacher's or student's folder, or a pipeline's of diffusers. UsageError, in one line, for a missing, damaged or
     foreign one."""
     if not folder.is_dir():
-        raise UsageError(f"there is no folder {folder}; a model folder holds config.json and *.safetensors")
+        raise UsageError(
+            f"there is no folder {folder}: give a model's, with config.json and *.safetensors, or a diffusers pipeline's on this "
+            "disk; nothing is downloaded"
+        )
     if is_pipeline(folder):
         pipeline, schedule = load_pipeline(folder)
         return SavedModel(pipeline.to(device), schedule, None, folder)

@@ -18,15 +18,23 @@ from torch import Tensor, nn
 from pdfast.data import load_source
 from pdfast.diffusion.noise import permutation
 from pdfast.errors import UsageError
-from pdfast.report.inception import InceptionFeatures
+from pdfast.report.inception import InceptionFeatures, check_weights_there
 from pdfast.report.metrics import fixed_seed
-from pdfast.report.mobilenet import MobileNetFeatures
+from pdfast.report.mobilenet import MobileNetFeatures, weights_file
 
 SEED = 0
 NUM_TRAINED = 1437  # digits that the digits' features are trained on; the others test the classifier
 UPDATES = 300
 BATCH_SIZE = 128
 LEARNING_RATE = 1.5e-3
+
+
+def _check_digits(shape: tuple[int, ...]) -> None:
+    if shape != (1, 8, 8):
+        raise UsageError(
+            "the feature space digits takes images of (channels, height, width) (1, 8, 8), "
+            f"not {shape}: set --evaluation.features to mobilenet"
+        )
 
 
 class DigitsFeatures(nn.Module):
@@ -55,11 +63,7 @@ class DigitsFeatures(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """uint8 [n, 1, 8, 8] -> float32 [n, 32]. UsageError for images of another shape."""
-        if images.shape[1:] != (1, 8, 8):
-            raise UsageError(
-                "the feature space digits takes images of (channels, height, width) (1, 8, 8), "
-                f"not {tuple(images.shape[1:])}: set --evaluation.features to mobilenet"
-            )
+        _check_digits(tuple(images.shape[1:]))
         return self.hidden(images.float() / 127.5 - 1)
 
     @torch.no_grad()
@@ -114,15 +118,27 @@ def train_digits_features() -> DigitsFeatures:
 FeatureSpace = DigitsFeatures | MobileNetFeatures | InceptionFeatures
 
 
+def check_feature_space(spec: str, shape: tuple[int, int, int] | None = None) -> None:
+    """UsageError where there is no such feature space, its weights are missing, or it takes no images of shape (H, W, C)."""
+    if spec == "digits":
+        if shape is not None:
+            _check_digits((shape[2], *shape[:2]))
+    elif spec == "mobilenet":
+        weights_file()
+    elif Path(spec).suffix in (".pth", ".pt", ".safetensors"):
+        check_weights_there(Path(spec))
+    else:
+        raise UsageError(
+            f"unknown feature space {spec!r}: choose digits, mobilenet, or give a .pth or .safetensors file of "
+            "Inception weights"
+        )
+
+
 def load_feature_space(spec: str, *, device: torch.device | str = "cpu") -> FeatureSpace:
     """`digits`, `mobilenet`, or a path to Inception weights. UsageError for anything else."""
+    check_feature_space(spec)
     if spec == "digits":
         return train_digits_features().to(device)
     if spec == "mobilenet":
         return MobileNetFeatures().to(device)
-    if Path(spec).suffix in (".pth", ".pt", ".safetensors"):
-        return InceptionFeatures(Path(spec)).to(device)
-    raise UsageError(
-        f"unknown feature space {spec!r}: choose digits, mobilenet, or give a .pth or .safetensors file of "
-        "Inception weights"
-    )
+    return InceptionFeatures(Path(spec)).to(device)

@@ -212,9 +212,14 @@ class InceptionFeatures(nn.Module):
         return F.linear(features, self.network.fc.weight)
 
 
-def _read_weights(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+def check_weights_there(path: Path) -> None:
+    """UsageError where there is no such file."""
     if not path.is_file():
         raise UsageError(f"there are no Inception weights at {path}: give pytorch-fid's pt_inception-2015-12-05 file")
+
+
+def _read_weights(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    check_weights_there(path)
     try:
         if path.suffix == ".safetensors":
             found = load_file(path)

@@ -78,7 +78,7 @@ class MobileNetFeatures(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.network = MobileNetV2().requires_grad_(False)
-        self.network.load_state_dict(torch.load(_weights_file(), map_location="cpu", weights_only=True))
+        self.network.load_state_dict(torch.load(weights_file(), map_location="cpu", weights_only=True))
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
@@ -97,7 +97,8 @@ class MobileNetFeatures(nn.Module):
         return self.network.classifier(features)
 
 
-def _weights_file() -> Path:
+def weights_file() -> Path:
+    """That of the installed package. UsageError where it is missing or altered."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise UsageError(f"the feature space mobilenet needs weights that a package carries: {INSTALL}")

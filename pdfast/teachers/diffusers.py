@@ -251,7 +251,7 @@ def _config(unet: dict[str, Any], scheduler: dict[str, Any], prediction: Predict
     if unet.get("time_embedding_type", "positional") != "positional":
         raise UsageError(
             f"{where} has time_embedding_type {unet['time_embedding_type']}: only positional ones can be asked "
-            "between their times"
+            "between their times; a pipeline that pdfast wrote is distilled from its run's own folder"
         )
     if unet.get("class_embed_type") is not None:
         raise UsageError(f"{where} has class_embed_type {unet['class_embed_type']}: only plain classes are read")

@@ -1,6 +1,7 @@
 """One encoded image: modes, sizes, orientation, and what makes it bad."""
 
 import io
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -140,3 +141,19 @@ def test_a_decompression_bomb_is_refused_by_its_header(monkeypatch):
     monkeypatch.setattr(pictures, "MOST_PIXELS", 99)
     with pytest.raises(BadImage, match="10 x 10 pixels, more than 99"):
         decode(png(Image.new("L", (10, 10))), 8, 1)
+
+
+def test_only_pillows_own_warnings_are_left_out(monkeypatch):
+    """Images are opened in threads: what others warn of meanwhile is not lost."""
+    image = png(Image.new("RGB", (4, 4)))
+    really = Image.open
+
+    def opened(file):
+        warnings.warn("of something else", stacklevel=1)
+        warnings.warn_explicit("a bomb", Image.DecompressionBombWarning, "Image.py", 1, module="PIL.Image")
+        return really(file)
+
+    monkeypatch.setattr(pictures.Image, "open", opened)
+    with pytest.warns(UserWarning, match="of something else") as seen:
+        pictures.examine(image)
+    assert len(seen) == 1

@@ -342,7 +342,9 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
             return float(value)
         if isinstance(choice, type) and type(value) is choice:
             return value
-    raise UsageError(f"{where}: {value!r} is not {getattr(kind, '__name__', kind)}")
+    literal = get_origin(kind) is Literal
+    wanted = " or ".join(map(repr, get_args(kind))) if literal else getattr(kind, "__name__", kind)
+    raise UsageError(f"{where}: {value!r} is not {wanted}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pdfast.diffusion.parameterization import SMALLEST_COS_TO_SAMPLE, check_star
 from pdfast.engine.files import sha256, write_json
 from pdfast.errors import UsageError
 from pdfast.networks import Network
-from pdfast.teachers import AnyNetworkConfig, is_pipeline, load_pipeline, network_config
+from pdfast.teachers import AnyNetworkConfig, edm, is_pipeline, load_edm, load_pipeline, network_config
 
 FORMAT = "pdfast-1"
 
@@ -67,21 +67,30 @@ def fill_model_folder(
 
 def is_model(folder: Path) -> bool:
     """Whether it is that of one model, and not of a run."""
-    return (folder / "config.json").exists() or is_pipeline(folder)
+    return (folder / "config.json").exists() or is_pipeline(folder) or edm.is_pickle(folder)
 
 
 def load_model(folder: Path, device: torch.device) -> SavedModel:
-    """Load a teacher's or student's folder, or a pipeline's of diffusers. UsageError, in one line, for a missing, damaged or
-    foreign one."""
+    """Load a teacher's or student's folder, a pipeline's of diffusers, or one of EDM's network. UsageError, in one line, for a
+    missing, damaged or foreign one."""
+    if edm.is_pickle(folder):
+        raise UsageError(
+            f"{folder} holds a pickle, which runs code when it is read: write a folder from it with {edm.SCRIPT}, where that "
+            "is of EDM's authors"
+        )
     if not folder.is_dir():
         raise UsageError(
             f"there is no folder {folder}: give a model's, with config.json and *.safetensors, or a diffusers pipeline's on this "
             "disk; nothing is downloaded"
         )
+    network: Network
     if is_pipeline(folder):
-        pipeline, schedule = load_pipeline(folder)
-        return SavedModel(pipeline.to(device), schedule, None, folder)
+        network, schedule = load_pipeline(folder)
+        return SavedModel(network.to(device), schedule, None, folder)
     meta = read_json(folder / "config.json")
+    if meta.get("format") == edm.FORMAT:
+        network, schedule = load_edm(folder, meta)
+        return SavedModel(network.to(device), schedule, None, folder)
     if meta.get("format") != FORMAT or not {"kind", "steps", "network", "schedule", "sha256"} <= meta.keys():
         raise UsageError(f"{folder / 'config.json'} is not of a model that this version of pdfast wrote ({FORMAT})")
     file = folder / f"{meta['kind']}.safetensors"

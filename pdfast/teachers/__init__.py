@@ -11,6 +11,7 @@ from pdfast.errors import UsageError
 from pdfast.networks import NetworkConfig
 from pdfast.teachers.convert import Converted, ConvertedConfig
 from pdfast.teachers.diffusers import DiffusersConfig, DiffusersNetwork, adapt, is_pipeline, load_pipeline
+from pdfast.teachers.edm import EDMConfig, EDMNetwork, load_edm
 
 __all__ = [
     "AnyNetworkConfig",
@@ -18,13 +19,16 @@ __all__ = [
     "ConvertedConfig",
     "DiffusersConfig",
     "DiffusersNetwork",
+    "EDMConfig",
+    "EDMNetwork",
     "adapt",
     "is_pipeline",
+    "load_edm",
     "load_pipeline",
     "network_config",
 ]
 
-AnyNetworkConfig = NetworkConfig | DiffusersConfig | ConvertedConfig
+AnyNetworkConfig = NetworkConfig | DiffusersConfig | EDMConfig | ConvertedConfig
 
 
 def network_config(plain: Any, where: str) -> AnyNetworkConfig:
@@ -35,6 +39,8 @@ def network_config(plain: Any, where: str) -> AnyNetworkConfig:
             return from_plain(NetworkConfig, plain, where)
         case "diffusers":
             return from_plain(DiffusersConfig, plain, where)
+        case "edm":
+            return from_plain(EDMConfig, plain, where)
         case "converted":
             return ConvertedConfig(network_config(plain.get("network"), where))
     raise UsageError(f"{where}: unknown kind of network {kind!r}")

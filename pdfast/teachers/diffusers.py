@@ -3,15 +3,10 @@
 Read offline, from safetensors, and by an allow-list of classes: no code that comes with a model is run.
 
 A discrete schedule has its alpha-bars at times 0..T-1; between them a network is asked at fractional times, linear in the
-angle. EDM's denoiser (Karras et al. 2022, eq. 7) is, on the circle, with q^2 = sin^2 + sigma_data^2 cos^2,
-
-    v = (1 - sigma_data^2) sin cos / q^2 z - sigma_data / q F(z / q; log(tan phi) / 4)
-
-where nothing is singular: such a network predicts v.
+angle.
 """
 
 import json
-import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -26,6 +21,7 @@ from pdfast.diffusion import Prediction
 from pdfast.diffusion.schedules import AlphaBars, Schedule
 from pdfast.errors import UsageError
 from pdfast.networks import Network
+from pdfast.teachers import preconditioning
 
 INSTALL = "pip install 'pdfast[diffusers]'"
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x", "v_prediction": "v"}
@@ -128,7 +124,7 @@ class DiffusersNetwork(Network):
     def times(self, phi: Tensor) -> Tensor:
         """What the U-Net was told at angles phi [N] when it was trained: float32 [N]."""
         if self.preconditioned:
-            return torch.log(torch.tan(phi).clamp(min=self.config.scheduler["sigma_min"])) / 4
+            return preconditioning.noise_label(phi, self.config.scheduler["sigma_min"])
         above = torch.searchsorted(self.knots, phi.contiguous()).clamp(1, len(self.knots) - 1)
         lower, upper = self.knots[above - 1], self.knots[above]
         return (above - 2 + (phi - lower) / (upper - lower)).clamp(0, len(self.knots) - 2)
@@ -139,11 +135,8 @@ class DiffusersNetwork(Network):
             one = torch.ones_like(phi)
             return one, torch.zeros_like(phi), one
         scheduler = self.config.scheduler
-        sigma_data = scheduler["sigma_data"]
-        cos, sin = torch.cos(phi), torch.sin(phi)
-        inverse = torch.rsqrt(sin.square() + sigma_data**2 * cos.square())
-        sign = 1.0 if scheduler["prediction_type"] == "epsilon" else -1.0
-        return inverse, (1 - sigma_data**2) * sin * cos * inverse.square(), -sign * sigma_data * inverse
+        s, a, b = preconditioning.coefficients(phi, scheduler["sigma_data"])
+        return s, a, b if scheduler["prediction_type"] == "epsilon" else -b
 
     def forward(self, z: Tensor, phi: Tensor, cond: Any = None) -> Tensor:
         z = z.float()
@@ -221,8 +214,7 @@ def _schedule(scheduler: dict[str, Any], where: str) -> tuple[ScheduleConfig, di
     if name in EDM:
         own = getattr(library(), name)().config  # its defaults, for what is not said
         kept = {key: scheduler.get(key, own[key]) for key in OF_EDM}
-        logsnr_min, logsnr_max = (-2 * math.log(kept[sigma]) for sigma in ("sigma_max", "sigma_min"))
-        schedule = ScheduleConfig(name="clipped_cosine", logsnr_min=logsnr_min, logsnr_max=logsnr_max)
+        schedule = preconditioning.schedule(kept["sigma_min"], kept["sigma_max"])
         return schedule, {"_class_name": name} | kept, "v"
     if name not in DISCRETE:
         raise UsageError(f"{where} is a {name}: choose one of {', '.join((*DISCRETE, *EDM))}")

@@ -1,0 +1,189 @@
+"""Networks of EDM (Karras et al. 2022) in the authors' own format, rewritten as a folder by docs/examples/edm_weights.py:
+
+    config.json          {"format": "edm-1", "class_name": "EDMPrecond", "init_kwargs": {what it was made with}}
+    model.safetensors    its state_dict
+
+The authors' files are pickles, which run code when they are read: they are not read here.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pdfast.config import ScheduleConfig, from_plain
+from pdfast.diffusion import Prediction
+from pdfast.errors import UsageError
+from pdfast.networks import Network
+from pdfast.teachers import preconditioning
+from pdfast.teachers.edm_unet import Block, EDMUNet, EDMUNetConfig
+
+FORMAT = "edm-1"
+WEIGHTS = "model.safetensors"
+SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # of the authors' sampler, for networks that set no limits
+SCRIPT = "docs/examples/edm_weights.py"
+FREQUENCIES = "model.map_noise.freqs"
+UNSAID = "DhariwalUNet"
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "SongUNet": {
+        "model_type": "SongUNet",
+        "model_channels": 128,
+        "channel_mult": [1, 2, 2, 2],
+        "num_blocks": 4,
+        "attn_resolutions": [16],
+    },
+    "DhariwalUNet": {
+        "model_type": "DhariwalUNet",
+        "model_channels": 192,
+        "channel_mult": [1, 2, 3, 4],
+        "num_blocks": 3,
+        "attn_resolutions": [32, 16, 8],
+    },
+}
+
+
+@dataclass(frozen=True)
+class InitKwargs:
+    """Of the authors' EDMPrecond and of its network, with their names and defaults (for the others see DEFAULTS)."""
+
+    model_type: Literal["SongUNet", "DhariwalUNet"]
+    img_resolution: int
+    img_channels: int
+    model_channels: int
+    channel_mult: tuple[int, ...]
+    num_blocks: int
+    attn_resolutions: tuple[int, ...]
+    label_dim: int = 0
+    sigma_min: float = 0.0
+    sigma_max: float = math.inf
+    sigma_data: float = 0.5
+    channel_mult_emb: int = 4
+    embedding_type: Literal["positional", "fourier"] = "positional"
+    channel_mult_noise: int = 1
+    encoder_type: Literal["standard", "residual"] = "standard"
+    decoder_type: Literal["standard"] = "standard"
+    resample_filter: tuple[int, ...] = (1, 1)
+    # What matters only where such a network is trained: labels of augmentations are 0 in sampling.
+    use_fp16: bool = False
+    augment_dim: int = 0
+    dropout: float = 0.0
+    label_dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class EDMConfig:
+    """A U-Net of EDM with its preconditioning."""
+
+    unet: EDMUNetConfig
+    sigma_min: float
+    sigma_data: float
+    kind: str = "edm"
+    prediction: Prediction = "v"
+
+    @property
+    def image_size(self) -> int:
+        return self.unet.image_size
+
+    @property
+    def image_channels(self) -> int:
+        return self.unet.image_channels
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self.image_channels, self.image_size, self.image_size
+
+    @property
+    def num_classes(self) -> int:
+        return self.unet.num_classes
+
+    def build(self, dropout: float = 0.0) -> "EDMNetwork":
+        return EDMNetwork(self, dropout)
+
+
+class EDMNetwork(Network):
+    """EDMPrecond with our call: it predicts v. Without `cond` a network that knows classes is told none."""
+
+    def __init__(self, config: EDMConfig, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = torch.float32
+        self.prediction = config.prediction
+        self.model = EDMUNet(config.unet, dropout)
+
+    def blocks(self) -> Iterator[nn.Module]:
+        return (module for module in self.modules() if isinstance(module, Block))
+
+    def times(self, phi: Tensor) -> Tensor:
+        """What the U-Net is told at angles phi [N]."""
+        return preconditioning.noise_label(phi, self.config.sigma_min)
+
+    def coefficients(self, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(s, a, b), each [N], of output = a z + b F(s z; time) where F is the U-Net."""
+        return preconditioning.coefficients(phi, self.config.sigma_data)
+
+    def forward(self, z: Tensor, phi: Tensor, cond: Any = None) -> Tensor:
+        z = z.float()
+        s, a, b = (c.view(-1, 1, 1, 1) for c in self.coefficients(phi))
+        return a * z + b * self.model(s * z, self.times(phi), cond, self.dtype)
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether it is a file of the authors' own, or a folder of such files and of nothing else that could be read."""
+    read = ("config.json", "model_index.json", "config.yaml")
+    return path.suffix == ".pkl" or (any(path.glob("*.pkl")) and not any((path / name).exists() for name in read))
+
+
+def load_edm(folder: Path, meta: dict[str, Any]) -> tuple[EDMNetwork, ScheduleConfig]:
+    """The network of a folder whose config.json is `meta`, float32 on the CPU, and its schedule. UsageError, in one line, for
+    what is not one that was preconditioned as EDM's."""
+    where = folder / "config.json"
+    if meta.get("class_name") != "EDMPrecond":
+        raise UsageError(f"{where} is of a network in {meta.get('class_name')}: only EDMPrecond is read")
+    given = meta.get("init_kwargs", {})
+    if isinstance(given, dict):
+        given = DEFAULTS.get(str(given.get("model_type", UNSAID)), {}) | given
+    kwargs = from_plain(InitKwargs, given, str(where))
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise UsageError(f"{file} is missing: write the folder again with {SCRIPT}")
+    try:
+        weights = {name: weight.float() for name, weight in load_file(file).items()}
+        fourier = tuple(weights[FREQUENCIES].tolist()) if kwargs.embedding_type == "fourier" else ()
+        config = EDMConfig(
+            EDMUNetConfig(
+                model_type=kwargs.model_type,
+                image_size=kwargs.img_resolution,
+                image_channels=kwargs.img_channels,
+                num_classes=kwargs.label_dim,
+                model_channels=kwargs.model_channels,
+                channel_mult=kwargs.channel_mult,
+                channel_mult_emb=kwargs.channel_mult_emb,
+                num_blocks=kwargs.num_blocks,
+                attn_resolutions=kwargs.attn_resolutions,
+                channel_mult_noise=kwargs.channel_mult_noise,
+                residual=kwargs.encoder_type == "residual",
+                resample_filter=kwargs.resample_filter,
+                fourier=fourier,
+            ),
+            sigma_min=max(kwargs.sigma_min, SIGMA_MIN),
+            sigma_data=kwargs.sigma_data,
+        )
+        with torch.device("meta"):
+            network = config.build()
+        network.load_state_dict({name: w for name, w in weights.items() if _is_learned(name)}, assign=True)
+    except (SafetensorError, RuntimeError, OSError, ValueError, KeyError, ZeroDivisionError) as error:
+        raise UsageError(f"{file} does not fit its config.json: {str(error).splitlines()[0]}") from None
+    schedule = preconditioning.schedule(max(kwargs.sigma_min, SIGMA_MIN), min(kwargs.sigma_max, SIGMA_MAX))
+    return network.eval().requires_grad_(False), schedule
+
+
+def _is_learned(name: str) -> bool:
+    """The others follow from the configuration, or are of use only while such a network is trained."""
+    return name != FREQUENCIES and not name.endswith((".resample_filter", ".map_augment.weight"))

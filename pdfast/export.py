@@ -90,12 +90,12 @@ def compare(
     return theirs, float((theirs != ours).mean())
 
 
-def model_card(saved: SavedModel, steps: int, custom: bool, changed: float) -> str:
+def model_card(saved: SavedModel, steps: int, model_file: str | None, changed: float) -> str:
     """README.md of the pipeline's folder: how to sample, what was trained, what was measured."""
     config = saved.config
     call = f"num_inference_steps={steps}, batch_size=16"
     call += f", class_labels=[i % {config.num_classes} for i in range(16)]" if config.num_classes else ""
-    loading = '"PATH", trust_remote_code=True' if custom else '"PATH"'
+    loading = '"PATH", trust_remote_code=True' if model_file else '"PATH"'
     kind = f"the student of {count_steps(steps)}" if saved.steps else f"a teacher, for {count_steps(steps)}"
     lines = [
         "---",
@@ -119,11 +119,11 @@ def model_card(saved: SavedModel, steps: int, custom: bool, changed: float) -> s
         f"Sample in {count_steps(steps)}, which it was made for. Images equal those of pdfast from the same noise, in float32: "
         f"{changed:.4%} of the uint8 values differed when it was written.",
     ]
-    if custom:
+    if model_file:
         lines += [
             "",
-            "Its network is a UNet2DModel whose output is combined with its input by time, in `unet/pdfast_unet.py`: diffusers "
-            "asks for `trust_remote_code=True` to load that file.",
+            f"Its network is a U-Net whose output is combined with its input by time, in `unet/{model_file}`: diffusers asks for "
+            "`trust_remote_code=True` to load that file.",
         ]
     return "\n".join([*lines, *_facts(saved)]) + "\n"
 
@@ -161,15 +161,15 @@ def export_pipeline(saved: SavedModel, steps: int, out: Path, device: torch.devi
 
     def fill(folder: Path) -> None:
         nonlocal changed
-        custom = write_pipeline(folder, saved.network.cpu().float(), saved.schedule.build(), steps)
-        images, changed = compare(folder, custom, saved, steps, device)
+        model_file = write_pipeline(folder, saved.network.cpu().float(), saved.schedule.build(), steps)
+        images, changed = compare(folder, model_file is not None, saved, steps, device)
         if changed > MOST_CHANGED:
             raise RunError(
                 f"diffusers draws other images than pdfast: {changed:.2%} of the values differ; nothing was written: this is a "
                 "bug, report it"
             )
         write_png(folder / "grid.png", image_grid(images[:SHOWN], columns=4, scale=max(1, 64 // images.shape[1])))
-        (folder / "README.md").write_text(model_card(saved, steps, custom, changed))
+        (folder / "README.md").write_text(model_card(saved, steps, model_file, changed))
 
     write_folder(out, fill)
     return changed

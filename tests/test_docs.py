@@ -27,6 +27,7 @@ from pdfast.data.split import Split
 from tests.commands import ROOT, TINY_NETWORK, call
 from tests.data.files import solid
 from tests.teachers.pipelines import save
+from tests.teachers.test_edm import write as write_edm
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "kernels" / "README.md"]
 
@@ -178,6 +179,8 @@ class Reader:
             path.symlink_to(self.finished_run.joinpath(*path.parts[2:]))
         elif path.name.endswith("-pipeline"):
             save(path, DDIMScheduler(prediction_type="epsilon" if "eps" in path.name else "v_prediction"))
+        elif path.name.startswith("edm-"):
+            write_edm(path)
         elif not path.suffix:
             for label in ("cat", "dog"):
                 solid(path / label / "1.png", (90, 120, 150))

@@ -75,6 +75,25 @@ class InitKwargs:
     dropout: float = 0.0
     label_dropout: float = 0.0
 
+    def config(self, frequencies: tuple[float, ...]) -> "EDMConfig":
+        """frequencies: of the Fourier embedding, where that is the network's; from its weights."""
+        unet = EDMUNetConfig(
+            model_type=self.model_type,
+            image_size=self.img_resolution,
+            image_channels=self.img_channels,
+            num_classes=self.label_dim,
+            model_channels=self.model_channels,
+            channel_mult=self.channel_mult,
+            channel_mult_emb=self.channel_mult_emb,
+            num_blocks=self.num_blocks,
+            attn_resolutions=self.attn_resolutions,
+            channel_mult_noise=self.channel_mult_noise,
+            residual=self.encoder_type == "residual",
+            resample_filter=self.resample_filter,
+            fourier=frequencies,
+        )
+        return EDMConfig(unet, sigma_min=max(self.sigma_min, SIGMA_MIN), sigma_data=self.sigma_data)
+
 
 @dataclass(frozen=True)
 class EDMConfig:
@@ -140,47 +159,33 @@ def is_pickle(path: Path) -> bool:
     return path.suffix == ".pkl" or (any(path.glob("*.pkl")) and not any((path / name).exists() for name in read))
 
 
-def load_edm(folder: Path, meta: dict[str, Any]) -> tuple[EDMNetwork, ScheduleConfig]:
-    """The network of a folder whose config.json is `meta`, float32 on the CPU, and its schedule. UsageError, in one line, for
-    what is not one that was preconditioned as EDM's."""
-    where = folder / "config.json"
+def init_kwargs(meta: dict[str, Any], where: str) -> InitKwargs:
+    """Of a config.json. UsageError for one of another network."""
     if meta.get("class_name") != "EDMPrecond":
         raise UsageError(f"{where} is of a network in {meta.get('class_name')}: only EDMPrecond is read")
     given = meta.get("init_kwargs", {})
     if isinstance(given, dict):
         given = DEFAULTS.get(str(given.get("model_type", UNSAID)), {}) | given
-    kwargs = from_plain(InitKwargs, given, str(where))
+    return from_plain(InitKwargs, given, where)
+
+
+def load_edm(folder: Path, meta: dict[str, Any]) -> tuple[EDMNetwork, ScheduleConfig]:
+    """The network of a folder whose config.json is `meta`, float32 on the CPU, and its schedule. UsageError, in one line, for
+    what is not one that was preconditioned as EDM's."""
+    kwargs = init_kwargs(meta, str(folder / "config.json"))
     file = folder / WEIGHTS
     if not file.is_file():
         raise UsageError(f"{file} is missing: write the folder again with {SCRIPT}")
     try:
         weights = {name: weight.float() for name, weight in load_file(file).items()}
-        fourier = tuple(weights[FREQUENCIES].tolist()) if kwargs.embedding_type == "fourier" else ()
-        config = EDMConfig(
-            EDMUNetConfig(
-                model_type=kwargs.model_type,
-                image_size=kwargs.img_resolution,
-                image_channels=kwargs.img_channels,
-                num_classes=kwargs.label_dim,
-                model_channels=kwargs.model_channels,
-                channel_mult=kwargs.channel_mult,
-                channel_mult_emb=kwargs.channel_mult_emb,
-                num_blocks=kwargs.num_blocks,
-                attn_resolutions=kwargs.attn_resolutions,
-                channel_mult_noise=kwargs.channel_mult_noise,
-                residual=kwargs.encoder_type == "residual",
-                resample_filter=kwargs.resample_filter,
-                fourier=fourier,
-            ),
-            sigma_min=max(kwargs.sigma_min, SIGMA_MIN),
-            sigma_data=kwargs.sigma_data,
-        )
+        fourier = kwargs.embedding_type == "fourier"
+        config = kwargs.config(tuple(weights[FREQUENCIES].tolist()) if fourier else ())
         with torch.device("meta"):
             network = config.build()
         network.load_state_dict({name: w for name, w in weights.items() if _is_learned(name)}, assign=True)
     except (SafetensorError, RuntimeError, OSError, ValueError, KeyError, ZeroDivisionError) as error:
-        raise UsageError(f"{file} does not fit its config.json: {str(error).splitlines()[0]}") from None
-    schedule = preconditioning.schedule(max(kwargs.sigma_min, SIGMA_MIN), min(kwargs.sigma_max, SIGMA_MAX))
+        raise UsageError(f"{file} does not fit its config.json: {str(error).splitlines()[-1].strip()[:200]}") from None
+    schedule = preconditioning.schedule(config.sigma_min, min(kwargs.sigma_max, SIGMA_MAX))
     return network.eval().requires_grad_(False), schedule
 
 

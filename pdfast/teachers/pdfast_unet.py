@@ -31,19 +31,26 @@ class PdfastUNet(ModelMixin, ConfigMixin):
         in_channels: int,
         num_class_embeds: int | None = None,
     ) -> None:
-        """unet: the arguments of UNet2DModel, which has outputs * in_channels channels out."""
+        """unet: the arguments of the U-Net inside, which has outputs * in_channels channels out."""
         super().__init__()
-        self.core = UNet2DModel(**unet)
+        self.core = self.inside(unet, num_train_timesteps)
         self.register_buffer("input_scale", torch.ones(num_train_timesteps))
         self.register_buffer("of_input", torch.zeros(num_train_timesteps))
         self.register_buffer("of_outputs", torch.ones(num_train_timesteps, outputs))
+
+    def inside(self, unet: dict[str, Any], times: int) -> Any:
+        return UNet2DModel(**unet)
+
+    def output(self, sample: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+        """Of the U-Net inside, at times t [N]."""
+        return self.core(sample, t, class_labels=class_labels, return_dict=False)[0]
 
     def forward(
         self, sample: Tensor, timestep: Tensor | int, class_labels: Tensor | None = None, return_dict: bool = True
     ) -> UNet2DOutput | tuple[Tensor]:
         t = torch.as_tensor(timestep, device=sample.device).long().expand(len(sample))
         column = (-1, 1, 1, 1)
-        raw = self.core(self.input_scale[t].view(column) * sample, t, class_labels=class_labels, return_dict=False)[0]
+        raw = self.output(self.input_scale[t].view(column) * sample, t, class_labels)
         result = self.of_input[t].view(column) * sample
         for p, output in enumerate(raw.chunk(self.of_outputs.shape[1], dim=1)):
             result = result + self.of_outputs[t, p].view(column) * output

@@ -2,7 +2,8 @@
 
 The scheduler gets the betas whose alpha-bars are cos^2 of our angles at T times, equally spaced in u, in float64. The
 U-Net's time embedding becomes a table of T rows: what ours would have been at each, for any schedule. What UNet2DModel
-cannot say (x and eps together, a conversion, EDM's preconditioning) is a combination by time: see `pdfast_unet`.
+cannot say (x and eps together, a conversion, EDM's preconditioning) is a combination by time: see `pdfast_unet`, and
+`pdfast_edm_unet` for what UNet2DModel is not.
 """
 
 import json
@@ -13,16 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pdfast.config import to_plain
 from pdfast.diffusion import outputs_per_channel
 from pdfast.diffusion.schedules import Schedule
 from pdfast.networks import Network, NetworkConfig, UNet
 from pdfast.networks.layers import Attention, Conv2d, ResBlock, time_embedding
 from pdfast.teachers.convert import Converted, coefficients
 from pdfast.teachers.diffusers import PREDICTIONS, DiffusersNetwork, library
+from pdfast.teachers.edm import EDMNetwork
 
 LEAST_TIMES = 1024
 NAMES = {ours: theirs for theirs, ours in PREDICTIONS.items()}
-MODEL_FILE = Path(__file__).with_name("pdfast_unet.py")
+MODEL_FILES = {"PdfastUNet": ("pdfast_unet",), "PdfastEDMUNet": ("pdfast_edm_unet", "pdfast_unet", "edm_unet")}
+"""Of each class that diffusers does not have: its file, and those that this one imports."""
 
 
 def number_of_times(steps: int) -> int:
@@ -38,54 +42,65 @@ def betas(schedule: Schedule, times: int) -> Tensor:
     return 1 - alpha_bar / before
 
 
-def write_pipeline(folder: Path, network: Network, schedule: Schedule, steps: int) -> bool:
-    """Write a pipeline's folder; returns whether it needs `trust_remote_code=True`. network: one of ours, on the CPU, its
-    weights in float32."""
+def write_pipeline(folder: Path, network: Network, schedule: Schedule, steps: int) -> str | None:
+    """Write a pipeline's folder; returns the file beside its weights for which it needs `trust_remote_code=True`, where there
+    is one. network: one of ours, on the CPU, its weights in float32."""
     diffusers = library()
     times = number_of_times(steps)
     phi = schedule.phi(torch.arange(1, times + 1, dtype=torch.float64) / times).float()
     core, tables = combination(network, phi)
-    unet = _unet2d(core, phi)
-    custom = tables is not None
-    if tables is not None:
-        from pdfast.teachers.pdfast_unet import PdfastUNet
-
-        config = network.config
-        arguments = {name: value for name, value in unet.config.items() if not name.startswith("_")}
-        whole = PdfastUNet(
-            unet=arguments,
-            outputs=tables[2].shape[1],
-            num_train_timesteps=times,
-            sample_size=config.image_size,
-            in_channels=config.image_channels,
-            num_class_embeds=config.num_classes or None,
-        )
-        whole.core = unet
-        for name, table in zip(("input_scale", "of_input", "of_outputs"), tables, strict=True):
-            getattr(whole, name).copy_(table)
-        unet = whole
+    unet = _unet2d(core, phi) if tables is None else _by_time(network, core, phi, tables)
+    kind = type(unet).__name__
+    files = MODEL_FILES.get(kind, ())
     scheduler = diffusers.DDIMScheduler(
         num_train_timesteps=times,
         trained_betas=betas(schedule, times).tolist(),
-        prediction_type="v_prediction" if custom else NAMES[core.prediction],
+        prediction_type=NAMES[core.prediction] if tables is None else "v_prediction",
         timestep_spacing="trailing",
         set_alpha_to_one=True,
         clip_sample=False,
     )
-    # DDIMPipeline never passes classes on.
-    kind = "ConsistencyModelPipeline" if network.config.num_classes else "DDIMPipeline"
     unet.eval().save_pretrained(folder / "unet", safe_serialization=True)
     scheduler.save_pretrained(folder / "scheduler")
-    if custom:
-        shutil.copy(MODEL_FILE, folder / "unet" / MODEL_FILE.name)
+    for name in files:
+        shutil.copy(Path(__file__).with_name(f"{name}.py"), folder / "unet")
     index = {
-        "_class_name": kind,
+        # DDIMPipeline never passes classes on.
+        "_class_name": "ConsistencyModelPipeline" if network.config.num_classes else "DDIMPipeline",
         "_diffusers_version": diffusers.__version__,
         "scheduler": ["diffusers", "DDIMScheduler"],
-        "unet": [MODEL_FILE.stem, "PdfastUNet"] if custom else ["diffusers", "UNet2DModel"],
+        "unet": [files[0] if files else "diffusers", kind],
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return custom
+    return f"{files[0]}.py" if files else None
+
+
+def _by_time(network: Network, core: Network, phi: Tensor, tables: tuple[Tensor, Tensor, Tensor]) -> Any:
+    """The model of one of MODEL_FILES, with the U-Net of `core` inside."""
+    named = dict(zip(("input_scale", "of_input", "of_outputs"), tables, strict=True))
+    if isinstance(core, EDMNetwork):
+        from pdfast.teachers.pdfast_edm_unet import PdfastEDMUNet as Model
+
+        unet, arguments = core.model, to_plain(core.config.unet)
+        named["noise"] = core.times(phi)
+    else:
+        from pdfast.teachers.pdfast_unet import PdfastUNet as Model
+
+        unet = _unet2d(core, phi)
+        arguments = {name: value for name, value in unet.config.items() if not name.startswith("_")}
+    config = network.config
+    whole = Model(
+        unet=arguments,
+        outputs=tables[2].shape[1],
+        num_train_timesteps=len(phi),
+        sample_size=config.image_size,
+        in_channels=config.image_channels,
+        num_class_embeds=config.num_classes or None,
+    )
+    whole.core = unet
+    for name, table in named.items():
+        getattr(whole, name).copy_(table)
+    return whole
 
 
 def combination(network: Network, phi: Tensor) -> tuple[Network, tuple[Tensor, Tensor, Tensor] | None]:
@@ -97,7 +112,7 @@ def combination(network: Network, phi: Tensor) -> tuple[Network, tuple[Tensor, T
     if network.prediction == "both":
         a, b = coefficients("both", phi)
         return network, (torch.ones_like(phi), a, b)
-    if isinstance(network, DiffusersNetwork) and network.preconditioned:
+    if isinstance(network, EDMNetwork) or (isinstance(network, DiffusersNetwork) and network.preconditioned):
         s, a, b = network.coefficients(phi)
         return network, (s, a, b[:, None])
     return network, None

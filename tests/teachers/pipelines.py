@@ -1,7 +1,12 @@
-"""Small diffusers pipelines, with random weights that matter."""
+"""Small diffusers pipelines, with random weights that matter; and what any teacher goes through."""
+
+import json
 
 import torch
 from diffusers import DDPMPipeline, UNet2DModel
+
+from tests.commands import TINY_RUN
+from tests.engine import processes
 
 
 def unet(*, size=8, channels=1, classes=None, out_channels=None, seed=0, **options) -> UNet2DModel:
@@ -25,3 +30,16 @@ def save(folder, scheduler, network=None) -> UNet2DModel:
     network = network or unet()
     DDPMPipeline(network, scheduler).save_pretrained(folder)
     return network
+
+
+def losses_in_one_process_and_in_two(tmp_path, teacher, *flags) -> list[list[float]]:
+    """Of a round's updates; in two each block is divided, and laid out as `flags` say."""
+    command = [*TINY_RUN[: TINY_RUN.index("--network.channels")], "--teacher", str(teacher)]
+    command += "--rounds 1 --updates 4 --batch-size 16 --log-every 1".split()
+    losses = []
+    for count, more in ((1, ()), (2, ("--engine.shard", "2", *flags))):
+        run = tmp_path / f"run{count}"
+        processes.run(count, "-m", "pdfast.distill", *command, *more, "--run-dir", str(run), timeout=900)
+        entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        losses.append([entry["loss"] for entry in entries if entry.get("phase") == "distill"])
+    return losses

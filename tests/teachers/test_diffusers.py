@@ -26,8 +26,7 @@ from pdfast.engine.model_folder import fill_model_folder, load_model
 from pdfast.teachers import load_pipeline, network_config
 from tests.commands import TINY_RUN, call, environment
 from tests.data.errors import refusal
-from tests.engine import processes
-from tests.teachers.pipelines import save, unet
+from tests.teachers.pipelines import losses_in_one_process_and_in_two, save, unet
 
 COSINE = "squaredcos_cap_v2"
 SCHEDULERS = {
@@ -213,14 +212,7 @@ def test_in_two_processes_in_parts(tmp_path, compiled):
     scheduler = DDPMScheduler(1000, beta_schedule=COSINE, prediction_type="v_prediction")
     one_level = {"block_out_channels": (16,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
     save(tmp_path / "pipeline", scheduler, unet(**one_level))
-    command = [*TINY_RUN[: TINY_RUN.index("--network.channels")], "--teacher", str(tmp_path / "pipeline")]
-    command += "--rounds 1 --updates 4 --batch-size 16 --log-every 1".split()
-    losses = []
-    for count, flags in ((1, []), (2, ["--engine.shard", "2", "--engine.compile", compiled])):
-        run = tmp_path / f"run{count}"
-        processes.run(count, "-m", "pdfast.distill", *command, *flags, "--run-dir", str(run), timeout=900)
-        entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-        losses.append([entry["loss"] for entry in entries if entry.get("phase") == "distill"])
+    losses = losses_in_one_process_and_in_two(tmp_path, tmp_path / "pipeline", "--engine.compile", compiled)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 4
 
 

@@ -8,8 +8,11 @@ Beside the commands (`python -m pdfast.distill` and the rest), what another trai
 `pdfast.adapt(unet, scheduler)` gives a UNet2DModel of diffusers the call that is asked for, `pdfast.sample` draws.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from pdfast.cli import stop_while_importing
 
 if TYPE_CHECKING:
     from pdfast.diffusion import AlphaBars, ClippedCosine, Cosine, LinearBeta, StepTable, build_step_table
@@ -40,6 +43,9 @@ __all__ = [
     "build_step_table",
     "distillation_loss",
 ]
+
+if sys.argv[:1] == ["-m"]:  # python -m pdfast.COMMAND, which is about to be found and imported
+    stop_while_importing()
 
 
 def __getattr__(name: str) -> Any:

@@ -280,7 +280,7 @@ def resolve_steps(given: Steps, preset: Steps) -> tuple[int, int, int]:
         rounds = max((start // end).bit_length() - 1, 1)
     if end < 1 or start != end << rounds:
         raise UsageError(
-            f"{rounds} rounds do not lead from {start} to {max(end, 1)} steps: need start-steps = 2^rounds * end-steps "
+            f"rounds = {rounds} does not lead from {start} to {max(end, 1)} steps: need start-steps = 2^rounds * end-steps "
             f"(give two of --rounds, --start-steps, --end-steps)"
         )
     return rounds, start, end
@@ -300,7 +300,7 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 
 T = TypeVar("T")
-FACTS = {"command", "data_sha256"}  # in a saved configuration beside its fields
+FACTS = {"command", "data_sha256", "teacher_sha256"}  # in a saved configuration beside its fields
 
 
 def from_plain(cls: type[T], plain: dict[str, Any], where: str) -> T:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from pdfast.config import DistillConfig, from_plain, load_yaml
 from pdfast.engine import interrupt, layout
 from pdfast.engine.model_folder import load_model
-from tests.commands import TINY_DISTILL, TINY_RUN, call, environment, spawn
+from tests.commands import TINY_DISTILL, TINY_GIVEN, TINY_RUN, call, environment, spawn
 from tests.engine.processes import TORCHRUN, run
 
 
@@ -74,7 +74,7 @@ def test_run_again_it_says_that_it_is_finished(finished_run, capsys):
 def test_a_round_without_updates_is_its_teacher(finished_run, tmp_path):
     """The student starts as its teacher: with no update the weights are equal, bit for bit."""
     teacher = str(finished_run / "teacher")
-    flags = [*TINY_RUN, "--teacher", teacher, "--rounds", "1", "--updates", "0"]
+    flags = [*TINY_GIVEN, "--teacher", teacher, "--rounds", "1", "--updates", "0"]
     assert call("distill", *flags, "--run", str(tmp_path / "r")) == 0
     a = load_file(finished_run / "teacher/teacher.safetensors")
     b = load_file(tmp_path / "r/students/0001/student.safetensors")
@@ -91,7 +91,7 @@ def test_a_student_that_is_not_its_teacher_is_a_bug(finished_run, tmp_path, monk
             next(network.parameters()).add_(0.1 * (not network.training))
 
     monkeypatch.setattr(layout, "set_weights", broken)
-    flags = [*TINY_RUN, "--teacher", str(finished_run / "teacher"), "--rounds", "1", "--run", str(tmp_path / "r")]
+    flags = [*TINY_GIVEN, "--teacher", str(finished_run / "teacher"), "--rounds", "1", "--run", str(tmp_path / "r")]
     assert call("distill", *flags) == 1
     assert "before the round to 1 step the student is not its teacher" in capsys.readouterr().err
 
@@ -133,7 +133,7 @@ def test_train_then_distill(tmp_path):
     run = tmp_path / "teacher-run"
     assert call("train", *TINY_RUN, "--run", str(run), "--evaluation-steps", "4") == 0
     first = tmp_path / "first"
-    distill = [*TINY_RUN, "--updates", "2"]
+    distill = [*TINY_GIVEN, "--updates", "2"]
     given = ["--teacher", str(run / "teacher")]
     assert call("distill", *distill, *given, "--start-steps", "8", "--rounds", "1", "--run", str(first)) == 0
     assert [p.name for p in (first / "students").iterdir()] == ["0004"]

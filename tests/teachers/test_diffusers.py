@@ -23,8 +23,9 @@ from pdfast.config import to_plain
 from pdfast.diffusion import ddim, sample
 from pdfast.engine.cost import activation_bytes, parameters, parameters_and_flops
 from pdfast.engine.model_folder import fill_model_folder, load_model
-from pdfast.teachers import load_pipeline, network_config
-from tests.commands import TINY_RUN, call, environment
+from pdfast.errors import UsageError
+from pdfast.teachers import adapt, load_pipeline, network_config
+from tests.commands import TINY_GIVEN, call, environment
 from tests.data.errors import refusal
 from tests.engine import processes
 from tests.teachers.pipelines import save, unet
@@ -170,9 +171,8 @@ def test_it_is_distilled_and_the_run_goes_on(tmp_path, capsys):
     scheduler = DDPMScheduler(1000, beta_schedule=COSINE, prediction_type="v_prediction")
     save(tmp_path / "pipeline", scheduler, unet(classes=10))
     run = tmp_path / "run"
-    flags = TINY_RUN[: TINY_RUN.index("--network.channels")]
     command = [
-        *flags,
+        *TINY_GIVEN,
         "--teacher",
         str(tmp_path / "pipeline"),
         *"--rounds 2 --end-steps 2 --updates 3 --batch-size 16".split(),
@@ -213,7 +213,7 @@ def test_in_two_processes_in_parts(tmp_path, compiled):
     scheduler = DDPMScheduler(1000, beta_schedule=COSINE, prediction_type="v_prediction")
     one_level = {"block_out_channels": (16,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
     save(tmp_path / "pipeline", scheduler, unet(**one_level))
-    command = [*TINY_RUN[: TINY_RUN.index("--network.channels")], "--teacher", str(tmp_path / "pipeline")]
+    command = [*TINY_GIVEN, "--teacher", str(tmp_path / "pipeline")]
     command += "--rounds 1 --updates 4 --batch-size 16 --log-every 1".split()
     losses = []
     for count, flags in ((1, []), (2, ["--engine.shard", "2", "--engine.compile", compiled])):
@@ -222,6 +222,19 @@ def test_in_two_processes_in_parts(tmp_path, compiled):
         entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         losses.append([entry["loss"] for entry in entries if entry.get("phase") == "distill"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 4
+
+
+@pytest.mark.parametrize(
+    "parts, words",
+    [
+        ((torch.nn.Linear(2, 2), DDPMScheduler(10)), "not a Linear"),
+        ((unet(), "linear"), "not of a str"),
+        ((unet(), EulerDiscreteScheduler()), "this scheduler is a EulerDiscreteScheduler"),
+    ],
+)
+def test_what_cannot_be_adapted(parts, words):
+    with pytest.raises(UsageError, match=words):
+        adapt(*parts)
 
 
 def test_older_names_of_the_attentions_weights(tmp_path):

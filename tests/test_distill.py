@@ -72,9 +72,15 @@ def test_run_again_it_says_that_it_is_finished(finished_run, capsys):
 
 
 def test_a_round_without_updates_is_its_teacher(finished_run, tmp_path):
-    """The student starts as its teacher: with no update the weights are equal, bit for bit."""
+    """The student starts as its teacher: with no update the weights are equal, bit for bit. The size of the batches that train a
+    teacher, 128, concerns no run with a given one."""
     teacher = str(finished_run / "teacher")
-    flags = [*TINY_GIVEN, "--teacher", teacher, "--rounds", "1", "--updates", "0"]
+    flags = [
+        *TINY_GIVEN,
+        "--teacher",
+        teacher,
+        *"--rounds 1 --updates 0 --batch-size 15 --engine.micro-batches 3".split(),
+    ]
     assert call("distill", *flags, "--run", str(tmp_path / "r")) == 0
     a = load_file(finished_run / "teacher/teacher.safetensors")
     b = load_file(tmp_path / "r/students/0001/student.safetensors")

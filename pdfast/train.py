@@ -239,8 +239,9 @@ def say_what_begins(config: RunConfig, machine: Machine, source: ImageSource, lo
 
 def check_evaluation(config: RunConfig, source: ImageSource) -> None:
     """UsageError, before anything is trained or written, where these images cannot be judged as the configuration says."""
-    split_real(source.num_images, config.evaluation.num_samples, seed=0)
-    check_feature_space(config.evaluation.features, source.shape)
+    evaluation = config.evaluation
+    split_real(source.num_images, evaluation.num_samples, seed=0, reference=evaluation.reference)
+    check_feature_space(evaluation.features, source.shape)
 
 
 def refuse_eps_at_the_start(config: RunConfig) -> None:

@@ -184,6 +184,23 @@ def test_evaluating_a_run_gives_its_numbers_again(finished_run, tmp_path, capsys
     assert re.search(rf"^real images +{found['floor']:.4f} ", printed, re.M)
 
 
+def test_judged_next_to_all_real_images(tmp_path, capsys):
+    run = tmp_path / "run"
+    flags = "--rounds 1 --updates 2 --evaluation.num-samples 1000 --evaluation.reference all".split()
+    assert call("distill", *TINY_RUN, *flags, "--run", str(run)) == 0
+    metrics = json.loads((run / "students/0001/metrics.json").read_text())
+    assert (metrics["num_samples"], metrics["num_real"], metrics["floor"]) == (1000, 1797, None)
+    report = (run / "report.html").read_text()
+    assert "real images in that feature space" in report and "the floor" not in report and "other real" not in report
+    capsys.readouterr()
+    assert call("evaluate", str(run), "--steps", "1", "--device", "cpu") == 0
+    printed = capsys.readouterr().out
+    assert f" {metrics['evaluation'][0]['fd']:.4f} " in printed
+    assert "n = 1000, next to 1797 real images" in printed and not re.search("^real images", printed, re.M)
+    assert call("export", str(run), str(tmp_path / "out"), "--device", "cpu") == 0
+    assert "of 1000 drawn to 1797 real images." in (tmp_path / "out/README.md").read_text()
+
+
 def test_dry_run(tmp_path, capsys):
     assert call("distill", *TINY_DISTILL, "--dry-run", "--run", str(tmp_path / "none")) == 0
     text = capsys.readouterr().out

@@ -10,6 +10,7 @@ Beside the commands (`python -m pdfast.distill` and the rest), what another trai
 
 import sys
 from importlib import import_module
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from pdfast.cli import stop_while_importing
@@ -44,7 +45,8 @@ __all__ = [
     "distillation_loss",
 ]
 
-if sys.argv[:1] == ["-m"]:  # python -m pdfast.COMMAND, which is about to be found and imported
+# Python says "-m" here while it looks for the module that it was started with.
+if sys.argv[:1] == ["-m"] and any(a == "-m" and b.startswith("pdfast.") for a, b in pairwise(sys.orig_argv)):
     stop_while_importing()
 
 

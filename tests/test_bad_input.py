@@ -329,6 +329,20 @@ def test_a_student_that_is_not_there_is_not_replaced_by_its_teacher(finished_run
         one_line(capsys, code, 2, "no student of 3 steps, but of 1, 2", "teacher")
 
 
+def test_ctrl_c_is_left_to_programs_that_import_it(tmp_path):
+    """Even to a package's module that is run with -m."""
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/__init__.py").write_text("import pdfast\n")
+    (tmp_path / "theirs/main.py").write_text(
+        "import signal, sys\nsys.exit(signal.getsignal(signal.SIGINT) is not signal.default_int_handler)\n"
+    )
+    path = {"PYTHONPATH": f"{tmp_path}:{environment()['PYTHONPATH']}"}
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    for arguments in (["-m", "theirs.main"], [str(tmp_path / "theirs/main.py")]):
+        command = [sys.executable, *arguments]
+        assert subprocess.run(command, env=environment() | path, check=False, preexec_fn=heed).returncode == 0
+
+
 @pytest.mark.parametrize("command", ["distill", "demo", "data.prepare"])
 def test_ctrl_c_while_libraries_are_imported(command, tmp_path):
     """One that swallows it, as some do: the command ends all the same, in one line."""

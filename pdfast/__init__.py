@@ -8,8 +8,12 @@ Beside the commands (`python -m pdfast.distill` and the rest), what another trai
 `pdfast.adapt(unet, scheduler)` gives a UNet2DModel of diffusers the call that is asked for, `pdfast.sample` draws.
 """
 
+import sys
 from importlib import import_module
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
+
+from pdfast.cli import stop_while_importing
 
 if TYPE_CHECKING:
     from pdfast.diffusion import AlphaBars, ClippedCosine, Cosine, LinearBeta, StepTable, build_step_table
@@ -40,6 +44,10 @@ __all__ = [
     "build_step_table",
     "distillation_loss",
 ]
+
+# Python says "-m" here while it looks for the module that it was started with.
+if sys.argv[:1] == ["-m"] and any(a == "-m" and b.startswith("pdfast.") for a, b in pairwise(sys.orig_argv)):
+    stop_while_importing()
 
 
 def __getattr__(name: str) -> Any:

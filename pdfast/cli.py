@@ -5,16 +5,19 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 from pdfast.errors import RunError, UsageError
 
 INTERRUPTED = 130
+STOPPED_EARLY = "pdfast: stopped before there was anything to save"
 _FORMAT_WARNING = warnings.formatwarning
 _LOST = r"Connection (closed|reset)|Broken pipe|Read error|Timed out|NCCL|gloo"  # how a collective ends without a peer
 
@@ -28,15 +31,34 @@ class Interrupted(Exception):
 T = TypeVar("T")
 
 
+def stop_while_importing() -> None:
+    """Let Ctrl-C end this process at once, in one line, until `run_command`: imports take seconds, and some swallow it."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        os.write(sys.stderr.fileno(), f"{STOPPED_EARLY}\n".encode())
+        os._exit(INTERRUPTED)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, or somebody's
+        signal.signal(signal.SIGINT, stop)
+
+
 def parse(arguments: type[T], *, prog: str, description: str, default: T | None = None) -> T:
     """The command line as an `arguments` dataclass, by tyro. UsageError, in one line, where it does not parse."""
     import tyro
 
     options: dict[str, Any] = {} if default is None else {"default": default}
+    with parsing(prog):
+        return tyro.cli(arguments, prog=prog, description=description, **options)
+
+
+@contextlib.contextmanager
+def parsing(prog: str) -> Iterator[None]:
+    """Make of what tyro has against a command line a UsageError in one line."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(arguments, prog=prog, description=description, **options)
+            yield
+            return
     except SystemExit as end:
         if not end.code:
             raise
@@ -69,6 +91,8 @@ def _format_warning(
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Run a command's main function and exit with its code: 0, 1 (failed in the middle), 2 (bad input), 130 (stopped)."""
     warnings.formatwarning = _format_warning
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         try:
             main()
@@ -94,6 +118,6 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         _tell_torchrun(message)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("pdfast: stopped before there was anything to save", file=sys.stderr, flush=True)
+        print(STOPPED_EARLY, file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED)
     sys.exit(0)

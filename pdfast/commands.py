@@ -16,6 +16,7 @@ from pdfast.config import (
     TrainConfig,
     from_plain,
     load_yaml,
+    parse_updates,
     resolve_steps,
     to_plain,
 )
@@ -83,8 +84,27 @@ def distill_arguments() -> tuple[DistillConfig, Extra]:
     fields = {name: getattr(parsed, name) for name in _names(DistillConfig)}
     config = DistillConfig(**fields | {"rounds": rounds, "start_steps": start, "end_steps": end})
     check(config)
-    config.updates_at(1)
+    if config.teacher is not None:
+        _refuse_what_the_teacher_brings(config, sys.argv[1:])
+    named = parse_updates(config.updates)[1]
+    for steps in named if config.updates != base.updates else ():  # a preset's table serves any number of rounds
+        if steps not in config.round_steps:
+            raise UsageError(
+                f"--updates {config.updates} names a round to {steps} steps, but the rounds lead to "
+                f"{', '.join(map(str, config.round_steps))}: correct the table"
+            )
     return config, Extra(parsed.config, parsed.dry_run)
+
+
+def _refuse_what_the_teacher_brings(config: DistillConfig, arguments: list[str]) -> None:
+    """UsageError for flags that would do nothing beside --teacher."""
+    allowed = {"--schedule.u-start", *(["--train.ema"] if config.convert else [])}
+    for argument in arguments:
+        flag = argument.split("=")[0].replace("_", "-")
+        if flag.startswith(("--network.", "--schedule.", "--train.")) and flag not in allowed:
+            raise UsageError(
+                f"{flag} is for a teacher that is trained first: leave it out, {config.teacher} brings its own network and schedule"
+            )
 
 
 def train_arguments() -> tuple[TrainConfig, Extra]:

@@ -95,6 +95,9 @@ class TeacherConfig:
     """Weight of the loss over noise levels."""
 
 
+Reference = Literal["half", "all"]
+
+
 @dataclass(frozen=True)
 class EvaluationConfig:
     """How teacher and students are judged."""
@@ -102,7 +105,10 @@ class EvaluationConfig:
     features: str = "mobilenet"
     """Feature space of distances and scores: digits, mobilenet, or a path to Inception weights (then they are FID, KID, IS)."""
     num_samples: int = 10000
-    """Images drawn and real images compared with; the same number everywhere, so that distances compare."""
+    """Images drawn; the same number everywhere, so that distances compare."""
+    reference: Reference = "half"
+    """Which real images drawn ones are compared with. half: as many as are drawn, and as many others are compared with these for
+    a floor; all: every one, as for the FIDs that papers report, without a floor."""
     max_steps: int = 1024
     """The teacher is not judged at step counts above this, but for the one that distillation starts from."""
     batch_size: int = 256
@@ -281,7 +287,7 @@ def resolve_steps(given: Steps, preset: Steps) -> tuple[int, int, int]:
         rounds = max((start // end).bit_length() - 1, 1)
     if end < 1 or start != end << rounds:
         raise UsageError(
-            f"{rounds} rounds do not lead from {start} to {max(end, 1)} steps: need start-steps = 2^rounds * end-steps "
+            f"rounds = {rounds} does not lead from {start} to {max(end, 1)} steps: need start-steps = 2^rounds * end-steps "
             f"(give two of --rounds, --start-steps, --end-steps)"
         )
     return rounds, start, end
@@ -301,7 +307,7 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 
 T = TypeVar("T")
-FACTS = {"command", "data_sha256"}  # in a saved configuration beside its fields
+FACTS = {"command", "data_sha256", "teacher_sha256"}  # in a saved configuration beside its fields
 
 
 def from_plain(cls: type[T], plain: dict[str, Any], where: str) -> T:

@@ -46,6 +46,7 @@ from pdfast.train import (
     open_data,
     open_evaluator,
     refuse_eps_at_the_start,
+    say_what_begins,
     train_teacher,
     write_teacher,
 )
@@ -335,11 +336,9 @@ def main() -> None:
     with open_machine(config) as machine:
         source = open_data(config, machine.world.device)
         check_evaluation(config, source)
-        with open_run(config, source, machine.world), RunLog(config.run, machine.world) as log:
+        with open_run(config, source, machine.world, given_teacher), RunLog(config.run, machine.world) as log:
             interrupt.install()
-            log.say(f"{source.description}; run folder {config.run}")
-            log.say(machine.description)
-            log.watch(source)
+            say_what_begins(config, machine, source, log)
             distill(config, machine, given_teacher, source, log)
             log.count_bad_images()
 

@@ -4,7 +4,7 @@
     python -m pdfast.evaluate runs/digits/teacher --steps 256 16 --data digits --json out.json
 
 Every model draws from the same noise. The last row compares real images with as many other real ones: what a perfect model would
-reach.
+reach; there is none where all real images are compared with.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,16 @@ import torch
 import tyro
 
 from pdfast.cli import parse, run_command
-from pdfast.config import EvaluationConfig, OptionalInt, OptionalPath, OptionalString, RunConfig, from_plain, load_yaml
+from pdfast.config import (
+    EvaluationConfig,
+    OptionalInt,
+    OptionalPath,
+    OptionalString,
+    Reference,
+    RunConfig,
+    from_plain,
+    load_yaml,
+)
 from pdfast.data import load_source
 from pdfast.engine import layout
 from pdfast.engine.device import open_device
@@ -40,7 +49,10 @@ class Arguments:
     features: OptionalString = None
     """digits, mobilenet or a path to Inception weights; unless said as in the run."""
     num_samples: OptionalInt = None
-    """Images to draw, and real images to compare with; unless said as in the run."""
+    """Images to draw; unless said as in the run."""
+    reference: Annotated[Reference | None, tyro.conf.arg(metavar="{half,all}")] = None
+    """Real images to compare with: half, as many as are drawn, and as many others for a floor; all, as for the FIDs that papers
+    report, without a floor; unless said as in the run."""
     clip: bool | None = None
     """Clip each x-prediction to [-1, 1]; unless said as in the run."""
     seed: OptionalInt = None
@@ -66,7 +78,7 @@ def run_of(folder: Path) -> dict[str, Any]:
 def evaluation_settings(arguments: Arguments, run: dict[str, Any]) -> EvaluationConfig:
     """The run's settings, overridden by flags. UsageError where neither says what features to use."""
     saved = run.get("evaluation", {})
-    flags = {"features": arguments.features, "num_samples": arguments.num_samples, "clip": arguments.clip}
+    flags = {name: getattr(arguments, name) for name in ("features", "num_samples", "reference", "clip")}
     return from_plain(EvaluationConfig, saved | {k: v for k, v in flags.items() if v is not None}, "evaluation")
 
 
@@ -145,8 +157,9 @@ def main() -> None:
         rows.append(row)
         print(_line(name, str(steps), *_figures(row), f"{1000 * seconds:.3g}"), flush=True)
     metrics = evaluator.metrics(rows, None)
-    print(_line("real images", "", *_figures(metrics["real_against_real"]), ""))
-    print(f"n = {metrics['num_samples']}, {metrics['device']}")
+    if metrics["real_against_real"] is not None:
+        print(_line("real images", "", *_figures(metrics["real_against_real"]), ""))
+    print(f"n = {metrics['num_samples']}, next to {metrics['num_real']} real images, {metrics['device']}")
     if arguments.json is not None:
         with writing(arguments.json, remedy="choose another file with --json"):
             write_json(arguments.json, metrics)

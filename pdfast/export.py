@@ -138,8 +138,8 @@ def _facts(saved: SavedModel) -> list[str]:
     lines += [f"| {row['steps']} | {row['fd']:.3f} |" for row in metrics["evaluation"]]
     lines += [
         "",
-        f"{space}: the Frechet distance of {metrics['num_samples']} drawn to as many real images; two sets of real images are "
-        f"{metrics['floor']:.3f} apart.",
+        f"{space}: the Frechet distance of {metrics['num_samples']} drawn to {metrics['num_real']} real images"
+        + (f"; two sets of real images are {metrics['floor']:.3f} apart." if metrics["floor"] is not None else "."),
         "",
         f"- data: {data['name']}, {data['num_images']} images of {'x'.join(map(str, data['shape']))}",
     ]

@@ -216,17 +216,32 @@ def open_data(config: RunConfig, device: torch.device) -> ImageSource:
         max_bad=config.max_bad,
     )
     if network.num_classes and source.num_classes != network.num_classes:
+        given = getattr(config, "teacher", None)
         raise UsageError(
-            f"the network is conditioned on {network.num_classes} classes, {config.data} has "
-            f"{source.num_classes or 'no labels'}: set --network.num-classes {source.num_classes}"
+            f"the network is conditioned on {network.num_classes} classes, {config.data} has {source.num_classes or 'no labels'}: "
+            + (
+                f"give images with the classes of {given}"
+                if given
+                else f"set --network.num-classes {source.num_classes}"
+            )
         )
     return source
 
 
+def say_what_begins(config: RunConfig, machine: Machine, source: ImageSource, log: RunLog) -> None:
+    """The first lines of a run's log."""
+    log.say(f"{source.description}; run folder {config.run}")
+    if source.num_classes and not config.network.num_classes:
+        log.say(f"the network takes no classes: those of the data, {source.num_classes}, are not used")
+    log.say(machine.description)
+    log.watch(source)
+
+
 def check_evaluation(config: RunConfig, source: ImageSource) -> None:
     """UsageError, before anything is trained or written, where these images cannot be judged as the configuration says."""
-    split_real(source.num_images, config.evaluation.num_samples, seed=0)
-    check_feature_space(config.evaluation.features, source.shape)
+    evaluation = config.evaluation
+    split_real(source.num_images, evaluation.num_samples, seed=0, reference=evaluation.reference)
+    check_feature_space(evaluation.features, source.shape)
 
 
 def refuse_eps_at_the_start(config: RunConfig) -> None:
@@ -251,9 +266,7 @@ def main() -> None:
             if (config.run / "teacher").exists():
                 log.say(f"already finished: {config.run / 'teacher'}")
                 return
-            log.say(f"{source.description}; run folder {config.run}")
-            log.say(machine.description)
-            log.watch(source)
+            say_what_begins(config, machine, source, log)
             interrupt.install()
             network, training = train_teacher(config, new_network(config), config.train, machine, source, log)
             evaluator = open_evaluator(config, machine, source)

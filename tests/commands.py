@@ -12,22 +12,22 @@ ROOT = Path(__file__).parents[1]
 TINY_NETWORK = (
     "--network.channels 8 --network.channel-mult 1 --network.num-groups 4 --network.head-dim 8 --network.emb-channels 16"
 ).split()
-TINY_RUN = (
-    "--device cpu --train.updates 12 --train.batch-size 16 --train.warmup 2 --checkpoint-every 3 --log-every 2 "
-    "--evaluation.num-samples 64"
-).split() + TINY_NETWORK
-TINY_DISTILL = [*TINY_RUN, *"--rounds 2 --updates 10,1:12 --batch-size 16".split()]
+TINY_GIVEN = "--device cpu --checkpoint-every 3 --log-every 2 --evaluation.num-samples 64".split()
+"""Of a run whose teacher is given."""
+TINY_RUN = [*TINY_GIVEN, *"--train.updates 12 --train.batch-size 16 --train.warmup 2".split(), *TINY_NETWORK]
+TINY_ROUNDS = "--rounds 2 --updates 10,1:12 --batch-size 16".split()
+TINY_DISTILL = [*TINY_RUN, *TINY_ROUNDS]
 
 
 def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
 
 
-def spawn(command: str, *arguments: str, **options) -> subprocess.Popen:
-    """Start `python -m pdfast.COMMAND` as a process of its own."""
+def spawn(command: str, *arguments: str, path: str | None = None, **options) -> subprocess.Popen:
+    """Start `python -m pdfast.COMMAND` as a process of its own. path: its PYTHONPATH instead of the usual one."""
     return subprocess.Popen(
         [sys.executable, "-m", f"pdfast.{command}", *arguments],
-        env=environment(),
+        env=environment() | ({"PYTHONPATH": path} if path else {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -1,24 +1,27 @@
 """A person's mistake is one line that says what and what to do, exit code 2 (1 for a failure in the middle), nothing lost."""
 
 import fcntl
+import functools
 import json
 import os
 import re
 import resource
 import shutil
-import stat
+import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pdfast.config import parse_updates, resolve_steps
 from pdfast.engine.checkpoint import Checkpoints
+from pdfast.engine.files import sha256
 from pdfast.engine.world import World
 from pdfast.errors import UsageError
-from tests.commands import TINY_DISTILL, TINY_RUN, call, environment
+from tests.commands import TINY_DISTILL, TINY_GIVEN, TINY_ROUNDS, TINY_RUN, call, environment, spawn
 
 
 def one_line(capsys, code, expected_code, *words):
@@ -36,11 +39,13 @@ def one_line(capsys, code, expected_code, *words):
     [
         (["--data", "nowhere.npz"], ["nowhere.npz"]),
         (["--preset", "cifar11"], ["unknown preset 'cifar11'", "cifar10-fast"]),
-        (["--rounds", "3", "--start-steps", "12"], ["3 rounds do not lead from 12"]),
-        (["--rounds", "3", "--start-steps", "16", "--end-steps", "4"], ["3 rounds do not lead from 16 to 4"]),
-        (["--start-steps", "24", "--end-steps", "1"], ["do not lead from 24"]),
+        (["--rounds", "3", "--start-steps", "12"], ["rounds = 3 does not lead from 12"]),
+        (["--rounds", "3", "--start-steps", "16", "--end-steps", "4"], ["rounds = 3 does not lead from 16 to 4"]),
+        (["--start-steps", "24", "--end-steps", "1"], ["does not lead from 24"]),
         (["--rounds", "0"], ["--rounds must be at least 1"]),
+        (["--rounds", "1", "--start-steps", "3"], ["rounds = 1 does not lead from 3 to 1"]),
         (["--updates", "many"], ["'many'", "50000,2:100000"]),
+        (["--rounds", "2", "--updates", "6,7:3"], ["a round to 7 steps", "lead to 2, 1"]),
         (["--learning-rate", "-1"], ["--learning-rate must be above 0"]),
         (["--ema", "1"], ["--ema must be in [0, 1)"]),
         (["--seed", "-1"], ["--seed must be in"]),
@@ -55,7 +60,6 @@ def one_line(capsys, code, expected_code, *words):
         (["--schedule.u-start", "2"], ["u_start"]),
         (["--device", "tpu9"], ["unknown device 'tpu9'"]),
         (["--device", "cuda:77"], ["GPUs"]),
-        (["--teacher", "nowhere"], ["there is no folder nowhere"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
     ],
 )
@@ -107,14 +111,20 @@ def test_a_changed_configuration_is_refused(flags, field, finished_run, capsys):
 
 def test_a_teacher_of_another_shape(finished_run, tmp_path, capsys):
     np.save(tmp_path / "rgb.npy", np.zeros((200, 8, 8, 3), np.uint8))
-    flags = ["--data", str(tmp_path / "rgb.npy"), "--network.image-channels", "3", "--run", str(tmp_path / "run")]
-    code = call("distill", *TINY_DISTILL, "--teacher", str(finished_run / "teacher"), *flags)
+    flags = ["--data", str(tmp_path / "rgb.npy"), "--run", str(tmp_path / "run")]
+    code = call("distill", *TINY_GIVEN, *TINY_ROUNDS, "--teacher", str(finished_run / "teacher"), *flags)
     one_line(capsys, code, 2, "(8, 8, 3)", "(8, 8, 1)", "where no teacher is given")
 
 
 def test_a_student_as_teacher_starts_at_its_own_steps(finished_run, tmp_path, capsys):
     code = call(
-        "distill", *TINY_DISTILL, "--teacher", str(finished_run / "students/0002"), "--run", str(tmp_path / "run")
+        "distill",
+        *TINY_GIVEN,
+        *TINY_ROUNDS,
+        "--teacher",
+        str(finished_run / "students/0002"),
+        "--run",
+        str(tmp_path / "run"),
     )
     one_line(capsys, code, 2, "--start-steps 2")
 
@@ -132,9 +142,58 @@ def test_a_damaged_teacher(damage, finished_run, tmp_path, capsys):
     elif damage == "missing":
         weights.unlink()
     else:
-        (teacher / "config.json").write_text('{"_class_name": "UNet2DModel"}')
-    code = call("distill", *TINY_DISTILL, "--teacher", str(teacher), "--run", str(tmp_path / "run"))
+        (teacher / "config.json").write_text('{"format": "pdfast-0"}')
+    code = call("distill", *TINY_GIVEN, *TINY_ROUNDS, "--teacher", str(teacher), "--run", str(tmp_path / "run"))
     one_line(capsys, code, 2, str(teacher))
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("nowhere", None, ["there is no folder"]),
+        ("images", "0.png", ["holds no model", "students/0004"]),
+        ("unet", "config.json", ["a part of a diffusers pipeline", "give the folder above"]),
+    ],
+)
+def test_what_is_no_teacher(name, content, words, tmp_path, capsys):
+    folder = tmp_path / name
+    if content:
+        folder.mkdir()
+        (folder / content).write_text('{"_class_name": "UNet2DModel"}')
+    one_line(capsys, call("distill", *TINY_GIVEN, "--teacher", str(folder)), 2, str(folder), *words)
+
+
+@pytest.mark.parametrize("flag", ["--network.channels", "--network.num_classes", "--schedule.name", "--train.updates"])
+def test_flags_that_would_do_nothing_beside_a_teacher(flag, finished_run, tmp_path, capsys):
+    value = "linear_beta" if flag == "--schedule.name" else "16"
+    given = ["--teacher", str(finished_run / "teacher"), f"{flag}={value}", "--run", str(tmp_path / "run")]
+    one_line(capsys, call("distill", *TINY_GIVEN, *TINY_ROUNDS, *given), 2, flag.replace("_", "-"), "leave it out")
+
+
+def test_a_teacher_that_was_changed_in_its_folder(finished_run, tmp_path, capsys):
+    """Whose copy the run has begun with."""
+    teacher, run = tmp_path / "teacher", tmp_path / "run"
+    shutil.copytree(finished_run / "students/0002", teacher)
+    command = [*TINY_GIVEN, "--teacher", str(teacher), "--start-steps", "2", "--updates", "2", "--run", str(run)]
+    assert call("distill", *command) == 0
+    weights = load_file(teacher / "student.safetensors")
+    save_file({name: 2 * weight for name, weight in weights.items()}, teacher / "student.safetensors")
+    config = json.loads((teacher / "config.json").read_text())
+    config["sha256"] = sha256(teacher / "student.safetensors")
+    (teacher / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    one_line(capsys, call("distill", *command), 2, "was begun with teacher_sha256 =")
+
+
+def test_classes_of_a_given_teacher(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert call("train", *TINY_RUN, "--network.num-classes", "10", "--evaluation-steps", "1", "--run", str(run)) == 0
+    np.savez(tmp_path / "two.npz", images=np.zeros((200, 8, 8, 1), np.uint8), labels=np.arange(200) % 2)
+    flags = ["--teacher", str(run / "teacher"), "--data", str(tmp_path / "two.npz"), "--run", str(tmp_path / "r")]
+    capsys.readouterr()
+    one_line(
+        capsys, call("distill", *TINY_GIVEN, *TINY_ROUNDS, *flags), 2, "10 classes", "give images with the classes"
+    )
 
 
 def test_changed_data_are_refused(tmp_path, capsys):
@@ -159,20 +218,11 @@ def test_a_run_folder_that_is_a_file(tmp_path, capsys):
     one_line(capsys, call("distill", *TINY_DISTILL, "--run", str(tmp_path / "run")), 2, str(tmp_path / "run"), "--run")
 
 
-def test_a_read_only_run_folder(tmp_path, capsys):
-    """Root may write everywhere, so that root's tests give the right up meanwhile."""
-    run = tmp_path / "run"
-    run.mkdir()
-    run.chmod(stat.S_IRUSR | stat.S_IXUSR)
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(65534)
-    try:
-        code = call("distill", *TINY_DISTILL, "--run", str(run))
-    finally:
-        if root:
-            os.seteuid(0)
-    one_line(capsys, code, 2, str(run), "choose another folder with --run")
+@pytest.mark.skipif(not os.path.ismount("/sys"), reason="needs a sysfs")
+@pytest.mark.parametrize("run", ["/sys/kernel", "/sys/kernel/run"])
+def test_a_run_folder_where_nobody_may_write(run, capsys):
+    """Nor root, which some tests run as: one that exists and one that does not."""
+    one_line(capsys, call("distill", *TINY_DISTILL, "--run", run), 2, run, "choose another folder with --run")
 
 
 def test_a_full_disk_in_the_middle(tmp_path):
@@ -267,3 +317,34 @@ def test_a_student_that_is_not_there_is_not_replaced_by_its_teacher(finished_run
     for command in (["sample", "--out", str(tmp_path / "a.png")], ["export", str(tmp_path / "out")]):
         code = call(command[0], str(finished_run), *command[1:], "--steps", "3")
         one_line(capsys, code, 2, "no student of 3 steps, but of 1, 2", "teacher")
+
+
+def test_ctrl_c_is_left_to_programs_that_import_it(tmp_path):
+    """Even to a package's module that is run with -m."""
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/__init__.py").write_text("import pdfast\n")
+    (tmp_path / "theirs/main.py").write_text(
+        "import signal, sys\nsys.exit(signal.getsignal(signal.SIGINT) is not signal.default_int_handler)\n"
+    )
+    path = {"PYTHONPATH": f"{tmp_path}:{environment()['PYTHONPATH']}"}
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    for arguments in (["-m", "theirs.main"], [str(tmp_path / "theirs/main.py")]):
+        command = [sys.executable, *arguments]
+        assert subprocess.run(command, env=environment() | path, check=False, preexec_fn=heed).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["distill", "demo", "data.prepare"])
+def test_ctrl_c_while_libraries_are_imported(command, tmp_path):
+    """One that swallows it, as some do: the command ends all the same, in one line."""
+    (tmp_path / "numpy").mkdir()
+    swallow = "import time\nprint('importing', flush=True)\nwhile True:\n    try: time.sleep(60)\n    except BaseException: pass"
+    (tmp_path / "numpy/__init__.py").write_text(swallow)
+    path = f"{tmp_path}:{environment()['PYTHONPATH']}"
+    heed = functools.partial(
+        signal.signal, signal.SIGINT, signal.default_int_handler
+    )  # these tests may run in the background
+    process = spawn(command, path=path, preexec_fn=heed)
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == ("", "pdfast: stopped before there was anything to save\n")
+    assert process.returncode == 130

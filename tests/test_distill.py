@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from pdfast.config import DistillConfig, from_plain, load_yaml
 from pdfast.engine import interrupt, layout
 from pdfast.engine.model_folder import load_model
-from tests.commands import TINY_DISTILL, TINY_RUN, call, environment, spawn
+from tests.commands import TINY_DISTILL, TINY_GIVEN, TINY_RUN, call, environment, spawn
 from tests.engine.processes import TORCHRUN, run
 
 
@@ -72,9 +72,15 @@ def test_run_again_it_says_that_it_is_finished(finished_run, capsys):
 
 
 def test_a_round_without_updates_is_its_teacher(finished_run, tmp_path):
-    """The student starts as its teacher: with no update the weights are equal, bit for bit."""
+    """The student starts as its teacher: with no update the weights are equal, bit for bit. The size of the batches that train a
+    teacher, 128, concerns no run with a given one."""
     teacher = str(finished_run / "teacher")
-    flags = [*TINY_RUN, "--teacher", teacher, "--rounds", "1", "--updates", "0"]
+    flags = [
+        *TINY_GIVEN,
+        "--teacher",
+        teacher,
+        *"--rounds 1 --updates 0 --batch-size 15 --engine.micro-batches 3".split(),
+    ]
     assert call("distill", *flags, "--run", str(tmp_path / "r")) == 0
     a = load_file(finished_run / "teacher/teacher.safetensors")
     b = load_file(tmp_path / "r/students/0001/student.safetensors")
@@ -91,7 +97,7 @@ def test_a_student_that_is_not_its_teacher_is_a_bug(finished_run, tmp_path, monk
             next(network.parameters()).add_(0.1 * (not network.training))
 
     monkeypatch.setattr(layout, "set_weights", broken)
-    flags = [*TINY_RUN, "--teacher", str(finished_run / "teacher"), "--rounds", "1", "--run", str(tmp_path / "r")]
+    flags = [*TINY_GIVEN, "--teacher", str(finished_run / "teacher"), "--rounds", "1", "--run", str(tmp_path / "r")]
     assert call("distill", *flags) == 1
     assert "before the round to 1 step the student is not its teacher" in capsys.readouterr().err
 
@@ -133,7 +139,7 @@ def test_train_then_distill(tmp_path):
     run = tmp_path / "teacher-run"
     assert call("train", *TINY_RUN, "--run", str(run), "--evaluation-steps", "4") == 0
     first = tmp_path / "first"
-    distill = [*TINY_RUN, "--updates", "2"]
+    distill = [*TINY_GIVEN, "--updates", "2"]
     given = ["--teacher", str(run / "teacher")]
     assert call("distill", *distill, *given, "--start-steps", "8", "--rounds", "1", "--run", str(first)) == 0
     assert [p.name for p in (first / "students").iterdir()] == ["0004"]
@@ -176,6 +182,23 @@ def test_evaluating_a_run_gives_its_numbers_again(finished_run, tmp_path, capsys
     assert head.split()[:6] == ["steps", "FD-digits", "KD-digits", "CS-digits", "precision", "recall"]
     assert last.startswith("n = 64, ")
     assert re.search(rf"^real images +{found['floor']:.4f} ", printed, re.M)
+
+
+def test_judged_next_to_all_real_images(tmp_path, capsys):
+    run = tmp_path / "run"
+    flags = "--rounds 1 --updates 2 --evaluation.num-samples 1000 --evaluation.reference all".split()
+    assert call("distill", *TINY_RUN, *flags, "--run", str(run)) == 0
+    metrics = json.loads((run / "students/0001/metrics.json").read_text())
+    assert (metrics["num_samples"], metrics["num_real"], metrics["floor"]) == (1000, 1797, None)
+    report = (run / "report.html").read_text()
+    assert "real images in that feature space" in report and "the floor" not in report and "other real" not in report
+    capsys.readouterr()
+    assert call("evaluate", str(run), "--steps", "1", "--device", "cpu") == 0
+    printed = capsys.readouterr().out
+    assert f" {metrics['evaluation'][0]['fd']:.4f} " in printed
+    assert "n = 1000, next to 1797 real images" in printed and not re.search("^real images", printed, re.M)
+    assert call("export", str(run), str(tmp_path / "out"), "--device", "cpu") == 0
+    assert "of 1000 drawn to 1797 real images." in (tmp_path / "out/README.md").read_text()
 
 
 def test_dry_run(tmp_path, capsys):

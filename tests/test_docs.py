@@ -38,10 +38,7 @@ NOT_RUN = {
 }
 """Commands that a page may show and no test runs, by their first word, and why."""
 
-TINY_RUN = (
-    "--device cpu --evaluation.num-samples 64 --train.updates 2 --train.batch-size 16 --train.warmup 1 "
-    + " ".join(TINY_NETWORK)
-)
+TINY_TEACHER = ["--train.updates", "2", "--train.batch-size", "16", "--train.warmup", "1", *TINY_NETWORK]
 SMALL = {
     "benchmarks.kernels": "--device cpu --seconds 0.001 --samples 1 --providers pdfast --mode fwd",
     "benchmarks.loader": "--device cpu --image-size 4 --batch 1 --seconds 0.05 --workers 0 --loaders portable",
@@ -50,11 +47,11 @@ SMALL = {
     "benchmarks.tune": "--list",
     "pdfast.data.prepare": "",
     "pdfast.demo": "--device cpu",
-    "pdfast.distill": f"{TINY_RUN} --rounds 3 --updates 2 --batch-size 16",
+    "pdfast.distill": "--device cpu --evaluation.num-samples 64 --rounds 3 --updates 2 --batch-size 16",
     "pdfast.evaluate": "--device cpu --num-samples 64",
     "pdfast.export": "--device cpu",
     "pdfast.sample": "--device cpu --count 4",
-    "pdfast.train": f"{TINY_RUN} --evaluation-steps 4",
+    "pdfast.train": "--device cpu --evaluation.num-samples 64 --evaluation-steps 4",
 }
 """What makes a command one of seconds, after the page's own flags."""
 
@@ -156,6 +153,8 @@ class Reader:
         if name in ("distill", "train"):
             if "--teacher" in arguments:
                 self.provide(Path(arguments[arguments.index("--teacher") + 1]))
+            else:
+                small += TINY_TEACHER
             patch.setattr("pdfast.report.plan.seconds_a_forward", lambda *_: 1.0)
             assert call(name, *arguments, "--device", "cpu", "--dry-run") == 0
             if "--data" in arguments or "WORLD_SIZE" in os.environ:

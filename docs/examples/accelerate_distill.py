@@ -52,4 +52,9 @@ def distill(
 
 
 if __name__ == "__main__":
-    print(*distill(sys.argv[1], sys.argv[2], torch.rand(64, 3, 32, 32) * 2 - 1))
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    try:
+        print(*distill(sys.argv[1], sys.argv[2], torch.rand(64, 3, 32, 32) * 2 - 1))
+    except ValueError as error:  # such as a teacher that predicts eps
+        sys.exit(f"error: {error}")

@@ -77,9 +77,10 @@ def convert(encoded: EncodedImages, out: Path, size: int, channels: int, *, jobs
         name, reason = next(iter(bad.items()))
         raise UsageError(
             f"{len(bad)} of {len(encoded)} images cannot be used, more than --max-bad {max_bad:g} allows; the first: {name} "
-            f"({reason}): remove or mend them, or allow more"
+            f"({reason}): remove or mend them, or allow more, for which what is converted stays in {parts}"
         )
     if len(bad) == len(encoded):
+        shutil.rmtree(parts)
         raise UsageError(f"none of {len(encoded)} images can be used")
     shown = np.load(parts / "000000/shown.npy")
     with writing(out, REMEDY):

@@ -7,15 +7,17 @@
 The files of the first two have `images`, `labels`, `test_images` and `test_labels`. Nothing is downloaded.
 """
 
+import functools
 import os
 import shlex
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, ParamSpec
 
 import numpy as np
 import tyro
 
-from pdfast.cli import run_command
+from pdfast.cli import parsing, run_command
 from pdfast.data.cifar10 import load_cifar10
 from pdfast.data.convert import convert, write_npz
 from pdfast.data.encoded import find_images
@@ -24,6 +26,8 @@ from pdfast.data.split import Split, channel_statistics
 from pdfast.engine.files import writing
 from pdfast.errors import UsageError
 from pdfast.report.grids import image_grid, write_png
+
+P = ParamSpec("P")
 
 
 def cifar10(
@@ -75,8 +79,9 @@ def images(
         jobs: Processes; 0 for one a core.
         max_bad: Fraction of the images that may be damaged; they are left out.
     """
+    sheet = out.with_name(f"{out.stem}.png")
     if out.suffix == ".npz":
-        _check_out(out)
+        _check_out(out, sheet)
     elif out.suffix or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise UsageError(f"cannot write {out}: name a file that ends in .npz, or a new folder for tar shards")
     if size < 1 or jobs < 0:
@@ -87,7 +92,6 @@ def images(
             f"there are no image files, tar shards or TFRecord at {source}: give a folder or a file of them"
         )
     done = convert(encoded, out, size, channels, jobs=jobs or os.cpu_count() or 1, max_bad=max_bad)
-    sheet = out.with_name(f"{out.stem}.png")
     with writing(sheet, "choose another OUT"):
         write_png(sheet, image_grid(done.shown, columns=8, scale=max(1, 64 // size)))
     for problem in [*encoded.problems.items(), *done.bad.items()]:
@@ -106,7 +110,10 @@ def _say(classes: int, mean: np.ndarray, std: np.ndarray, out: Path) -> None:
     print(f"written       {out}")
 
 
-def _check_out(out: Path) -> None:
+def _check_out(out: Path, *others: Path) -> None:
+    for path in (out, *others):
+        if path.is_file():
+            raise UsageError(f"{path} is there already: choose another OUT, or delete it")
     if out.suffix != ".npz" or out.is_dir():
         raise UsageError(f"cannot write {out}: name a file that ends in .npz")
     if out.parent.exists() and not out.parent.is_dir():
@@ -122,12 +129,25 @@ def _save(out: Path, train: Split, test: Split, options: str) -> None:
     print(f"next          python -m pdfast.distill {options} --data {shlex.quote(str(out))}")
 
 
+def _later(function: Callable[P, None]) -> Callable[P, Callable[[], None]]:
+    """A function of the same arguments that does nothing yet."""
+
+    @functools.wraps(function)
+    def bound(*args: P.args, **kwargs: P.kwargs) -> Callable[[], None]:
+        return functools.partial(function, *args, **kwargs)
+
+    return bound
+
+
 def main() -> None:
-    tyro.extras.subcommand_cli_from_dict(
-        {"cifar10": cifar10, "fashion-mnist": fashion_mnist, "images": images},
-        prog="python -m pdfast.data.prepare",
-        description="Turn images, as they were downloaded, into what --data takes at full speed.",
-    )
+    prog = "python -m pdfast.data.prepare"
+    with parsing(prog):
+        chosen = tyro.extras.subcommand_cli_from_dict(
+            {"cifar10": _later(cifar10), "fashion-mnist": _later(fashion_mnist), "images": _later(images)},
+            prog=prog,
+            description="Turn images, as they were downloaded, into what --data takes at full speed.",
+        )
+    chosen()
 
 
 if __name__ == "__main__":

@@ -162,7 +162,9 @@ def open_machine(config: RunConfig) -> Iterator[Machine]:
     """The machine of a run, until the end of the block. UsageError for settings that it cannot have."""
     engine = config.engine
     with open_world(config.device, engine.shard) as world:
-        batches = {"train.batch-size": config.train.batch_size}
+        batches: dict[str, int] = {}
+        if not isinstance(config, DistillConfig) or config.teacher is None:
+            batches |= {"train.batch-size": config.train.batch_size}
         if isinstance(config, DistillConfig):
             batches |= {"batch-size": config.batch_size}
         parts = world.size * engine.micro_batches

@@ -4,6 +4,7 @@ config.json holds the network, the schedule, the step count it was made for and 
 changed file is noticed.
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,11 @@ class SavedModel:
     def config(self) -> AnyNetworkConfig:
         """Of the network."""
         return self.network.config
+
+    def weights_sha256(self) -> str:
+        """Of the files as they are now."""
+        files = sorted(self.folder.rglob("*.safetensors"))
+        return sha256(files[0]) if len(files) == 1 else hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
 
     def check_start(self) -> None:
         """UsageError for a network that cannot be sampled from where its schedule ends."""
@@ -87,7 +93,16 @@ def load_model(folder: Path, device: torch.device) -> SavedModel:
     if is_pipeline(folder):
         network, schedule = load_pipeline(folder)
         return SavedModel(network.to(device), schedule, None, folder)
+    if not (folder / "config.json").exists():
+        raise UsageError(
+            f"{folder} holds no model: give a folder with config.json and *.safetensors, such as teacher or students/0004 of a "
+            "run, or a diffusers pipeline's, with model_index.json"
+        )
     meta = read_json(folder / "config.json")
+    if "_class_name" in meta:
+        raise UsageError(
+            f"{folder} is a part of a diffusers pipeline: give the folder above, with model_index.json and the scheduler"
+        )
     if meta.get("format") == edm.FORMAT:
         network, schedule = load_edm(folder, meta)
         return SavedModel(network.to(device), schedule, None, folder)

@@ -16,6 +16,7 @@ import yaml
 from pdfast.config import RunConfig, load_yaml, to_plain, to_yaml
 from pdfast.data import ImageSource
 from pdfast.engine.files import write_file, writing
+from pdfast.engine.model_folder import SavedModel
 from pdfast.engine.world import World
 from pdfast.errors import UsageError
 
@@ -23,9 +24,9 @@ MAY_CHANGE = {"run", "device", "loader", "max_bad", "log_every", "checkpoint_eve
 
 
 @contextmanager
-def open_run(config: RunConfig, source: ImageSource, world: World) -> Iterator[None]:
-    """Create the run's folder, or check that it was begun with this configuration and these images; the first process locks
-    it until the end.
+def open_run(config: RunConfig, source: ImageSource, world: World, teacher: SavedModel | None = None) -> Iterator[None]:
+    """Create the run's folder, or check that it was begun with this configuration, these images and this teacher (where one
+    was given); the first process locks it until the end.
 
     UsageError where the folder can't be written, another run works in it, or a field differs (it is named).
     """
@@ -35,13 +36,16 @@ def open_run(config: RunConfig, source: ImageSource, world: World) -> Iterator[N
             with writing(config.run):
                 config.run.mkdir(parents=True, exist_ok=True)
                 lock = until_the_end.enter_context(open(config.run / ".lock", "w"))
-            _begin_or_resume(config, source, lock)
+            facts = {"data_sha256": source.fingerprint} | (
+                {} if teacher is None else {"teacher_sha256": teacher.weights_sha256()}
+            )
+            _begin_or_resume(config, facts, lock)
 
         world.on_first(open_folder)
         yield
 
 
-def _begin_or_resume(config: RunConfig, source: ImageSource, lock: IO[str]) -> None:
+def _begin_or_resume(config: RunConfig, facts: dict[str, str], lock: IO[str]) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -52,10 +56,9 @@ def _begin_or_resume(config: RunConfig, source: ImageSource, lock: IO[str]) -> N
     if saved.exists():
         before = load_yaml(saved)
         before.pop("command", None)
-        _refuse_changes(before, to_plain(config) | {"data_sha256": source.fingerprint}, config.run)
+        _refuse_changes(before, to_plain(config) | facts, config.run)
     else:
-        facts = {"command": _command(), "data_sha256": source.fingerprint}
-        write_file(saved, to_yaml(config) + yaml.safe_dump(facts, width=10_000))
+        write_file(saved, to_yaml(config) + yaml.safe_dump({"command": _command()} | facts, width=10_000))
 
 
 def _command() -> str:

@@ -102,7 +102,7 @@ class Evaluator:
             self._space = load_feature_space(config.features, device=world.device)
         self.names = names_in(self._space.name)
         """What `fd`, `kd` and `cs` of a row are called."""
-        self._real = RealImages(source, self._space, config.num_samples, world, config.batch_size)
+        self._real = RealImages(source, self._space, config.num_samples, world, config.batch_size, config.reference)
         self._reference_images: Tensor | None = None
 
     @property
@@ -162,7 +162,8 @@ class Evaluator:
             "feature_sha256": self._space.sha256,
             "names": self.names,
             "num_samples": self._config.num_samples,
-            "floor": self._real.against_real["fd"],
+            "num_real": len(self._real.indices),
+            "floor": None if self._real.against_real is None else self._real.against_real["fd"],
             "real_against_real": self._real.against_real,
             "sampler": "ddim",
             "clip": self._config.clip,

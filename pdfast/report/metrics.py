@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pdfast.config import Reference
 from pdfast.diffusion.noise import permutation
 from pdfast.engine.world import World
 from pdfast.errors import UsageError
@@ -181,15 +182,19 @@ def _radii(features: Tensor, k: int) -> Tensor:
     return torch.cat([torch.cdist(b, features).topk(k + 1, largest=False).values.amax(1) for b in blocks])
 
 
-def split_real(num_images: int, n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Two disjoint sets of n image indices, int64: the reference, and one whose distance to it is real images' own.
+def split_real(num_images: int, n: int, seed: int, reference: Reference = "half") -> tuple[Tensor, Tensor]:
+    """Two disjoint sets of n image indices, int64: the reference, and one whose distance to it is real images' own. Where the
+    reference is all, those of all images, and none.
 
-    UsageError where there are fewer than 2 n images.
+    UsageError where there are fewer than 2 n images for two sets.
     """
+    if reference == "all":
+        return permutation(seed, 0, num_images), torch.empty(0, dtype=torch.int64)
     if 2 * n > num_images:
         raise UsageError(
             f"{n} evaluation samples need {2 * n} real images (a reference and as many held out for the floor), "
-            f"there are {num_images}: set --evaluation.num-samples to at most {num_images // 2}"
+            f"there are {num_images}: set --evaluation.num-samples to at most {num_images // 2}, "
+            "or do without the floor, --evaluation.reference all"
         )
     order = permutation(seed, 0, num_images)
     return order[:n], order[n : 2 * n]

@@ -39,7 +39,7 @@ def _logarithmic(axes: Any) -> None:
 
 
 def quality_plot(
-    feature_space: str, student: list[tuple[int, float]], teacher: list[tuple[int, float]], floor: float
+    feature_space: str, student: list[tuple[int, float]], teacher: list[tuple[int, float]], floor: float | None
 ) -> str:
     """Frechet distance against steps, both axes logarithmic; each curve is a list of (steps, distance)."""
 
@@ -50,7 +50,8 @@ def quality_plot(
         ):
             if points:
                 axes.plot(*zip(*sorted(points), strict=True), marker=marker, color=colour, label=name)
-        axes.axhline(floor, color=FLOOR, linestyle="--", linewidth=1, label="real against real")
+        if floor is not None:
+            axes.axhline(floor, color=FLOOR, linestyle="--", linewidth=1, label="real against real")
         axes.set_xscale("log", base=2)
         _logarithmic(axes)
         ticks = sorted({steps for steps, _ in student + teacher})

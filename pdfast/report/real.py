@@ -12,13 +12,14 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from pdfast.config import Reference
 from pdfast.data import ImageSource
 from pdfast.engine.files import write_file
 from pdfast.engine.world import World
 from pdfast.errors import RunError, UsageError
 from pdfast.report.metrics import NEIGHBOURS, Comparison, Figures, channel_statistics, features_of, split_real
 
-FORMAT = 1  # of what is kept; another one where features, figures or the split come to mean something else
+FORMAT = 2  # of what is kept; another one where features, figures or the split come to mean something else
 ENOUGH = 10000  # natural images; what fewer give depends on n more than on the model
 
 
@@ -28,26 +29,36 @@ def cache_folder() -> Path:
 
 
 class RealImages:
-    """n images of a data set: their features and colours, and how as many others compare with them.
+    """Images of a data set that others are compared with: n, or all, as `reference` says; their features and colours, and how
+    n others compare with them.
 
-    They are kept in `cache_folder` for each data set, feature space, n and sort of device, and read again from there in place
+    They are kept in `cache_folder` for each data set, feature space, their number and sort of device, and read again from there in place
     of the images. A damaged file there is replaced, with a warning.
     """
 
-    def __init__(self, source: ImageSource, space: Any, n: int, world: World, batch_size: int = 256) -> None:
-        """All processes must call it. UsageError where there are fewer than 2 n images, or n is below 4. Warns, in the first
-        process, where n is small for the space."""
+    def __init__(
+        self,
+        source: ImageSource,
+        space: Any,
+        n: int,
+        world: World,
+        batch_size: int = 256,
+        reference: Reference = "half",
+    ) -> None:
+        """n: how many images there are to be compared. All processes must call it. UsageError where there are fewer than 2 n
+        images to halve, or n is below 4. Warns, in the first process, where n is small for the space."""
         if n <= NEIGHBOURS:
             raise UsageError(f"--evaluation.num-samples must be at least {NEIGHBOURS + 1}, got {n}")
-        self.indices, held_out = split_real(source.num_images, n, seed=0)
-        """Which they are, int64 [n] each."""
+        self.indices, held_out = split_real(source.num_images, n, seed=0, reference=reference)
+        """Which they are, int64."""
         self._space, self._world, self._batch_size = space, world, batch_size
         if world.first:
             _warn_of_few(n, space)
         key = {
             "format": FORMAT,
             "data": source.fingerprint,
-            "n": n,
+            "n": len(self.indices),
+            "reference": reference,
             "space": space.name,
             "weights": space.sha256,
             "device": world.device.type,
@@ -63,13 +74,13 @@ class RealImages:
         # The first process alone compares, and tells the others.
         self._comparison: Any = Comparison(space, features, world.device) if world.first else None
         if not known:
-            against_real = self.figures(source.take(held_out).images.permute(0, 3, 1, 2))
+            against_real = self.figures(source.take(held_out).images.permute(0, 3, 1, 2)) if len(held_out) else None
             text = json.dumps({"against_real": against_real, "channel_mean": mean, "channel_std": std})
             if world.first:
                 kept.write(features, text)
         facts = json.loads(text)
-        self.against_real: Figures = facts["against_real"]
-        """The figures of n other real images."""
+        self.against_real: Figures | None = facts["against_real"]
+        """The figures of n other real images; None where all are compared with."""
         self.channel_mean: list[float] = facts["channel_mean"]
         self.channel_std: list[float] = facts["channel_std"]
 

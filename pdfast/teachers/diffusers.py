@@ -202,6 +202,10 @@ def adapt(unet: Any, scheduler: Any) -> tuple[DiffusersNetwork, Schedule]:
 
     scheduler: of the model, for its times and prediction_type. UsageError for networks and schedulers that are not read (see `load_pipeline`).
     """
+    if not isinstance(unet, library().UNet2DModel):
+        raise UsageError(f"only a UNet2DModel of diffusers can be adapted, not a {type(unet).__name__}")
+    if not isinstance(scheduler, library().SchedulerMixin):
+        raise UsageError(f"the schedule is that of a scheduler of diffusers, not of a {type(scheduler).__name__}")
     settings = dict(scheduler.config) | {"_class_name": type(scheduler).__name__}
     schedule, settings, prediction = _schedule(settings, "this scheduler")
     network = DiffusersNetwork(_config(dict(unet.config), settings, prediction, "this unet"), unet=unet)

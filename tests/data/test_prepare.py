@@ -102,16 +102,15 @@ def test_other_data_end_with_2_and_one_line(tmp_path, capsys):
     assert os.listdir(tmp_path) == ["a.tgz"]
 
 
-def test_a_full_disk_ends_with_1_and_one_line_and_keeps_the_old_file(tmp_path, fashion):
+def test_a_full_disk_ends_with_1_and_one_line_and_leaves_nothing(tmp_path, fashion):
     out = tmp_path / "a.npz"
-    out.write_bytes(b"old")
     small = (1 << 20, 1 << 20)
     code, output, errors = prepare(
         "fashion-mnist", fashion, out, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, small)
     )
     assert (code, output) == (1, "")
     assert errors.startswith(f"pdfast: error: the disk is full: could not write {out}") and errors.count("\n") == 1
-    assert os.listdir(tmp_path) == ["a.npz"] and out.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -128,6 +127,32 @@ def test_a_bad_out_is_refused_before_the_work(tmp_path, capsys, name, reason):
     errors = capsys.readouterr().err
     assert errors.startswith(f"pdfast: error: cannot write {tmp_path / name}: ") and reason in errors
     assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [["cifar10", "none.tgz"], ["images", "photographs", "--size", "8"]])
+def test_nothing_is_overwritten(tmp_path, capsys, command):
+    out = tmp_path / "a.npz"
+    out.write_text("mine")
+    assert call("data.prepare", *command[:2], str(out), *command[2:]) == 2
+    assert "a.npz is there already" in capsys.readouterr().err and out.read_text() == "mine"
+    out.rename(tmp_path / "a.png")
+    if command[0] == "images":  # whose contact sheet it would be
+        assert call("data.prepare", *command[:2], str(out), *command[2:]) == 2
+        assert "a.png is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        ([], "Expected one of {cifar10, fashion-mnist, images}"),
+        (["cifar10", "a"], "OUT"),
+        (["images", "a", "b.npz", "--size", "x"], "invalid literal for int"),
+    ],
+)
+def test_arguments_that_do_not_parse_are_one_line(arguments, reason, capsys):
+    assert call("data.prepare", *arguments) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("pdfast: error: ") and errors.count("\n") == 1 and reason in errors
 
 
 def test_a_folder_as_out_is_refused(tmp_path, capsys):

@@ -11,7 +11,7 @@ from pdfast.engine.graph import Replayed
 from pdfast.engine.layout import compiled_graphs
 from pdfast.engine.machine import Machine
 from pdfast.engine.world import World
-from tests.commands import TINY_RUN, call
+from tests.commands import TINY_GIVEN, call
 
 
 @pytest.mark.slow
@@ -29,7 +29,7 @@ def test_three_rounds_and_their_evaluations_compile_once(finished_run, tmp_path,
 
     monkeypatch.setattr(pdfast.distill, "write_student", counted)
     flags = [
-        *TINY_RUN,
+        *TINY_GIVEN,
         "--teacher",
         str(finished_run / "teacher"),
         "--rounds",

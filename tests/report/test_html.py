@@ -20,6 +20,7 @@ def metrics(rows, training):
     return {
         "feature_space": "FD-digits",
         "num_samples": 898,
+        "num_real": 899,
         "floor": 3.73,
         "sampler": "ddim",
         "clip": False,
@@ -154,7 +155,11 @@ def test_further_figures(run):
         "0.95",
         *none[1:],
     ]  # the parser adds to the last what follows
-    assert "it is not the IS" in page.text and "subsets of 1000" not in page.text
+    assert (
+        "it is not the IS" in page.text
+        and "subsets of 1000" in page.text
+        and "The last row is of 898 other" in page.text
+    )
 
 
 def test_speed_is_what_the_log_says(run):

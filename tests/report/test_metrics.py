@@ -250,8 +250,15 @@ def test_split_real_is_disjoint_and_depends_on_the_seed_alone():
     assert not torch.equal(a, torch.arange(898))
 
 
+def test_all_images_as_the_reference_leave_none_for_a_floor():
+    everything, none = split_real(1797, 5000, seed=0, reference="all")
+    assert torch.equal(everything.sort().values, torch.arange(1797)) and none.tolist() == []
+
+
 def test_split_real_of_too_few_images_says_how_many_there_can_be():
-    with pytest.raises(UsageError, match=r"--evaluation.num-samples to at most 898$") as caught:
+    with pytest.raises(
+        UsageError, match=r"--evaluation.num-samples to at most 898, or .*--evaluation.reference all$"
+    ) as caught:
         split_real(1797, 899, seed=0)
     assert "\n" not in str(caught.value)
 

@@ -76,6 +76,17 @@ def test_what_it_says(cache):
     assert mean == pytest.approx(values.mean((0, 2, 3)).tolist()) and len(std) == 3
 
 
+def test_next_to_all_images(cache):
+    """As published FIDs are: whatever n is, and without a floor."""
+    for taken in (100, 0):
+        images, space = source(), Pixels()
+        figures, against_real, _, _ = everything(RealImages(images, space, 3 * N, ALONE, reference="all"))
+        assert images.taken == taken and against_real is None
+    real = source().take(split_real(100, N, seed=0, reference="all")[0]).images.permute(0, 3, 1, 2)
+    drawn = images_of(30, 5).permute(0, 3, 1, 2)
+    assert figures == pytest.approx(Comparison(space, space(real)).figures(space(drawn)))
+
+
 def test_the_second_time_no_image_is_read(cache):
     first, second = source(), source()
     said = everything(RealImages(first, Pixels(), N, ALONE))

@@ -5,7 +5,7 @@ import json
 import torch
 from diffusers import DDPMPipeline, UNet2DModel
 
-from tests.commands import TINY_RUN
+from tests.commands import TINY_GIVEN
 from tests.engine import processes
 
 
@@ -34,7 +34,7 @@ def save(folder, scheduler, network=None) -> UNet2DModel:
 
 def losses_in_one_process_and_in_two(tmp_path, teacher, *flags) -> list[list[float]]:
     """Of a round's updates; in two each block is divided, and laid out as `flags` say."""
-    command = [*TINY_RUN[: TINY_RUN.index("--network.channels")], "--teacher", str(teacher)]
+    command = [*TINY_GIVEN, "--teacher", str(teacher)]
     command += "--rounds 1 --updates 4 --batch-size 16 --log-every 1".split()
     losses = []
     for count, more in ((1, ()), (2, ("--engine.shard", "2", *flags))):

@@ -18,7 +18,7 @@ from pdfast.engine.world import World
 from pdfast.networks import NetworkConfig, UNet
 from pdfast.teachers import ConvertedConfig, network_config
 from pdfast.teachers.convert import LEAST, coefficients, regular_angles
-from tests.commands import ROOT, TINY_NETWORK, TINY_RUN, call
+from tests.commands import ROOT, TINY_GIVEN, TINY_RUN, call
 from tests.networks.test_unet import perturbed
 from tests.teachers.pipelines import save
 
@@ -80,15 +80,21 @@ def test_plain_data_and_back():
 @pytest.mark.parametrize("library", ["ours", "diffusers"])
 def test_it_is_made_judged_and_distilled(tmp_path, capsys, library):
     teacher = tmp_path / "teacher"
-    flags = TINY_RUN[: TINY_RUN.index("--network.channels")]
     if library == "ours":
-        network = [*TINY_NETWORK, "--network.prediction", "x"]
-        assert call("train", *flags, *network, "--train.updates", "40", "--run", str(tmp_path / "made")) == 0
+        network = ["--network.prediction", "x"]
+        assert call("train", *TINY_RUN, *network, "--train.updates", "40", "--run", str(tmp_path / "made")) == 0
         teacher = tmp_path / "made/teacher"
     else:
         example = runpy.run_path(str(ROOT / "docs/examples/eps_teacher.py"))
         assert len(example["train"](str(teacher), updates=3)) == 3
-    command = [*flags, "--teacher", str(teacher), "--convert", "v", *"--convert-updates 20 --batch-size 16".split()]
+    command = [
+        *TINY_GIVEN,
+        "--teacher",
+        str(teacher),
+        "--convert",
+        "v",
+        *"--convert-updates 20 --batch-size 16".split(),
+    ]
     command += "--rounds 2 --updates 3 --learning-rate 2e-3".split()
     run = tmp_path / "run"
     assert call("distill", *command, "--run", str(run)) == 0

@@ -23,8 +23,9 @@ from pdfast.config import to_plain
 from pdfast.diffusion import ddim, sample
 from pdfast.engine.cost import activation_bytes, parameters, parameters_and_flops
 from pdfast.engine.model_folder import fill_model_folder, load_model
-from pdfast.teachers import load_pipeline, network_config
-from tests.commands import TINY_RUN, call, environment
+from pdfast.errors import UsageError
+from pdfast.teachers import adapt, load_pipeline, network_config
+from tests.commands import TINY_GIVEN, call, environment
 from tests.data.errors import refusal
 from tests.teachers.pipelines import losses_in_one_process_and_in_two, save, unet
 
@@ -169,9 +170,8 @@ def test_it_is_distilled_and_the_run_goes_on(tmp_path, capsys):
     scheduler = DDPMScheduler(1000, beta_schedule=COSINE, prediction_type="v_prediction")
     save(tmp_path / "pipeline", scheduler, unet(classes=10))
     run = tmp_path / "run"
-    flags = TINY_RUN[: TINY_RUN.index("--network.channels")]
     command = [
-        *flags,
+        *TINY_GIVEN,
         "--teacher",
         str(tmp_path / "pipeline"),
         *"--rounds 2 --end-steps 2 --updates 3 --batch-size 16".split(),
@@ -214,6 +214,19 @@ def test_in_two_processes_in_parts(tmp_path, compiled):
     save(tmp_path / "pipeline", scheduler, unet(**one_level))
     losses = losses_in_one_process_and_in_two(tmp_path, tmp_path / "pipeline", "--engine.compile", compiled)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 4
+
+
+@pytest.mark.parametrize(
+    "parts, words",
+    [
+        ((torch.nn.Linear(2, 2), DDPMScheduler(10)), "not a Linear"),
+        ((unet(), "linear"), "not of a str"),
+        ((unet(), EulerDiscreteScheduler()), "this scheduler is a EulerDiscreteScheduler"),
+    ],
+)
+def test_what_cannot_be_adapted(parts, words):
+    with pytest.raises(UsageError, match=words):
+        adapt(*parts)
 
 
 def test_older_names_of_the_attentions_weights(tmp_path):

@@ -20,7 +20,7 @@ from pdfast.engine import layout
 from pdfast.engine.cost import activation_bytes, parameters, parameters_and_flops
 from pdfast.engine.model_folder import fill_model_folder, load_model
 from pdfast.teachers import edm, network_config
-from tests.commands import ROOT, TINY_RUN, call, environment
+from tests.commands import ROOT, TINY_GIVEN, call, environment
 from tests.data.errors import refusal
 from tests.teachers import edm_golden as golden
 from tests.teachers.pipelines import losses_in_one_process_and_in_two
@@ -224,7 +224,7 @@ def test_the_script_writes_the_folder(tmp_path, monkeypatch):
 def test_it_is_distilled_and_exported(tmp_path, capsys):
     """Two rounds: students are of the same kind, --config brings the teacher back, and diffusers draws a student's images."""
     teacher = write(tmp_path / "teacher", "NCSN++", True, img_channels=1, label_dim=10)
-    flags = [*TINY_RUN[: TINY_RUN.index("--network.channels")], "--teacher", str(teacher)]
+    flags = [*TINY_GIVEN, "--teacher", str(teacher)]
     flags += "--rounds 2 --end-steps 2 --updates 3 --batch-size 16".split()
     run = tmp_path / "run"
     assert call("distill", *flags, "--run", str(run)) == 0

@@ -2,8 +2,8 @@
 
 python edm_weights.py NETWORK.pkl FOLDER
 
-Run it inside a checkout of github.com/NVlabs/edm: the file is a pickle, which needs their code and runs what is in it, so
-take it from where you trust it. torch and safetensors are needed besides.
+Run it inside a checkout of github.com/NVlabs/edm: the file is a pickle, which needs their code and runs what is in it,
+so take it from where you trust it. torch and safetensors are needed besides.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Networks of EDM (Karras et al. 2022) in the authors' own format, rewritten as a folder by docs/examples/edm_weights.py:
+"""Networks of EDM (Karras et al. 2022) in the authors' own format, made a folder by docs/examples/edm_weights.py:
 
     config.json          {"format": "edm-1", "class_name": "EDMPrecond", "init_kwargs": {what it was made with}}
     model.safetensors    its state_dict
@@ -170,8 +170,8 @@ def init_kwargs(meta: dict[str, Any], where: str) -> InitKwargs:
 
 
 def load_edm(folder: Path, meta: dict[str, Any]) -> tuple[EDMNetwork, ScheduleConfig]:
-    """The network of a folder whose config.json is `meta`, float32 on the CPU, and its schedule. UsageError, in one line, for
-    what is not one that was preconditioned as EDM's."""
+    """The network of a folder whose config.json is `meta`, float32 on the CPU, and its schedule. UsageError, in one line,
+    for what is not one that was preconditioned as EDM's."""
     kwargs = init_kwargs(meta, str(folder / "config.json"))
     file = folder / WEIGHTS
     if not file.is_file():

@@ -116,11 +116,11 @@ class AuxResidual(Conv2d):
 
 
 class Block(nn.Module):
-    """GroupNorm, SiLU, (resample,) conv; the embedding; GroupNorm, SiLU, dropout, conv; plus the input. Then self-attention, where
-    there are heads.
+    """GroupNorm, SiLU, (resample,) conv; the embedding; GroupNorm, SiLU, dropout, conv; plus the input. Then self-attention,
+    where there are heads.
 
-    ADM scales and shifts by the embedding after the second normalisation; the others add it before, and keep the variance
-    of each sum of two by sqrt(1/2).
+    ADM scales and shifts by the embedding after the second normalisation; the others add it before, and keep the
+    variance of each sum of two by sqrt(1/2).
     """
 
     def __init__(
@@ -172,8 +172,8 @@ class Block(nn.Module):
 
 
 class EDMUNet(nn.Module):
-    """`unet(x, noise, labels) -> F`: x [N, C, H, W], noise log(sigma) / 4 [N], labels int64 [N] or None (for none of the classes)
-    to float32 [N, C, H, W].
+    """`unet(x, noise, labels) -> F`: x [N, C, H, W], noise log(sigma) / 4 [N], labels int64 [N] or None (for none of the
+    classes) to float32 [N, C, H, W].
 
     What comes before and after its blocks, and the embedding, is float32.
     """

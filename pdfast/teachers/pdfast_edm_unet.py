@@ -1,4 +1,4 @@
-"""As `pdfast_unet`, which lies beside it, with a U-Net of EDM inside (`edm_unet`): it is told the noise level of each time."""
+"""As `pdfast_unet`, which lies beside it, with a U-Net of EDM inside (`edm_unet`), told the noise level of each time."""
 
 from typing import Any
 

@@ -43,8 +43,8 @@ def betas(schedule: Schedule, times: int) -> Tensor:
 
 
 def write_pipeline(folder: Path, network: Network, schedule: Schedule, steps: int) -> str | None:
-    """Write a pipeline's folder; returns the file beside its weights for which it needs `trust_remote_code=True`, where there
-    is one. network: one of ours, on the CPU, its weights in float32."""
+    """Write a pipeline's folder; returns the file beside its weights for which it needs `trust_remote_code=True`, where
+    there is one. network: one of ours, on the CPU, its weights in float32."""
     diffusers = library()
     times = number_of_times(steps)
     phi = schedule.phi(torch.arange(1, times + 1, dtype=torch.float64) / times).float()

@@ -1,4 +1,4 @@
-"""EDM's own networks: what its authors' code computes with the same weights, and all that a teacher goes through here."""
+"""EDM's own networks: what the authors' code computes with the same weights, and all that a teacher goes through."""
 
 import json
 import math
@@ -208,7 +208,7 @@ class EDMPrecond(nn.Module):
         return self.weights
 
 
-def test_the_script_writes_the_folder(tmp_path, monkeypatch):
+def test_the_script_writes_the_folder(tmp_path):
     folder = write(tmp_path / "teacher", "NCSN++", True)
     with open(tmp_path / "network.pkl", "wb") as file:
         pickle.dump({"ema": EDMPrecond(folder), "loss_fn": None}, file)
@@ -222,7 +222,7 @@ def test_the_script_writes_the_folder(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:64 images are too few")
 def test_it_is_distilled_and_exported(tmp_path, capsys):
-    """Two rounds: students are of the same kind, --config brings the teacher back, and diffusers draws a student's images."""
+    """Two rounds: students are of the same kind, --config brings the teacher back, and diffusers draws their images."""
     teacher = write(tmp_path / "teacher", "NCSN++", True, img_channels=1, label_dim=10)
     flags = [*TINY_GIVEN, "--teacher", str(teacher)]
     flags += "--rounds 2 --end-steps 2 --updates 3 --batch-size 16".split()

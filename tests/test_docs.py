@@ -27,13 +27,14 @@ from pdfast.data.split import Split
 from tests.commands import ROOT, TINY_NETWORK, call
 from tests.data.files import solid
 from tests.teachers.pipelines import save
-from tests.teachers.test_edm import write as write_edm
+from tests.teachers.test_edm import write_pickle
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "kernels" / "README.md"]
 
 NOT_RUN = {
     "benchmarks/gpu.sh": "needs a GPU",
     "export": "sets a variable of the reader's own shell",
+    "git": "fetches from another machine",
     "pip": "installs packages",
 }
 """Commands that a page may show and no test runs, by their first word, and why."""
@@ -133,6 +134,9 @@ class Reader:
             subprocess.run([*words, "--dry-run"], cwd=ROOT, check=True, capture_output=True)
             return
         if words[0] == "python" and words[1].endswith(".py"):
+            for word in words[2:]:
+                if word.endswith(".pkl"):
+                    self.provide(Path(word))
             patch.setattr(sys, "argv", words[1:])
             runpy.run_path(str(ROOT / words[1]), run_name="__main__")
             return
@@ -178,8 +182,8 @@ class Reader:
             path.symlink_to(self.finished_run.joinpath(*path.parts[2:]))
         elif path.name.endswith("-pipeline"):
             save(path, DDIMScheduler(prediction_type="epsilon" if "eps" in path.name else "v_prediction"))
-        elif path.name.startswith("edm-"):
-            write_edm(path)
+        elif path.suffix == ".pkl":
+            write_pickle(path)
         elif not path.suffix:
             for label in ("cat", "dog"):
                 solid(path / label / "1.png", (90, 120, 150))

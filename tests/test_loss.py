@@ -75,7 +75,6 @@ def test_what_is_not_given_is_drawn_by_the_generator():
 
 def test_a_loop_of_ones_own_with_accelerate(tmp_path):
     """The worked example: the student's losses fall, and diffusers samples from what it wrote."""
-    pytest.importorskip("accelerate")
     import runpy
 
     from diffusers import DDIMPipeline, DDIMScheduler

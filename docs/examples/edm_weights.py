@@ -2,8 +2,8 @@
 
 python edm_weights.py NETWORK.pkl FOLDER
 
-Run it inside a checkout of github.com/NVlabs/edm: the file is a pickle, which needs their code and runs what is in it,
-so take it from where you trust it. torch and safetensors are needed besides.
+Run it with a checkout of github.com/NVlabs/edm in PYTHONPATH: the file is a pickle, which needs their code and runs what
+is in it, so take it from where you trust it. torch and safetensors are needed besides.
 """
 
 import json
@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 
 
 def write(file: str, folder: str) -> None:
-    sys.path.insert(0, "")  # the checkout
     with open(file, "rb") as stream:
         network = pickle.load(stream)["ema"].cpu()
     out = Path(folder)

@@ -9,6 +9,32 @@ from torch import nn
 from pdfast.diffusion import Prediction
 
 
+class Around:
+    """The configuration of a network around another, whose images and classes are its own."""
+
+    @property
+    def inside(self) -> Any:
+        """The other's configuration."""
+        raise NotImplementedError
+
+    @property
+    def image_size(self) -> int:
+        return self.inside.image_size
+
+    @property
+    def image_channels(self) -> int:
+        return self.inside.image_channels
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self.image_channels, self.image_size, self.image_size
+
+    @property
+    def num_classes(self) -> int:
+        return self.inside.num_classes
+
+
 class Network(nn.Module):
     """`network(z, phi, cond) -> output`: z [N, C, H, W] float, phi [N] float32 in radians, cond int64 [N] class indices (or None
     for an unconditional network) to [N, P*C, H, W] float32, P = 2 if it predicts both x and eps."""

@@ -32,8 +32,8 @@ class RealImages:
     """Images of a data set that others are compared with: n, or all, as `reference` says; their features and colours, and how
     n others compare with them.
 
-    They are kept in `cache_folder` for each data set, feature space, their number and sort of device, and read again from there in place
-    of the images. A damaged file there is replaced, with a warning.
+    They are kept in `cache_folder` for each data set, feature space, number and sort of device, and read again from there in
+    place of the images. A damaged file there is replaced, with a warning.
     """
 
     def __init__(

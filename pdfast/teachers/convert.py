@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from pdfast.diffusion import Prediction
 from pdfast.errors import UsageError
 from pdfast.networks import Network
+from pdfast.networks.network import Around
 
 LEAST = 0.1
 
 
 @dataclass(frozen=True)
-class ConvertedConfig:
+class ConvertedConfig(Around):
     """A network made to predict v."""
 
     network: Any
@@ -35,21 +36,8 @@ class ConvertedConfig:
             raise UsageError("this teacher predicts v already: leave out --convert")
 
     @property
-    def image_size(self) -> int:
-        return self.network.image_size
-
-    @property
-    def image_channels(self) -> int:
-        return self.network.image_channels
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        return self.network.image_shape
-
-    @property
-    def num_classes(self) -> int:
-        return self.network.num_classes
+    def inside(self) -> Any:
+        return self.network
 
     def build(self, dropout: float = 0.0) -> "Converted":
         return Converted(self, dropout)

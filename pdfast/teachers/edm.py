@@ -21,6 +21,7 @@ from pdfast.config import ScheduleConfig, from_plain
 from pdfast.diffusion import Prediction
 from pdfast.errors import UsageError
 from pdfast.networks import Network
+from pdfast.networks.network import Around
 from pdfast.teachers import preconditioning
 from pdfast.teachers.edm_unet import Block, EDMUNet, EDMUNetConfig
 
@@ -96,7 +97,7 @@ class InitKwargs:
 
 
 @dataclass(frozen=True)
-class EDMConfig:
+class EDMConfig(Around):
     """A U-Net of EDM with its preconditioning."""
 
     unet: EDMUNetConfig
@@ -106,21 +107,8 @@ class EDMConfig:
     prediction: Prediction = "v"
 
     @property
-    def image_size(self) -> int:
-        return self.unet.image_size
-
-    @property
-    def image_channels(self) -> int:
-        return self.unet.image_channels
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        return self.image_channels, self.image_size, self.image_size
-
-    @property
-    def num_classes(self) -> int:
-        return self.unet.num_classes
+    def inside(self) -> EDMUNetConfig:
+        return self.unet
 
     def build(self, dropout: float = 0.0) -> "EDMNetwork":
         return EDMNetwork(self, dropout)

@@ -83,7 +83,7 @@ def test_compiled_bf16_is_near_float32():
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_network_of_diffusers(tmp_path, compiled):
     """In bf16, as a graph as without one."""
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers", reason="needs diffusers, which only the extra of the tests brings")
     from pdfast.teachers import load_pipeline
     from tests.teachers.pipelines import save, unet
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
 from pdfast.data import load_source
@@ -193,9 +194,7 @@ def test_mobilenet_resizes_normalises_and_pools_as_documented():
 
 @needs_mobilenet
 def test_mobilenet_names_a_photograph():
-    datasets = pytest.importorskip("sklearn.datasets")
-    pytest.importorskip("PIL")
-    photograph = torch.from_numpy(datasets.load_sample_image("china.jpg").copy()).permute(2, 0, 1)[None]
+    photograph = torch.from_numpy(load_sample_image("china.jpg").copy()).permute(2, 0, 1)[None]
     space = load_feature_space("mobilenet")
     palace = 698
     assert space.logits(space(photograph[..., 106:533])).argmax() == palace

@@ -208,10 +208,16 @@ class EDMPrecond(nn.Module):
         return self.weights
 
 
-def test_the_script_writes_the_folder(tmp_path):
-    folder = write(tmp_path / "teacher", "NCSN++", True)
-    with open(tmp_path / "network.pkl", "wb") as file:
+def write_pickle(path, *given):
+    """What the script reads; returns the folder that it is to make of it."""
+    folder = write(path.with_suffix(".expected"), *given)
+    with open(path, "wb") as file:
         pickle.dump({"ema": EDMPrecond(folder), "loss_fn": None}, file)
+    return folder
+
+
+def test_the_script_writes_the_folder(tmp_path):
+    folder = write_pickle(tmp_path / "network.pkl", "NCSN++", True)
     script = runpy.run_path(str(ROOT / edm.SCRIPT))
     script["write"](str(tmp_path / "network.pkl"), str(tmp_path / "written"))
     first, second = (load_model(f, CPU) for f in (folder, tmp_path / "written"))

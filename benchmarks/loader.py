@@ -25,8 +25,9 @@ from benchmarks.arguments import Parser
 from benchmarks.header import header
 from benchmarks.providers import Unavailable
 from pdfast.data import ImageSource, LoaderName, load_source
-from pdfast.data.encoded import TARS, EncodedImages, find_images
+from pdfast.data.encoded import EncodedImages
 from pdfast.data.files import spare_cores
+from pdfast.data.formats import TARS, find_images
 from pdfast.data.pictures import decode
 from pdfast.diffusion import Cosine
 from pdfast.engine.device import open_device

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from pdfast.data import dali
-from pdfast.data.encoded import find_images
 from pdfast.data.files import FileImages, Loader, Samples
+from pdfast.data.formats import find_images
 from pdfast.data.portable import PortableLoader
 from pdfast.data.source import ImageSource, LoaderName
 from pdfast.errors import UsageError

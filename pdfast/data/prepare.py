@@ -20,8 +20,8 @@ import tyro
 from pdfast.cli import parsing, run_command
 from pdfast.data.cifar10 import load_cifar10
 from pdfast.data.convert import convert, write_npz
-from pdfast.data.encoded import find_images
 from pdfast.data.fashion_mnist import load_fashion_mnist
+from pdfast.data.formats import find_images
 from pdfast.data.split import Split, channel_statistics
 from pdfast.engine.files import writing
 from pdfast.errors import UsageError

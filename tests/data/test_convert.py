@@ -11,7 +11,7 @@ from pdfast.cli import Interrupted
 from pdfast.data import convert as module
 from pdfast.data import load_source
 from pdfast.data.convert import convert
-from pdfast.data.encoded import find_images
+from pdfast.data.formats import find_images
 from pdfast.data.split import channel_statistics
 from tests.commands import call
 from tests.data.errors import refusal

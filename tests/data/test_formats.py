@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pdfast.data.encoded import find_images
+from pdfast.data.formats import find_images
 from pdfast.data.pictures import BadImage, decode
 from tests.data.archives import write_tar
 from tests.data.errors import refusal

@@ -4,12 +4,15 @@ import ast
 import difflib
 import re
 import runpy
+import subprocess
 import sys
 
 import pytest
+import torch
 
 import pdfast_kernels
-from tests.commands import ROOT
+from pdfast_kernels.dispatch import _constant_when_compiled
+from tests.commands import ROOT, environment
 
 PAGE = (ROOT / "docs" / "drop-in.md").read_text()
 
@@ -21,6 +24,20 @@ def test_the_package_imports_torch_and_triton_only():
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             packages = {name.partition(".")[0] for name in names}
             assert packages <= {"torch", "triton", "pdfast_kernels", *sys.stdlib_module_names}
+
+
+def test_an_import_leaves_the_compiler_alone():
+    code = "import sys, pdfast_kernels; print({'torch._dynamo', 'torch._inductor', 'sympy'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    assert run.stdout == "set()\n"
+
+    def theirs():
+        return 1
+
+    def ours():
+        return 1
+
+    assert vars(torch.compiler.assume_constant_result(theirs)) == vars(_constant_when_compiled(ours))
 
 
 def test_the_operations_are_there():

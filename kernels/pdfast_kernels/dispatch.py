@@ -11,7 +11,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -31,6 +31,12 @@ _warned: set[str] = set()
 _mode = os.environ.get("PDFAST_KERNELS", "auto")
 if _mode not in MODES:
     raise ValueError(f"PDFAST_KERNELS is {_mode!r}: say one of {', '.join(MODES)}")
+
+
+def _constant_when_compiled(function: Callable) -> Callable:
+    """`torch.compiler.assume_constant_result`, which imports the whole compiler (a second) to set this one attribute."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @contextmanager
@@ -61,7 +67,7 @@ def triton_runs(op: str, device: torch.device, unsupported: str | None) -> bool:
     return False
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_compiled
 def _unavailable(device: torch.device) -> str | None:
     if not available:
         return "Triton is not installed"
@@ -75,7 +81,7 @@ def _unavailable(device: torch.device) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_compiled
 def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)

@@ -15,13 +15,13 @@ from pdfast.config import (
     OptionalPath,
     TrainConfig,
     from_plain,
-    load_yaml,
     parse_updates,
     resolve_steps,
     to_plain,
 )
 from pdfast.errors import UsageError
 from pdfast.presets import preset
+from pdfast.reading import load_yaml
 
 C = TypeVar("C")
 

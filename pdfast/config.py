@@ -1,13 +1,14 @@
 """The configuration of a run: typed, checked, and the same in a preset, on the command line and in `config.yaml`."""
 
 import dataclasses
-import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
+import torch
 import tyro
 import yaml
 
@@ -16,6 +17,7 @@ from pdfast.data import LoaderName
 from pdfast.diffusion import Weighting
 from pdfast.errors import UsageError
 from pdfast.networks import NetworkConfig
+from pdfast.reading import read_array, shown
 
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT")]
 OptionalString = Annotated[str | None, tyro.conf.arg(metavar="STR")]
@@ -57,7 +59,7 @@ class ScheduleConfig:
                 case "alpha_bars":
                     if self.alpha_bars is None:
                         raise UsageError("--schedule.name alpha_bars needs --schedule.alpha-bars FILE.npy")
-                    schedule = diffusion.AlphaBars(np.load(self.alpha_bars, allow_pickle=False))
+                    schedule = diffusion.AlphaBars(torch.from_numpy(read_array(self.alpha_bars).astype(np.float64)))
                 case "diffusers":
                     from pdfast.teachers.diffusers import alpha_bars
 
@@ -314,10 +316,10 @@ def from_plain(cls: type[T], plain: dict[str, Any], where: str) -> T:
     """The inverse of `to_plain`. UsageError that names the field for one unknown, missing or of a wrong type."""
     hints = get_type_hints(cls)
     if not isinstance(plain, dict):
-        raise UsageError(f"{where}: expected fields, found {plain!r}")
+        raise UsageError(f"{where}: expected fields, found {shown(plain)}")
     for name in plain:
         if name not in hints:
-            raise UsageError(f"{where}: unknown field {name!r}; known are {', '.join(hints)}")
+            raise UsageError(f"{where}: unknown field {shown(name)}; known are {', '.join(hints)}")
     values = {}
     for f in dataclasses.fields(cls):  # type: ignore[arg-type]
         if f.name in plain:
@@ -331,49 +333,37 @@ def from_plain(cls: type[T], plain: dict[str, Any], where: str) -> T:
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(kind):
-        return from_plain(kind, value, where)  # type: ignore[arg-type]
-    if get_origin(kind) is tuple and isinstance(value, list):
-        return tuple(_convert(get_args(kind)[0], v, where) for v in value)
-    if get_origin(kind) is Literal and value in get_args(kind):
-        return value
-    if isinstance(value, dict) and any(get_origin(k) is dict for k in (kind, *get_args(kind))):
-        return value
     choices = get_args(kind) if type(None) in get_args(kind) else (kind,)
     if value is None and type(None) in choices:
         return None
     for choice in choices:
+        origin = get_origin(choice)
+        if dataclasses.is_dataclass(choice):
+            return from_plain(choice, value, where)  # type: ignore[arg-type]
+        if origin is tuple and isinstance(value, list):
+            return tuple(_convert(get_args(choice)[0], v, where) for v in value)
+        if origin is Literal and any(value == v and type(value) is type(v) for v in get_args(choice)):
+            return value
+        if origin is dict and isinstance(value, dict):
+            return value
         if choice is Path and isinstance(value, str):
             return Path(value)
         if choice is float and isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
         if isinstance(choice, type) and type(value) is choice:
             return value
-    literal = get_origin(kind) is Literal
-    wanted = " or ".join(map(repr, get_args(kind))) if literal else getattr(kind, "__name__", kind)
-    raise UsageError(f"{where}: {value!r} is not {wanted}")
+    wanted = " or ".join(
+        " or ".join(map(repr, get_args(c))) if get_origin(c) is Literal else getattr(c, "__name__", str(c))
+        for c in choices
+        if c is not type(None)
+    )
+    raise UsageError(f"{where}: {shown(value)} is not {wanted}")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. UsageError where the file is missing or damaged."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise UsageError(f"cannot read {path}: {error}") from None
-    if not isinstance(value, dict):
-        raise UsageError(f"{path} is not a JSON object")
-    return value
-
-
-def load_yaml(path: Path) -> dict[str, Any]:
-    """A saved configuration, as plain data. UsageError where the file is missing or not YAML."""
-    try:
-        plain = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"cannot read the configuration {path}: {error}") from None
-    if not isinstance(plain, dict):
-        raise UsageError(f"{path} is not a configuration: expected fields and values")
-    return plain
+def fields_of(cls: type, plain: dict[str, Any], names: Iterable[str], where: str) -> dict[str, Any]:
+    """Those of the fields `names` of a configuration that `plain` has, converted. UsageError that names one of a wrong type."""
+    hints = get_type_hints(cls)
+    return {name: _convert(hints[name], plain[name], f"{where}, {name}") for name in names if name in plain}
 
 
 def to_yaml(config: Any) -> str:

@@ -24,12 +24,12 @@ import tyro
 
 from pdfast import sample
 from pdfast.cli import parse, run_command
-from pdfast.config import load_yaml
 from pdfast.engine import layout
 from pdfast.engine.device import open_device
 from pdfast.engine.log import count_steps
 from pdfast.engine.model_folder import SavedModel, load_model
 from pdfast.errors import UsageError
+from pdfast.reading import load_yaml
 from pdfast.report.grids import write_png
 
 ALL_CLASSES = "all, in turn"

@@ -16,7 +16,7 @@ import torch
 
 from pdfast.cli import Interrupted, run_command
 from pdfast.commands import distill_arguments
-from pdfast.config import DistillConfig, TeacherConfig, read_json
+from pdfast.config import DistillConfig, TeacherConfig
 from pdfast.data import ImageSource
 from pdfast.diffusion import build_step_table
 from pdfast.engine import interrupt, layout
@@ -32,6 +32,7 @@ from pdfast.engine.run import open_run
 from pdfast.engine.step import Draws, RoundTable, conversion_gradient, distillation_gradient
 from pdfast.errors import RunError, UsageError
 from pdfast.networks import Network, NetworkConfig
+from pdfast.reading import read_json
 from pdfast.report.evaluator import Evaluator, shown
 from pdfast.report.grids import image_grid, write_png
 from pdfast.report.guard import complaints

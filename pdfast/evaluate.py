@@ -23,7 +23,6 @@ from pdfast.config import (
     Reference,
     RunConfig,
     from_plain,
-    load_yaml,
 )
 from pdfast.data import load_source
 from pdfast.engine import layout
@@ -32,6 +31,7 @@ from pdfast.engine.files import write_json, writing
 from pdfast.engine.model_folder import SavedModel, is_model, load_model
 from pdfast.engine.world import World
 from pdfast.errors import UsageError
+from pdfast.reading import load_yaml
 from pdfast.report.evaluator import Evaluator
 from pdfast.report.metrics import in_words
 

@@ -17,13 +17,14 @@ import torch
 import tyro
 
 from pdfast.cli import parse, run_command
-from pdfast.config import OptionalInt, read_json
+from pdfast.config import OptionalInt
 from pdfast.diffusion import sample
 from pdfast.engine.device import open_device
 from pdfast.engine.files import write_folder
 from pdfast.engine.log import count_steps
 from pdfast.engine.model_folder import SavedModel
 from pdfast.errors import RunError, UsageError
+from pdfast.reading import read_json
 from pdfast.report.evaluator import to_uint8
 from pdfast.report.grids import image_grid, write_png
 from pdfast.sample import find_model

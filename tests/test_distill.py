@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pdfast.config import DistillConfig, from_plain, load_yaml
+from pdfast.config import DistillConfig, from_plain
 from pdfast.engine import interrupt, layout
 from pdfast.engine.model_folder import load_model
+from pdfast.reading import load_yaml
 from tests.commands import TINY_DISTILL, TINY_GIVEN, TINY_RUN, call, environment, spawn
 from tests.engine.processes import TORCHRUN, run
 

@@ -13,11 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pdfast.config import ScheduleConfig, from_plain, read_json, to_plain
+from pdfast.config import ScheduleConfig, from_plain, to_plain
 from pdfast.diffusion.parameterization import SMALLEST_COS_TO_SAMPLE, check_start
 from pdfast.engine.files import sha256, write_json
 from pdfast.errors import UsageError
 from pdfast.networks import Network
+from pdfast.reading import read_json
 from pdfast.teachers import AnyNetworkConfig, edm, is_pipeline, load_edm, load_pipeline, network_config
 
 FORMAT = "pdfast-1"

@@ -13,12 +13,13 @@ from typing import IO
 
 import yaml
 
-from pdfast.config import RunConfig, load_yaml, to_plain, to_yaml
+from pdfast.config import RunConfig, to_plain, to_yaml
 from pdfast.data import ImageSource
 from pdfast.engine.files import write_file, writing
 from pdfast.engine.model_folder import SavedModel
 from pdfast.engine.world import World
 from pdfast.errors import UsageError
+from pdfast.reading import load_yaml
 
 MAY_CHANGE = {"run", "device", "loader", "max_bad", "log_every", "checkpoint_every", "engine", "guard"}
 

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pdfast.config import ScheduleConfig, read_json
+from pdfast.config import ScheduleConfig
 from pdfast.diffusion import Prediction
 from pdfast.diffusion.schedules import AlphaBars, Schedule
 from pdfast.errors import UsageError
 from pdfast.networks import Network
+from pdfast.reading import read_json
 from pdfast.teachers import preconditioning
 
 INSTALL = "pip install 'pdfast[diffusers]'"

@@ -1,8 +1,9 @@
 """Decoding with NVIDIA DALI: by its own threads on the CPU, or on the GPU.
 
 DALI is fed, by number, with the encoded images of the order that all loaders share: no state of its own goes into a
-checkpoint, and a run goes on at any image, on any number of processes. Pillow opens each header first, and decodes what
-DALI would decode otherwise than Pillow: what is transparent or has a palette, say.
+checkpoint, and a run goes on at any image, on any number of processes. Pillow opens each header first. DALI decodes what
+it decodes as Pillow does: JPEG and WebP, as they are stored and in colour, for its grey is another and its reader of
+orientations ends the process where a file has two (2.4.0). Images are turned, and made grey, here. All else Pillow decodes.
 """
 
 import queue
@@ -23,7 +24,18 @@ from pdfast.errors import RunError
 
 AHEAD = 2  # batches decoded before they are asked for
 JOIN_SECONDS = 10.0
-PLAIN = {"L", "RGB"}  # modes that DALI and Pillow decode alike
+ALIKE = {"JPEG", "MPO", "WEBP"}, {"L", "RGB"}  # formats and modes that DALI and Pillow decode alike
+# Of each orientation, whether the stored rows and columns run backwards, and are exchanged then.
+TURNS = {
+    1: (False, False, False),
+    2: (False, True, False),
+    3: (True, True, False),
+    4: (True, False, False),
+    5: (False, False, True),
+    6: (True, False, True),
+    7: (True, True, True),
+    8: (False, True, True),
+}
 INSTALL = "pip install 'pdfast[dali]'"
 
 
@@ -37,11 +49,14 @@ def missing() -> str | None:
 
 
 class _Prepared(NamedTuple):
-    """What DALI decodes, uint8 [bytes], and the square that it takes of it: its first and last corner, float32 (y, x)."""
+    """What DALI decodes, uint8 [bytes], and the square that it takes of it: its first and last corner, float32 (y, x), of which
+    the last may come first; whether rows and columns are exchanged then; whether Pillow has decoded it already."""
 
     content: np.ndarray
     start: np.ndarray
     end: np.ndarray
+    exchanged: bool
+    decoded: bool
 
 
 class DaliLoader:
@@ -82,14 +97,21 @@ class DaliLoader:
         if i in self._bad:
             raise BadImage(self._bad[i])
         opened = examine(content)
-        turned = opened.orientation != UPRIGHT and opened.image.format != "JPEG"
-        if i in self._for_pillow or opened.transparent or turned or opened.image.mode not in PLAIN:
+        formats, modes = ALIKE
+        alike = opened.image.format in formats and opened.image.mode in modes and not opened.transparent
+        decoded = i in self._for_pillow or not alike
+        if decoded:
             content = _as_pnm(in_full(opened, self._samples.channels))
         size, to = self._samples.size, fit(opened.width, opened.height, self._samples.size)
-        y, x = opened.height / to.height, opened.width / to.width
-        start = np.array([y * to.upper, x * to.left], dtype=np.float32)
-        end = np.array([y * (to.upper + size), x * (to.left + size)], dtype=np.float32)
-        return _Prepared(np.frombuffer(content, dtype=np.uint8), start, end)
+        sides, scale = (opened.height, opened.width), (opened.height / to.height, opened.width / to.width)
+        first = scale[0] * to.upper, scale[1] * to.left
+        last = scale[0] * (to.upper + size), scale[1] * (to.left + size)
+        *backwards, exchanged = TURNS[UPRIGHT if decoded else opened.orientation]
+        corners = np.array([first, last], dtype=np.float32)
+        if exchanged:
+            corners, sides = corners[:, ::-1], sides[::-1]
+        start, end = np.where(backwards, np.array(sides, dtype=np.float32) - corners, corners)
+        return _Prepared(np.frombuffer(content, dtype=np.uint8), start, end, exchanged, decoded)
 
     def _pipeline(self, batch_size: int):
         from nvidia.dali import Pipeline, fn, types
@@ -104,8 +126,10 @@ class DaliLoader:
         with pipeline:
             content = fn.external_source(name="content", dtype=types.UINT8, ndim=1)
             corners = [fn.external_source(name=name, dtype=types.FLOAT, ndim=1) for name in ("start", "end")]
-            kind = types.RGB if self._samples.channels == 3 else types.GRAY
-            image = fn.decoders.image(content, device="mixed" if on_gpu else "cpu", output_type=kind)
+            how = {"output_type": types.RGB, "adjust_orientation": False}
+            image = fn.decoders.image(content, device="mixed" if on_gpu else "cpu", **how)
+            if self._samples.channels == 1:
+                image = fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY)
             square = {"size": (size, size), "roi_start": corners[0], "roi_end": corners[1]}
             pipeline.set_outputs(fn.resize(image, **square, interp_type=types.INTERP_CUBIC, antialias=True))
         pipeline.build()
@@ -118,24 +142,30 @@ class DaliLoader:
         pipeline.feed_input("start", [item.start for item in items])
         pipeline.feed_input("end", [item.end for item in items])
         (images,) = pipeline.run()
-        return to_torch_tensor(images.as_tensor(), copy=True)
+        squares = to_torch_tensor(images.as_tensor(), copy=True)
+        exchanged = torch.tensor([item.exchanged for item in items])
+        if exchanged.any():
+            exchanged = exchanged.to(squares.device)
+            squares[exchanged] = squares[exchanged].transpose(1, 2)
+        return squares
 
     def _find_culprits(self, items: list[tuple[int, _Prepared]], error: RuntimeError) -> None:
         """Which of these ended the pipeline: it is bad if Pillow cannot decode it either, else Pillow decodes it from now on.
         RunError where there is none."""
         found = False
         for i, prepared in items:
+            if prepared.decoded:
+                continue
             try:
                 decode(prepared.content.tobytes(), self._samples.size, self._samples.channels)
             except BadImage as reason:
                 self._bad[i], found = str(reason), True
                 continue
-            if i not in self._for_pillow:
-                try:
-                    self._run(self._pipeline(1), [prepared])
-                except RuntimeError:
-                    self._for_pillow.add(i)
-                    found = True
+            try:
+                self._run(self._pipeline(1), [prepared])
+            except RuntimeError:
+                self._for_pillow.add(i)
+                found = True
         if not found:
             raise RunError(f"DALI failed, of no image in particular ({_one_line(error)}): say --loader portable")
 

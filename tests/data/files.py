@@ -3,6 +3,7 @@
 import io
 import struct
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,25 @@ def encoded(pixels: np.ndarray, kind: str = "PNG", **options: object) -> bytes:
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, kind, **options)
     return content.getvalue()
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """Of a PNG file."""
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(pixels: np.ndarray, *chunks: bytes, colour_type: int = 2) -> bytes:
+    """A PNG file by the specification, of uint8 or big-endian uint16 [H, W, C], with more chunks after its header."""
+    height, width, _ = pixels.shape
+    header = struct.pack(">IIBBBBB", width, height, 8 * pixels.itemsize, colour_type, 0, 0, 0)
+    rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in pixels))
+    parts = [chunk(b"IHDR", header), *chunks, chunk(b"IDAT", rows), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    """Of a JPEG file."""
+    return bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
 
 
 def write_index(shard: Path) -> None:

@@ -1,16 +1,18 @@
 """One encoded image: modes, sizes, orientation, and what makes it bad."""
 
 import io
+import resource
+import subprocess
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from pdfast.data import pictures
 from pdfast.data.pictures import BadImage, decode
-from tests.data.files import solid
+from tests.data.files import encoded, solid
 
 
 def one(folder: Path, channels: int = 3, size: int = 4) -> np.ndarray:
@@ -137,10 +139,74 @@ def test_half_of_a_file_is_bad(suffix):
         decode(content.getvalue()[: len(content.getvalue()) // 2], 8, 3)
 
 
+def photograph_of_a_phone() -> bytes:
+    """A JPEG with a second picture behind it, as phones write for depth or for a brighter one."""
+    content = io.BytesIO()
+    frames = [Image.new("RGB", (8, 8), (grey,) * 3) for grey in (60, 180)]
+    frames[0].save(content, "MPO", save_all=True, append_images=frames[1:])
+    return content.getvalue()
+
+
+def test_of_a_still_with_more_behind_it_the_first_is_taken():
+    assert (decode(photograph_of_a_phone(), 8, 3) == 60).all()
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "PPM", "ICO", "JPEG2000", "TGA", "PCX", "SGI"])
+def test_no_other_formats_are_opened_whatever_their_name(kind):
+    content = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(content, kind)
+    with pytest.raises(BadImage, match="not an image"):
+        decode(content.getvalue(), 8, 3)
+
+
+def test_nothing_is_started_for_postscript(monkeypatch):
+    def started(*_args, **_kwargs):
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr(subprocess, "check_call", started)
+    monkeypatch.setattr(subprocess, "Popen", started)
+    with pytest.raises(BadImage, match="not an image"):
+        decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n", 8, 3)
+
+
+@pytest.mark.parametrize("width, height", [(2, 65535), (65535, 2), (4, 4000)])
+def test_a_strip_is_resized_where_it_is_cropped_alone(width, height):
+    """The whole of it at that size would take up to 134 million pixels."""
+    values = np.random.default_rng(0).integers(64, 192, (height, width), dtype=np.uint8)  # nothing is clipped
+    content, size = encoded(values), 64
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    image = decode(content, size, 1)[..., 0].astype(int)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
+    # Of the middle of the strip, with what the interpolation sees around it.
+    short, long = min(width, height), max(width, height)
+    reach = short + 8
+    first = (long - reach) // 2
+    middle = values[first : first + reach] if height > width else values[:, first : first + reach]
+    scale = size / short
+    to = (round(middle.shape[1] * scale), round(middle.shape[0] * scale))
+    whole = np.asarray(Image.fromarray(middle).resize(to, Image.Resampling.BICUBIC), dtype=int)
+    at = round(long * scale - size) // 2 - round(first * scale)
+    there = whole[at : at + size] if height > width else whole[:, at : at + size]
+    assert np.abs(there - image).max() <= 2
+
+
+@pytest.mark.parametrize("width, height", [(90, 31), (31, 90), (64, 64), (200, 50), (17, 101)])
+def test_ordinary_images_are_resized_whole_and_then_cropped(width, height):
+    values = np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    scale = 16 / min(width, height)
+    to = max(round(width * scale), 16), max(round(height * scale), 16)
+    whole = np.asarray(Image.fromarray(values).resize(to, Image.Resampling.BICUBIC))
+    left, upper = (to[0] - 16) // 2, (to[1] - 16) // 2
+    assert np.array_equal(decode(encoded(values), 16, 3), whole[upper : upper + 16, left : left + 16])
+
+
 def test_a_decompression_bomb_is_refused_by_its_header(monkeypatch):
     monkeypatch.setattr(pictures, "MOST_PIXELS", 99)
+    bomb = png(Image.new("L", (10, 10)))
+    monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("it was decoded"))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("it was decoded"))
     with pytest.raises(BadImage, match="10 x 10 pixels, more than 99"):
-        decode(png(Image.new("L", (10, 10))), 8, 1)
+        decode(bomb, 8, 1)
 
 
 def test_only_pillows_own_warnings_are_left_out(monkeypatch):
@@ -148,10 +214,10 @@ def test_only_pillows_own_warnings_are_left_out(monkeypatch):
     image = png(Image.new("RGB", (4, 4)))
     really = Image.open
 
-    def opened(file):
+    def opened(file, formats):
         warnings.warn("of something else", stacklevel=1)
         warnings.warn_explicit("a bomb", Image.DecompressionBombWarning, "Image.py", 1, module="PIL.Image")
-        return really(file)
+        return really(file, formats=formats)
 
     monkeypatch.setattr(pictures.Image, "open", opened)
     with pytest.warns(UserWarning, match="of something else") as seen:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pdfast.cli import stop_while_importing
 
 if TYPE_CHECKING:
-    from pdfast.diffusion import AlphaBars, ClippedCosine, Cosine, LinearBeta, StepTable, build_step_table
+    from pdfast.diffusion import AlphaBars, ClippedCosine, Cosine, LinearBeta, StartingAt, StepTable, build_step_table
     from pdfast.loss import distillation_loss
     from pdfast.teachers import adapt
 
@@ -28,6 +28,7 @@ _HOMES = {
     "ClippedCosine": "pdfast.diffusion",
     "Cosine": "pdfast.diffusion",
     "LinearBeta": "pdfast.diffusion",
+    "StartingAt": "pdfast.diffusion",
     "StepTable": "pdfast.diffusion",
     "adapt": "pdfast.teachers",
     "build_step_table": "pdfast.diffusion",
@@ -39,6 +40,7 @@ __all__ = [
     "ClippedCosine",
     "Cosine",
     "LinearBeta",
+    "StartingAt",
     "StepTable",
     "adapt",
     "build_step_table",

@@ -3,7 +3,8 @@
     table = build_step_table(Cosine(), steps=4, prediction="v", weighting="truncated_snr")
     loss = distillation_loss(student, teacher, x, table).mean()
 
-A model is anything with `model(z, phi, cond) -> output`: z [N, C, H, W] float, phi [N] float32 in radians.
+A model is anything with `model(z, phi, cond) -> output`: z [N, C, ...] float, phi [N] float32 in radians. Where it has an attribute
+`prediction`, that must be the table's.
 """
 
 from collections.abc import Callable
@@ -12,12 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdfast.diffusion import Model, StepTable
+from pdfast.diffusion import Model, StepTable, check_cond, prediction_of
 from pdfast_kernels import ddim_step, ddim_step_weighted_loss
 
 
 def as_it_is(function: Callable) -> Callable:
     return function
+
+
+def check_predictions(table: StepTable, **models: Model) -> None:
+    """ValueError for a model that says it predicts something else than the networks that the table is for."""
+    for name, model in models.items():
+        said = prediction_of(model)
+        if said not in (None, table.prediction):
+            raise ValueError(
+                f"the {name} predicts {said!r}, but the table is for networks that predict {table.prediction!r}"
+            )
 
 
 def teacher_steps(
@@ -34,9 +45,9 @@ def teacher_steps(
     index: rows of the table, step index - 1, int64 [N]. run: what compiles a function, for the step in between.
     """
     with torch.no_grad():
-        first = teacher(z, phi, cond)
+        first = teacher(z, phi.float(), cond)
         z_mid = run(ddim_step)(z, first, table.ddim_z, table.ddim_output, index)
-        return first, teacher(z_mid, table.phi_mid[index], cond)
+        return first, teacher(z_mid, table.phi_mid[index].float(), cond)
 
 
 def student_losses(
@@ -76,12 +87,26 @@ def distillation_loss(
 ) -> Tensor:
     """The loss of each image, float32 [N], with a gradient to the student alone.
 
-    x: images in about [-1, 1], float [N, C, H, W]. table: of the student's number of steps, on x's device. k: step indices in
+    x: images in about [-1, 1], float [N, C, ...]. table: of the student's number of steps, on x's device. k: step indices in
     1..steps, int64 [N], and eps: noise like x; both drawn, with the generator, where not given. student and teacher: of one
-    `prediction`, that of the table. TypeError for images that are not floats.
+    prediction, that of the table. cond: handed to both; a tensor begins with N. z and the target are float32, or float64 where x
+    is, whatever the dtypes of x, eps and the outputs are. TypeError for a wrong dtype, ValueError for a wrong shape, device or
+    prediction.
     """
     if not x.is_floating_point():
         raise TypeError(f"images of dtype {x.dtype}: make them floats in [-1, 1], as x.float() / 127.5 - 1")
+    check_predictions(table, student=student, teacher=teacher)
+    check_cond(cond, len(x))
+    if table.phi.device != x.device:
+        raise ValueError(f"the table is on {table.phi.device}, x is on {x.device}: give table.to(x.device)")
+    if k is not None and k.dtype != torch.int64:
+        raise TypeError(f"k of dtype {k.dtype}: give step indices as int64")
+    if k is not None and k.shape != (len(x),):
+        raise ValueError(f"k has shape {tuple(k.shape)}: one step index for each of the {len(x)} images is due")
+    if eps is not None and not eps.is_floating_point():
+        raise TypeError(f"eps of dtype {eps.dtype}: give noise as floats")
+    if eps is not None and eps.shape != x.shape:
+        raise ValueError(f"eps has shape {tuple(eps.shape)}, x has {tuple(x.shape)}: noise is like x")
     steps = len(table.phi)
     if k is None:
         k = torch.randint(1, steps + 1, (len(x),), device=x.device, generator=generator)
@@ -92,4 +117,4 @@ def distillation_loss(
     column = (-1, *(1,) * (x.dim() - 1))
     z = torch.cos(phi).view(column) * x + torch.sin(phi).view(column) * eps
     first, second = teacher_steps(teacher, z, phi, table, index, cond)
-    return student_losses(student(z, phi, cond), z, first, second, table, index)
+    return student_losses(student(z, phi.float(), cond), z, first, second, table, index)

@@ -250,7 +250,9 @@ def refuse_eps_at_the_start(config: RunConfig) -> None:
     try:
         check_start(config.network.prediction, float(schedule.phi(torch.ones((), dtype=torch.float64))))
     except ValueError as error:
-        raise UsageError(str(error)) from None
+        raise UsageError(
+            f"{error}; as flags: --schedule.u-start 0.95, or --convert v for a copy of a teacher"
+        ) from None
 
 
 def main() -> None:

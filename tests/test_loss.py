@@ -100,6 +100,70 @@ def test_an_import_costs_nothing():
     assert all(getattr(pdfast, name) is not None for name in pdfast.__all__)
 
 
+class Constant(torch.nn.Module):
+    """What does not say what it predicts."""
+
+    def forward(self, z, phi, cond):
+        assert phi.dtype == torch.float32
+        return z
+
+
+def test_networks_of_another_prediction_than_the_tables_are_refused():
+    x = torch.zeros(2, 1, 8, 8)
+    v, other = network("v", 0), network("x", 0)
+    table = pdfast.build_step_table(pdfast.Cosine(), 4, "v", "snr")
+    for student, teacher, words in ((v, other, "the teacher predicts 'x'"), (other, v, "the student predicts 'x'")):
+        with pytest.raises(ValueError, match=f"{words}, but the table is for networks that predict 'v'"):
+            pdfast.distillation_loss(student, teacher, x, table)
+    with pytest.raises(ValueError, match="the student predicts 'v', but the table is for networks that predict 'eps'"):
+        eps = pdfast.build_step_table(pdfast.StartingAt(pdfast.Cosine(), 0.9), 4, "eps", "snr")
+        pdfast.distillation_loss(v, v, x, eps)
+    assert torch.isfinite(pdfast.distillation_loss(v, Constant(), x, table)).all()
+    assert table.rows(torch.tensor([1, 4])).prediction == table.to("cpu").prediction == "v"
+
+
+def test_a_round_of_another_prediction_is_refused():
+    from pdfast.engine.step import RoundTable, distillation_gradient
+
+    rows = RoundTable(pdfast.build_step_table(pdfast.Cosine(), 4, "v", "snr"))
+    with pytest.raises(ValueError, match="predicts 'x' after one that predicts 'v'"):
+        rows.set(pdfast.build_step_table(pdfast.Cosine(), 2, "x", "snr"))
+    with pytest.raises(ValueError, match="the teacher predicts 'x'"):
+        distillation_gradient(network("v", 0), network("x", 0), None, rows)
+
+
+def test_arguments_that_do_not_fit_are_named():
+    v, x = network("v", 0), torch.zeros(2, 1, 8, 8)
+    table = pdfast.build_step_table(pdfast.Cosine(), 4, "v", "snr")
+    for error, words, arguments in (
+        (TypeError, "k of dtype torch.int32", {"k": torch.ones(2, dtype=torch.int32)}),
+        (TypeError, "k of dtype torch.bool", {"k": torch.ones(2, dtype=torch.bool)}),
+        (ValueError, "k has shape ..: one step index for each of the 2 images", {"k": torch.tensor(1)}),
+        (ValueError, "eps has shape .2, 1, 8., x has", {"eps": x[..., 0]}),
+        (ValueError, "eps has shape .1, 1, 8, 8.", {"eps": x[:1]}),
+        (TypeError, "eps of dtype torch.uint8", {"eps": x.byte()}),
+        (ValueError, "cond has shape .3,.: there are 2 samples", {"cond": torch.zeros(3, dtype=torch.int64)}),
+    ):
+        with pytest.raises(error, match=words):
+            pdfast.distillation_loss(v, v, x, table, **arguments)
+    with pytest.raises(ValueError, match="the table is on meta, x is on cpu: give table.to"):
+        pdfast.distillation_loss(v, v, x, table.to("meta"))
+    with pytest.raises(ValueError, match="would round its angles"):
+        pdfast.build_step_table(pdfast.Cosine(), 4, "v", "snr", dtype=torch.bfloat16)
+
+
+def test_the_loss_of_bfloat16_images_is_that_of_their_values():
+    """z, the targets and the coefficients are float32 whatever images, noise and outputs are."""
+    student, teacher = network("v", 1), network("v", 2)
+    x, eps = (torch.randn(N, 1, 8, 8, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(2))
+    k = torch.arange(N) % 4 + 1
+    table = pdfast.build_step_table(pdfast.Cosine(), 4, "v", "snr")
+    ours = pdfast.distillation_loss(student, teacher, x, table, k=k, eps=eps)
+    assert torch.equal(ours, pdfast.distillation_loss(student, teacher, x.float(), table, k=k, eps=eps.float()))
+    float64 = pdfast.build_step_table(pdfast.Cosine(), 4, "v", "snr", dtype=torch.float64)
+    assert pdfast.distillation_loss(Constant(), Constant(), x, float64).dtype == torch.float64
+
+
 def test_what_makes_no_sense_is_refused():
     for prediction, steps, words in (
         ("w", 4, "unknown prediction 'w'"),

@@ -5,6 +5,7 @@ from pdfast.diffusion.parameterization import (
     WEIGHTINGS,
     Prediction,
     Weighting,
+    check_prediction,
     check_start,
     natural_angle,
     natural_weight,
@@ -13,7 +14,7 @@ from pdfast.diffusion.parameterization import (
     to_v,
     to_x,
 )
-from pdfast.diffusion.samplers import Model, ancestral, ddim, sample
+from pdfast.diffusion.samplers import Model, ancestral, check_cond, ddim, prediction_of, sample
 from pdfast.diffusion.schedules import AlphaBars, ClippedCosine, Cosine, LinearBeta, Schedule, StartingAt, logsnr
 from pdfast.diffusion.step_table import StepTable, angles, build_step_table, ddim_coefficients
 
@@ -33,6 +34,8 @@ __all__ = [
     "ancestral",
     "angles",
     "build_step_table",
+    "check_cond",
+    "check_prediction",
     "check_start",
     "ddim",
     "ddim_coefficients",
@@ -41,6 +44,7 @@ __all__ = [
     "natural_weight",
     "output_coefficient",
     "outputs_per_channel",
+    "prediction_of",
     "sample",
     "to_v",
     "to_x",

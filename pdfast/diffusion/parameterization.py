@@ -22,30 +22,61 @@ SMALLEST_COS_FOR_EPS = 0.01  # of the first angle, to distil from
 SMALLEST_COS_TO_SAMPLE = 0.001  # below, an error of float32 in eps is one of more than 1e-4 in x
 
 
+def check_prediction(prediction: str) -> None:
+    """ValueError for a name that is none of PREDICTIONS."""
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"unknown prediction {prediction!r}, choose from {', '.join(PREDICTIONS)}")
+
+
+def check_angles(phi: Tensor) -> None:
+    """TypeError unless angles are float32 or float64: neighbouring steps are one and the same angle in 16 bits."""
+    if phi.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"angles of dtype {phi.dtype}: make them from float32 or float64, in which steps can be told apart"
+        )
+
+
 def outputs_per_channel(prediction: Prediction) -> int:
     """P: how many tensors of the data's shape the network puts out."""
+    check_prediction(prediction)
     return 2 if prediction == "both" else 1
 
 
 def check_start(prediction: Prediction, phi_start: float, least: float = SMALLEST_COS_FOR_EPS) -> None:
     """Refuse (ValueError) an eps-predicting network where it carries no information on x: cos(phi_start) < least."""
+    check_prediction(prediction)
     cosine = float(torch.cos(torch.as_tensor(phi_start, dtype=torch.float64)))
     if prediction == "eps" and cosine < least:
         raise ValueError(
             f"eps-prediction is singular at the start of sampling (cos(phi) = {cosine:.2g} < {least}): "
             "x = (z - sin eps) / cos is lost there and distillation to few steps fails; "
-            "predict v, x or both instead (--convert v makes such a copy of a teacher), or start below with schedule.u-start, "
-            "e.g. 0.95"
+            "predict v, x or both instead, or start below, e.g. with StartingAt(schedule, 0.95)"
         )
+
+
+def at_least_float32(state: Tensor) -> Tensor:
+    """A state, or a network's output, in which it is computed with: float32 for 16 bits, else as it is."""
+    if not state.is_floating_point():
+        raise TypeError(f"states of dtype {state.dtype}: make them floats")
+    return state.float() if state.dtype.itemsize < 4 else state
 
 
 def _like(coefficient: Tensor, z: Tensor) -> Tensor:
     return coefficient.view(*coefficient.shape, *(1,) * (z.dim() - coefficient.dim()))
 
 
+def _circle(phi: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    check_angles(phi)
+    return _like(torch.cos(phi), z), _like(torch.sin(phi), z)
+
+
 def to_v(prediction: Prediction, output: Tensor, z: Tensor, phi: Tensor) -> Tensor:
-    """The v that a network's output means at (z, phi). output [N, P*C, ...], z [N, C, ...], phi [N] or []."""
-    cos, sin = _like(torch.cos(phi), z), _like(torch.sin(phi), z)
+    """The v that a network's output means at (z, phi). output [N, P*C, ...], z [N, C, ...], phi [N] or [], float32 or float64.
+
+    Computed and returned in float32 at least, whatever z and output are.
+    """
+    z, output = at_least_float32(z), at_least_float32(output)
+    cos, sin = _circle(phi, z)
     match prediction:
         case "x":
             return (cos * z - output) / sin
@@ -60,10 +91,11 @@ def to_v(prediction: Prediction, output: Tensor, z: Tensor, phi: Tensor) -> Tens
 
 
 def to_x(prediction: Prediction, output: Tensor, z: Tensor, phi: Tensor) -> Tensor:
-    """The x that a network's output means at (z, phi); shapes as in `to_v`."""
+    """The x that a network's output means at (z, phi); shapes and dtypes as in `to_v`."""
+    z, output = at_least_float32(z), at_least_float32(output)
+    cos, sin = _circle(phi, z)
     if prediction == "x":
         return output
-    cos, sin = _like(torch.cos(phi), z), _like(torch.sin(phi), z)
     if prediction == "eps":
         return (z - sin * output) / cos
     return cos * z - sin * to_v(prediction, output, z, phi)
@@ -76,12 +108,13 @@ def natural_angle(prediction: Prediction, phi: Tensor) -> Tensor:
             return torch.zeros_like(phi)
         case "eps":
             return torch.full_like(phi, math.pi / 2)
-        case _:
-            return phi + math.pi / 2
+    check_prediction(prediction)
+    return phi + math.pi / 2
 
 
 def output_coefficient(prediction: Prediction, phi: Tensor) -> Tensor:
     """How the P outputs combine into the natural prediction: [N, P] for phi [N]; (-sin, cos) for both, else 1."""
+    check_prediction(prediction)
     if prediction == "both":
         return torch.stack([-torch.sin(phi), torch.cos(phi)], dim=-1)
     return torch.ones_like(phi)[:, None]
@@ -109,5 +142,5 @@ def natural_weight(prediction: Prediction, weighting: Weighting, phi: Tensor) ->
             return weight / sin2
         case "eps":
             return weight / cos2
-        case _:
-            return weight
+    check_prediction(prediction)
+    return weight

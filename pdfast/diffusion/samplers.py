@@ -1,7 +1,11 @@
 """Samplers: from noise at the schedule's last angle down to images at angle 0.
 
-A model is anything with `model(z, phi, cond=None) -> output` and an attribute `prediction`; z is [N, C, ...] float, phi
-[N] float32 in radians. Sampling never takes gradients.
+A model is any function `model(z, phi, cond) -> output`; z is [N, C, ...] float, phi [N] float32 in radians. What it predicts is
+its attribute `prediction`, or said in the call. Sampling never takes gradients.
+
+The state is kept in float32, or in float64 for noise of that dtype, and returned so, whatever the dtypes of the noise and of
+the network's output are: rounded to 16 bits at each step, it would be further off the more steps there are. The network is
+given the state in the dtype of the noise: bfloat16 noise is for networks that are bfloat16 themselves.
 """
 
 from collections.abc import Callable
@@ -10,36 +14,81 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pdfast.diffusion.parameterization import SMALLEST_COS_TO_SAMPLE, Prediction, check_start, to_x
+from pdfast.diffusion.parameterization import (
+    SMALLEST_COS_TO_SAMPLE,
+    Prediction,
+    at_least_float32,
+    check_angles,
+    check_start,
+    to_x,
+)
 from pdfast.diffusion.schedules import Schedule
 from pdfast.diffusion.step_table import angles, ddim_coefficients
 from pdfast_kernels import ddim_step
 
 
 class Model(Protocol):
-    @property
-    def prediction(self) -> Prediction: ...
+    """What is called as `model(z, phi, cond)`: a module or a function, with an attribute `prediction` or without."""
 
-    def __call__(self, z: Tensor, phi: Tensor, cond: Any = None) -> Tensor: ...
+    def __call__(self, z: Tensor, phi: Tensor, cond: Any, /) -> Tensor: ...
+
+
+def prediction_of(model: Model, said: Prediction | None = None) -> Prediction | None:
+    """What a model predicts: as its attribute `prediction` has it, or as was said; None where neither is there.
+
+    ValueError where they differ.
+    """
+    own = getattr(model, "prediction", None)
+    if said is not None and own is not None and said != own:
+        raise ValueError(f"prediction is {said!r}, but the model predicts {own!r}")
+    return said if own is None else own
 
 
 def _column(value: Tensor, z: Tensor) -> Tensor:
     return value.to(z).reshape(1, -1).expand(len(z), -1)
 
 
-def ddim(model: Model, z: Tensor, phi: Tensor, *, cond: Any = None, clip: bool = False) -> Tensor:
+def check_cond(cond: Any, count: int) -> None:
+    """ValueError for a tensor of conditions that are not as many as the samples."""
+    if isinstance(cond, Tensor) and cond.shape[:1] != (count,):
+        raise ValueError(f"cond has shape {tuple(cond.shape)}: there are {count} samples, and it begins with as many")
+
+
+def _begin(model: Model, z: Tensor, phi: Tensor, cond: Any, prediction: Prediction | None) -> tuple[Tensor, Prediction]:
+    """The state to compute with, and what the model predicts. ValueError and TypeError for what cannot be sampled."""
+    check_angles(phi)
+    if phi.dim() != 1 or len(phi) < 2 or bool((phi[1:] > phi[:-1]).any()):
+        raise ValueError(f"phi of shape {tuple(phi.shape)}: give the angles of one trajectory, [steps + 1], decreasing")
+    prediction = prediction_of(model, prediction)
+    if prediction is None:
+        raise ValueError("the model has no attribute `prediction`: say prediction=, what its outputs are")
+    check_start(prediction, float(phi[0]), SMALLEST_COS_TO_SAMPLE)
+    check_cond(cond, len(z))
+    return at_least_float32(z), prediction
+
+
+def ddim(
+    model: Model,
+    z: Tensor,
+    phi: Tensor,
+    *,
+    cond: Any = None,
+    clip: bool = False,
+    prediction: Prediction | None = None,
+) -> Tensor:
     """DDIM (Song et al. 2021) through the angles phi, float64 [steps + 1], decreasing; z is at phi[0], any angle.
 
-    clip: clip each x-prediction to [-1, 1] and let eps follow, as the authors did in evaluation. Returns z at phi[-1].
+    clip: clip each x-prediction to [-1, 1] and let eps follow, as the authors did in evaluation. prediction: of a model that does
+    not say. Returns z at phi[-1], float32 or float64.
     """
-    check_start(model.prediction, float(phi[0]), SMALLEST_COS_TO_SAMPLE)
+    given = z.dtype
+    z, prediction = _begin(model, z, phi, cond, prediction)
     with torch.no_grad():
         for here, there in zip(phi[:-1], phi[1:], strict=True):
-            output = model(z, here.to(z.device, torch.float32).expand(len(z)), cond)
-            prediction = model.prediction
+            output = model(z.to(given), here.to(z.device, torch.float32).expand(len(z)), cond)
             if clip:
-                output, prediction = to_x(prediction, output, z, here.to(z)).clamp(-1, 1), "x"
-            a, b = ddim_coefficients(prediction, here[None], (here - there)[None])
+                output = to_x(prediction, output, z, here.to(z)).clamp(-1, 1)
+            a, b = ddim_coefficients("x" if clip else prediction, here[None], (here - there)[None])
             z = ddim_step(z, output, _column(a, z)[:, 0], _column(b, z))
     return z
 
@@ -53,6 +102,7 @@ def ancestral(
     variance: float = 0.0,
     cond: Any = None,
     clip: bool = False,
+    prediction: Prediction | None = None,
 ) -> Tensor:
     """Ancestral sampling (Ho et al. 2020) through the angles phi, as `ddim`; `noise(i)` is the noise of step i, like z.
 
@@ -61,11 +111,12 @@ def ancestral(
     """
     if not 0 <= variance <= 1:
         raise ValueError(f"variance must be in [0, 1], got {variance}")
-    check_start(model.prediction, float(phi[0]), SMALLEST_COS_TO_SAMPLE)
+    given = z.dtype
+    z, prediction = _begin(model, z, phi, cond, prediction)
     with torch.no_grad():
         for i, (here, there) in enumerate(zip(phi[:-1], phi[1:], strict=True)):
-            output = model(z, here.to(z.device, torch.float32).expand(len(z)), cond)
-            x = to_x(model.prediction, output, z, here.to(z))
+            output = model(z.to(given), here.to(z.device, torch.float32).expand(len(z)), cond)
+            x = to_x(prediction, output, z, here.to(z)).to(z)
             if clip:
                 x = x.clamp(-1, 1)
             if there == 0:
@@ -77,10 +128,20 @@ def ancestral(
             lost = torch.sin(here + there) * torch.sin(here - there) / (sin2 * cos_next**2)
             mean = (sin2_next * cos / (cos_next * sin2)).to(z) * z + (lost * cos_next).to(z) * x
             deviation = torch.sqrt(lost * sin2**variance * sin2_next ** (1 - variance))
-            z = mean + deviation.to(z) * noise(i)
+            z = mean + deviation.to(z) * at_least_float32(noise(i))
     return z
 
 
-def sample(model: Model, z: Tensor, schedule: Schedule, steps: int, *, cond: Any = None, clip: bool = False) -> Tensor:
-    """DDIM in `steps` steps from noise z [N, C, ...] ~ N(0, 1): images in about [-1, 1], same shape."""
-    return ddim(model, z, angles(schedule, steps), cond=cond, clip=clip)
+def sample(
+    model: Model,
+    z: Tensor,
+    schedule: Schedule,
+    steps: int,
+    *,
+    cond: Any = None,
+    clip: bool = False,
+    prediction: Prediction | None = None,
+) -> Tensor:
+    """DDIM in `steps` steps from noise z [N, C, ...] ~ N(0, 1): images in about [-1, 1], same shape, float32 (float64 for such
+    noise). The other arguments are those of `ddim`."""
+    return ddim(model, z, angles(schedule, steps), cond=cond, clip=clip, prediction=prediction)

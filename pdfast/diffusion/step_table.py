@@ -11,15 +11,16 @@ where the teacher's two DDIM steps end is, in the network's own prediction,
 where nothing cancels. The last angle is 0 for every schedule, so that row 1 is the teacher's second x by itself.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from pdfast.diffusion.parameterization import (
-    PREDICTIONS,
     Prediction,
     Weighting,
+    check_prediction,
     check_start,
     natural_weight,
     output_coefficient,
@@ -27,10 +28,12 @@ from pdfast.diffusion.parameterization import (
 from pdfast.diffusion.schedules import Schedule
 
 
-class StepTable(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class StepTable:
     """One row a step: tensors [N], those that multiply a network's output [N, P]. The arguments of the linear operations
     in `pdfast_kernels`, in their order."""
 
+    prediction: Prediction  # of the networks that it is for
     phi: Tensor  # the student's and the teacher's first angle
     phi_mid: Tensor  # the teacher's second angle
     phi_next: Tensor  # where the step ends
@@ -42,9 +45,20 @@ class StepTable(NamedTuple):
     output: Tensor  # natural prediction of the student = output o
     weight: Tensor  # of the squared error of the natural prediction
 
+    def columns(self) -> tuple[Tensor, ...]:
+        """All of its tensors, in their order."""
+        return tuple(getattr(self, field.name) for field in fields(self) if field.name != "prediction")
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "StepTable":
+        return StepTable(self.prediction, *map(function, self.columns()))
+
     def rows(self, k: Tensor) -> "StepTable":
         """The rows of step indices k in 1..N, int64 [n]."""
-        return StepTable(*(column[k - 1] for column in self))
+        return self._map(lambda column: column[k - 1])
+
+    def to(self, device: torch.device | str) -> "StepTable":
+        """The same table on another device."""
+        return self._map(lambda column: column.to(device))
 
 
 def angles(schedule: Schedule, steps: int) -> Tensor:
@@ -63,8 +77,7 @@ def ddim_coefficients(prediction: Prediction, phi: Tensor, delta: Tensor) -> tup
             return torch.sin(phi - delta) / torch.sin(phi), (torch.sin(delta) / torch.sin(phi))[:, None]
         case "eps":
             return torch.cos(phi - delta) / torch.cos(phi), (-torch.sin(delta) / torch.cos(phi))[:, None]
-        case _:
-            return torch.cos(delta), -torch.sin(delta)[:, None] * output_coefficient(prediction, phi)
+    return torch.cos(delta), -torch.sin(delta)[:, None] * output_coefficient(prediction, phi)
 
 
 def build_step_table(
@@ -76,11 +89,15 @@ def build_step_table(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> StepTable:
-    """The table of a round with `steps` student steps. ValueError for eps-prediction from (almost) pure noise."""
+    """The table of a round with `steps` student steps, for networks of that prediction, in float32 or float64.
+
+    ValueError for eps-prediction from (almost) pure noise, and for what is unknown.
+    """
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"the number of steps must be a whole number, at least 1, got {steps}")
-    if prediction not in PREDICTIONS:
-        raise ValueError(f"unknown prediction {prediction!r}, choose from {', '.join(PREDICTIONS)}")
+    check_prediction(prediction)
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"a table in {dtype} would round its angles: choose torch.float32 or torch.float64")
     k = torch.arange(1, steps + 1, dtype=torch.float64)
     half = torch.tensor(0.5 / steps, dtype=torch.float64)
     u, u_mid = k / steps, (k - 0.5) / steps
@@ -106,6 +123,7 @@ def build_step_table(
     output = output_coefficient(prediction, phi)
     ddim_z, ddim_output = ddim_coefficients(prediction, phi, d1)
     table = StepTable(
+        prediction=prediction,
         phi=phi,
         phi_mid=phi_mid,
         phi_next=phi_next,
@@ -117,4 +135,4 @@ def build_step_table(
         output=output,
         weight=natural_weight(prediction, weighting, phi),
     )
-    return StepTable(*(column.to(device, dtype) for column in table))
+    return table._map(lambda column: column.to(device, dtype))

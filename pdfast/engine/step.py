@@ -27,7 +27,8 @@ from pdfast.diffusion import (
 from pdfast.diffusion.noise import Stream
 from pdfast.engine.layout import last_of_batch
 from pdfast.engine.world import World
-from pdfast.loss import as_it_is, student_losses, teacher_steps
+from pdfast.loss import as_it_is, check_predictions, student_losses, teacher_steps
+from pdfast.networks import Network
 from pdfast_kernels import diffuse, weighted_loss
 
 STREAMS = (Stream.NOISE, Stream.TIME, Stream.FLIP)
@@ -96,8 +97,12 @@ class RoundTable:
         self.steps = torch.full((), len(largest.phi), dtype=torch.int64, device=largest.phi.device)
 
     def set(self, table: StepTable) -> None:
-        """Begin a round: rows past its last are left, and not used."""
-        for column, values in zip(self.rows, table, strict=True):
+        """Begin a round: rows past its last are left, and not used. ValueError for a table of another prediction."""
+        if table.prediction != self.rows.prediction:
+            raise ValueError(
+                f"a round that predicts {table.prediction!r} after one that predicts {self.rows.prediction!r}"
+            )
+        for column, values in zip(self.rows.columns(), table.columns(), strict=True):
             column[: len(values)] = values
         self.steps.fill_(len(table.phi))
 
@@ -167,7 +172,7 @@ def _gradient(
 def conversion_gradient(
     copy: nn.Module,
     draws: Draws,
-    original: Model,
+    original: Network,
     regular: tuple[float, float],
     end: float,
     micro_batches: int = 1,
@@ -212,9 +217,10 @@ def distillation_gradient(
     The teacher sees the whole batch, the student one of `micro_batches` parts at a time. compiled: what is around the
     networks too. Leaves the gradient of the mean in the student's parameters. Returns the losses, float32 [n], and the step indices, int64 [n].
     """
+    rows = table.rows
+    check_predictions(rows, student=student, teacher=teacher)
     run = _one_graph if compiled else as_it_is
     student.zero_grad(set_to_none=True)
-    rows = table.rows
     k, phi, z = run(_images_at_steps)(draws, table)
     index = k - 1
     first, second = teacher_steps(teacher, z, phi, rows, index, draws.labels, run)

@@ -16,10 +16,11 @@ from torch import Tensor
 import pdfast
 from pdfast.config import EvaluationConfig
 from pdfast.data import ImageSource
-from pdfast.diffusion import Model, Prediction, Schedule, noise, sample
+from pdfast.diffusion import Prediction, Schedule, noise, sample
 from pdfast.diffusion.noise import Stream
 from pdfast.engine.device import commit, describe
 from pdfast.engine.world import World
+from pdfast.networks import Network
 from pdfast.report.features import load_feature_space
 from pdfast.report.metrics import channel_statistics, mean_squared_distance, names_in, psnr
 from pdfast.report.real import RealImages
@@ -36,7 +37,7 @@ def to_uint8(x: Tensor) -> Tensor:
 class _Watched:
     """A model before each call of which something else is called."""
 
-    model: Model
+    model: Network
     before: Callable[[], None]
 
     @property
@@ -49,7 +50,7 @@ class _Watched:
 
 
 def draw(
-    model: Model,
+    model: Network,
     schedule: Schedule,
     steps: int,
     shape: tuple[int, int, int],
@@ -118,7 +119,7 @@ class Evaluator:
         """The first teacher's images, uint8 [n, C, H, W], which every model's are compared with."""
         self._reference_images = images
 
-    def draw(self, model: Model, steps: int) -> tuple[Tensor, float]:
+    def draw(self, model: Network, steps: int) -> tuple[Tensor, float]:
         """The evaluation's images, uint8 [n, C, H, W] on the CPU, and the seconds an image took."""
         height, width, channels = self._source.shape
         began = time.perf_counter()

@@ -15,6 +15,8 @@ from pdfast.diffusion import (
     build_step_table,
     ddim,
     sample,
+    to_v,
+    to_x,
 )
 
 MEAN, STD = 0.3, 0.5
@@ -132,3 +134,62 @@ def test_errors():
         sample(Gaussian("eps"), draw(), Cosine(), 4)
     with pytest.raises(ValueError, match="variance"):
         ancestral(Gaussian("x"), draw(), angles(Cosine(), 4), lambda i: draw(), variance=2.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("network_dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_state_is_float32_whatever_noise_and_network_are(dtype, network_dtype):
+    """More steps do not take the images further from those of float64 noise; in 16 bits they would."""
+    gaussian, errors = Gaussian("v"), []
+
+    def network(z, phi, cond):
+        assert z.dtype == dtype and phi.dtype == torch.float32
+        return gaussian(z, phi).to(network_dtype)
+
+    for steps in (4, 64):
+        noise = draw().to(dtype)
+        images = sample(network, noise, Cosine(), steps, prediction="v")
+        assert images.dtype == torch.float32
+        exact = sample(gaussian, noise.double(), Cosine(), steps)
+        assert exact.dtype == torch.float64
+        errors.append(float((images - exact).square().mean().sqrt()))
+    assert errors[1] < errors[0] < 2e-3
+    noises = torch.randn(64, 64, 1, 2, 2, generator=torch.Generator().manual_seed(1)).to(dtype)
+    ours = ancestral(network, draw().to(dtype), angles(Cosine(), 64), noises.__getitem__, prediction="v")
+    exact = ancestral(gaussian, draw().to(dtype).double(), angles(Cosine(), 64), noises.double().__getitem__)
+    assert ours.dtype == torch.float32 and float((ours - exact).square().mean().sqrt()) < 1e-3
+
+
+@pytest.mark.parametrize("shape", [(), (64,)], ids=["one angle", "an angle each"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_what_an_output_means_is_computed_in_float32(prediction, shape):
+    z, phi = draw().to(torch.bfloat16), torch.full(shape, 1.0)
+    output = Gaussian(prediction)(z, phi.expand(64)).to(torch.bfloat16)
+    for meaning in (to_x, to_v):
+        ours = meaning(prediction, output, z, phi)
+        assert ours.dtype == torch.float32
+        exact = meaning(prediction, output.double(), z.double(), phi.double())
+        torch.testing.assert_close(ours.double(), exact, atol=1e-6, rtol=1e-6)
+        with pytest.raises(TypeError, match="angles of dtype torch.bfloat16"):
+            meaning(prediction, output, z, phi.to(torch.bfloat16))
+
+
+def test_what_cannot_be_sampled_is_refused():
+    v, z, phi = Gaussian("v"), draw(), angles(Cosine(), 4)
+    for arguments, words in (
+        ((v, z, phi.flip(0)), "decreasing"),
+        ((v, z, phi[:1]), "steps \\+ 1"),
+        ((v, z, phi.expand(2, 5)), "one trajectory"),
+        ((Gaussian("epsilon"), z, phi), "unknown prediction 'epsilon'"),
+        ((lambda z, phi, cond: z, z, phi), "say prediction="),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ddim(*arguments)
+    with pytest.raises(ValueError, match="'x', but the model predicts 'v'"):
+        ddim(v, z, phi, prediction="x")
+    with pytest.raises(ValueError, match="cond has shape .3,.: there are 64 samples"):
+        sample(v, z, Cosine(), 4, cond=torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(TypeError, match="angles of dtype torch.float16"):
+        ddim(v, z, phi.half())
+    with pytest.raises(TypeError, match="states of dtype torch.int64"):
+        ddim(v, z.long(), phi)

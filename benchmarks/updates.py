@@ -203,7 +203,7 @@ class Pdfast:
             layout.set_weights(network, weights, machine.world)
         rounds.student.train()
         rounds.optimizer.reset()
-        self.losses = torch.zeros(setting.config.batch_size, device=setting.device)
+        self.losses = torch.zeros_like(rounds.draws.index, dtype=torch.float32)
         add = rounds.losses.add
 
         def add_and_keep(losses: Tensor, k: Tensor, steps: Tensor) -> None:

@@ -44,6 +44,7 @@ SMALL = {
     "benchmarks.kernels": "--device cpu --seconds 0.001 --samples 1 --providers pdfast --mode fwd",
     "benchmarks.loader": "--device cpu --image-size 4 --batch 1 --seconds 0.05 --workers 0 --loaders portable",
     "benchmarks.static": "--quick --op ddim_step",
+    "benchmarks.busy": "--list",
     "benchmarks.step": "--list",
     "benchmarks.tune": "--list",
     "pdfast.data.prepare": "",

@@ -209,9 +209,11 @@ def memory(job: Job) -> dict[str, int]:
     if job.teacher:
         items["teacher"] = count.in_dtype(job.dtype) // (job.shards if job.teacher_sharded else 1)
     items["activations"] = activations.an_image * job.micro_batch
-    if job.processes == 1:
+    if job.shards == 1:
         if job.dtype != torch.float32:
             items["cast weights"] = activations.whatever_the_batch
+        if job.processes > 1:
+            items["buffers"] = FLOAT * count.all  # the gradients' copies, side by side
     else:
         # What is outside of the blocks; of two blocks, this and the next, the parameters and the buffer they came in;
         # of two, this and the one before, the gradient on its way.

@@ -84,11 +84,12 @@ def compiled_graphs() -> int:
 
 
 def shard(network: nn.Module, world: World, *, reduced: torch.dtype = torch.float32) -> None:
-    """Divide the parameters over the mesh; gradients are averaged in `reduced`. One process alone keeps plain tensors.
+    """Divide the parameters over the mesh; gradients are averaged in `reduced`. Whole copies keep plain tensors: see
+    `pdfast.engine.replicas`.
 
     Parameters travel in the network's dtype where its blocks use them so, the rest in their own.
     """
-    if world.mesh is None:
+    if world.shards == 1:
         return
     dtype = getattr(network, "dtype", torch.float32)
     own = MixedPrecisionPolicy(reduce_dtype=reduced, cast_forward_inputs=False)
@@ -103,7 +104,7 @@ def shard(network: nn.Module, world: World, *, reduced: torch.dtype = torch.floa
 
 
 def last_of_batch(network: Any, last: bool) -> None:
-    """Whether the next backward completes the gradient: only then do the processes exchange it."""
+    """Whether the next backward completes the gradient: only then do processes with parts of the network exchange it."""
     if hasattr(network, "set_requires_gradient_sync"):
         network.set_requires_gradient_sync(last)
 

@@ -53,7 +53,7 @@ class Machine:
 
     @property
     def _in_one_graph(self) -> bool:
-        return self.world.device.type == "cpu" and self.world.mesh is None
+        return self.world.device.type == "cpu" and self.world.shards == 1
 
     @property
     def teacher_sharded(self) -> bool:

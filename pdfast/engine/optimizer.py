@@ -15,6 +15,7 @@ from torch.optim.adamw import adamw
 
 from pdfast.config import OptimizerName
 from pdfast.engine.layout import local
+from pdfast.engine.replicas import FlatGradient
 from pdfast.engine.world import World
 from pdfast.errors import UsageError
 from pdfast_kernels import AdamEma, Scalar
@@ -122,6 +123,9 @@ class Optimizer:
         self._clip, self._decay = clip, ema
         self._names = [name for name, _ in model.named_parameters()]
         self._parameters = [local(p).detach() for p in model.parameters()]
+        self._sharded = world.shards > 1
+        replicas = world.size > 1 and not self._sharded
+        self._flat = FlatGradient(self._parameters, world.size) if replicas else None
         self._exp_avgs = [torch.zeros_like(p) for p in self._parameters]
         self._exp_avg_sqs = [torch.zeros_like(p) for p in self._parameters]
         self._averages = [p.clone() for p in self._parameters] if ema else None
@@ -154,9 +158,11 @@ class Optimizer:
         loss: this process's, without gradient. Where it or the gradient is not finite, only `skipped` changes.
         """
         gradients = [local(p.grad) for p in self._model.parameters()]  # type: ignore[arg-type]
+        if self._flat:
+            gradients, loss = self._flat.average(gradients, loss)
         norm = nn.utils.get_total_norm(gradients)
         finite = torch.isfinite(norm + loss)
-        if self._world.mesh is not None:
+        if self._sharded:
             norm, finite = self._over_all(norm, finite)
         self.norm.copy_(norm)
         self.skipped.add_(~finite).mul_(torch.stack([torch.ones_like(finite), ~finite]))

@@ -1,8 +1,8 @@
 """The processes of a run: one alone, or those that torchrun started, on one machine or several.
 
-Several form a mesh (replicate, shard): gradients are averaged over all of it, parameters are divided over `shard`. Beside
-the backend that moves gradients (NCCL on GPUs) there is a gloo group for what the host must know: whether someone was
-asked to stop, sampled images, sums of metrics. One process alone has neither mesh nor group.
+Several form a mesh (replicate, shard): gradients are averaged over all of it, and parameters divided over `shard` where it
+is more than one. Beside the backend that moves gradients (NCCL on GPUs) there is a gloo group for what the host must know:
+whether someone was asked to stop, sampled images, sums of metrics. One process alone has neither mesh nor group.
 """
 
 import os

@@ -26,8 +26,10 @@ class Sent(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.bytes = {"all-gather": 0.0, "reduce-scatter": 0.0, "all-reduce": 0.0}
+        self.collectives = 0
 
     def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        self.collectives += operation._schema.name.startswith("c10d::")
         match operation._schema.name:
             case "c10d::_allgather_base_":
                 self.bytes["all-gather"] += arguments[1].nbytes * (_size(arguments[2]) - 1)
@@ -52,7 +54,12 @@ def case(machine: Machine, config: DistillConfig) -> dict:
             rounds.run_update()
     state = rounds.optimizer.state()
     teacher = [local(p) for p in rounds.teacher.parameters()]
-    return {"state": sum(t.nbytes for t in state.values()), "teacher": sum(t.nbytes for t in teacher), **sent.bytes}
+    return {
+        "state": sum(t.nbytes for t in state.values()),
+        "teacher": sum(t.nbytes for t in teacher),
+        **sent.bytes,
+        "collectives": sent.collectives,
+    }
 
 
 def main(cases: list[str]) -> None:

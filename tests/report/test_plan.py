@@ -106,6 +106,7 @@ def test_what_four_processes_keep_and_send():
     text = run(4, "-m", "tests.report.sent", *CASES)
     counted = {row.pop("case"): row for line in text.splitlines() if line.startswith("{") for row in [json.loads(line)]}
     assert counted.keys() == CASES.keys()
+    assert counted["1,float32,1,auto"]["collectives"] == 1, "replicas exchange one buffer"
     for name, row in counted.items():
         job = replace(CASES[name], average=True)
         for collective, sent in cost.communication(job).items():

@@ -1,0 +1,136 @@
+"""`python -m benchmarks.busy`: an update of the digits beside processes that keep cores busy, by how its threads wait.
+
+A case is a number of processes, threads of each, and what OpenMP is told; all are started once and take turns, quiet and
+beside each number of `--busy` processes, so that what else the machine does meets all of them. A row has the median and
+the least time of a case's updates, in ms, as `python -m pdfast.distill --device cpu` makes them, and the time that they had
+on all cores together, which says what spins; `load` is the machine's, the least that was seen. Threads are as many as cores
+unless the case says otherwise.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.arguments import Parser
+from benchmarks.header import ROOT, header
+from pdfast.config import EngineConfig
+from pdfast.presets import PRESETS
+
+CORES = len(os.sched_getaffinity(0))
+# Processes, threads of each, what OpenMP is told.
+CASES: dict[str, tuple[int, int, dict[str, str]]] = {
+    "as they come": (1, CORES, {}),
+    **{f"spin {count}": (1, CORES, {"GOMP_SPINCOUNT": str(count)}) for count in (100, 1000, 10_000, 30_000, 100_000)},
+    "passive": (1, CORES, {"OMP_WAIT_POLICY": "PASSIVE"}),
+    "one thread": (1, 1, {}),
+    "a process a core": (CORES, 1, {}),
+}
+POLICIES = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS"
+
+
+class Case:
+    """The processes of a case, which make updates when they are told how many."""
+
+    def __init__(self, count: int, threads: int, told: dict[str, str]) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        kept = {name: value for name, value in os.environ.items() if name not in POLICIES}
+        mesh = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = kept | mesh | told | {"OMP_NUM_THREADS": str(threads)}
+        command = [sys.executable, "-m", "benchmarks.busy", "--worker"]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
+        self._processes = [
+            subprocess.Popen(command, env=environment | {"RANK": str(rank)}, **pipes) for rank in range(count)
+        ]
+        self.run(3)
+
+    def run(self, updates: int) -> tuple[list[float], float]:
+        """The ms of each of so many updates, and those that one had on all cores together."""
+        for process in self._processes:
+            assert process.stdin
+            process.stdin.write(f"{updates}\n")
+            process.stdin.flush()
+        said = [json.loads(process.stdout.readline()) for process in self._processes if process.stdout]
+        return said[0][0], sum(on_cores for _, on_cores in said)
+
+    def close(self) -> None:
+        for process in reversed(self._processes):  # the first keeps the store
+            process.communicate()  # the end of what it is told
+
+
+def work() -> None:
+    """What a process of a case does."""
+    from benchmarks.updates import Pdfast, open_setting
+
+    preset, device = PRESETS["digits"], torch.device("cpu")
+    with open_setting(preset, device, preset.batch_size, EngineConfig()) as (setting, machine):
+        of_all = machine("auto")
+        update = Pdfast(setting, of_all)
+        for line in sys.stdin:
+            elapsed: list[float] = []
+            before = time.process_time()
+            for _ in range(int(line)):
+                began = time.perf_counter()
+                update.step()
+                of_all.asked_to_stop("an update")
+                elapsed.append(1e3 * (time.perf_counter() - began))
+            print(json.dumps([elapsed, 1e3 * (time.process_time() - before) / len(elapsed)]), flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = Parser("benchmarks.busy", description="An update of the digits beside busy processes.")
+    parser.add_argument("--busy", nargs="+", type=int, default=[0, 1, 2], metavar="K", help="processes beside it")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--turns", type=int, default=5, help="of each case")
+    parser.add_argument("--updates", type=int, default=15, help="in a turn")
+    parser.add_argument("--list", action="store_true", help="print the cases, and nothing else")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--worker", action="store_true", help="a process of a case: for this command itself")
+    options = parser.parse_args(arguments)
+    parser.check_writable(options.json)
+    if options.worker:
+        work()
+        return 0
+    if options.list:
+        print("\n".join(options.cases))
+        return 0
+    cases = {name: Case(*CASES[name]) for name in options.cases}
+    rows = []
+    for count in options.busy:
+        busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+        elapsed: dict[str, list[float]] = {name: [] for name in cases}
+        on_cores: dict[str, list[float]] = {name: [] for name in cases}
+        loads = []
+        for _ in range(options.turns):
+            for name, case in cases.items():
+                times, cores = case.run(options.updates)
+                elapsed[name] += times
+                on_cores[name].append(cores)
+                loads.append(os.getloadavg()[0])
+        for process in busy:
+            process.kill()
+            process.wait()
+        for name, values in elapsed.items():
+            row = {"ms": median(values), "least_ms": min(values), "on_cores_ms": median(on_cores[name])}
+            row = {name: round(value, 1) for name, value in row.items()}
+            rows.append({"busy": count, "case": name, "load": min(loads)} | row)
+            print(f"{count} busy, load {min(loads):.1f}  {name:<17}", ", ".join(f"{k} {v:.1f}" for k, v in row.items()))
+    for case in cases.values():
+        case.close()
+    if options.json:
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        options.json.write_text(f'{{"header": {json.dumps(header(torch.device("cpu")))}, "rows": [\n{lines}\n]}}\n')
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -52,14 +52,13 @@ def convert(encoded: EncodedImages, out: Path, size: int, channels: int, *, jobs
     parts = out.with_name(f".{out.name}.parts")
     as_array = out.suffix == ".npz"
     with writing(out, REMEDY):
-        _begin(parts, _key(encoded, size, channels, as_array))
+        _begin(parts, f"{FORMAT} {len(encoded)} {size} {channels} {as_array} {PART}")
     starts = range(0, len(encoded), PART)
-    missing = [i for i in range(len(starts)) if not (parts / f"{i:06}").exists()]
-    bar = tqdm(total=len(starts), initial=len(starts) - len(missing), unit=f"x{PART} images", disable=None)
+    bar = tqdm(total=len(starts), unit=f"x{PART} images", disable=None)
     samples = Samples(encoded, size, channels, num_classes=0)
     try:
         with ProcessPoolExecutor(jobs, initializer=_start, initargs=(samples, parts, as_array)) as pool:
-            futures = [pool.submit(_convert_part, i) for i in missing]
+            futures = [pool.submit(_convert_part, i) for i in range(len(starts))]
             try:
                 for future in as_completed(futures):
                     future.result()
@@ -91,15 +90,6 @@ def convert(encoded: EncodedImages, out: Path, size: int, channels: int, *, jobs
     return Converted(len(encoded) - len(bad), classes, mean, std, bad, shown)
 
 
-def _key(encoded: EncodedImages, size: int, channels: int, as_array: bool) -> str:
-    """What parts must agree in to be parts of one conversion."""
-    digest = hashlib.sha256(f"{size} {channels} {as_array} {PART}\n".encode())
-    digest.update("\n".join(map(str, encoded.files)).encode() + encoded.places.tobytes())
-    if encoded.labels is not None:
-        digest.update(encoded.labels.data)
-    return digest.hexdigest()
-
-
 def _begin(parts: Path, key: str) -> None:
     """Go on in `parts` where they are of this conversion, else from nothing."""
     file = parts / "key"
@@ -119,10 +109,19 @@ def _start(samples: Samples, parts: Path, as_array: bool) -> None:
 
 
 def _convert_part(part: int) -> None:
+    """Decode a part, unless that was done of the same bytes and labels."""
     samples, parts, as_array = _work
     encoded, size = samples.encoded, samples.size
     images, numbers, bad = [], [], {}
-    for i in range(part * PART, min((part + 1) * PART, len(encoded))):
+    wanted, folder = list(range(part * PART, min((part + 1) * PART, len(encoded)))), parts / f"{part:06}"
+    digest = hashlib.sha256(contents(encoded, wanted))
+    if encoded.labels is not None:
+        digest.update(encoded.labels[wanted].tobytes())
+    if folder.exists():
+        if read_json(folder / "facts.json")["sha256"] == digest.hexdigest():
+            return
+        shutil.rmtree(folder)
+    for i in wanted:
         try:
             images.append(decode(samples.content(i), size, samples.channels))
             numbers.append(i)
@@ -138,9 +137,9 @@ def _convert_part(part: int) -> None:
         else:
             _write_shard(folder / "shard.tar", array, numbers, None if encoded.labels is None else labels)
         np.save(folder / "shown.npy", array[:SHOWN])
-        write_json(folder / "facts.json", {"histogram": channel_histogram(array).tolist(), "bad": bad})
+        write_json(folder / "facts.json", {"sha256": digest.hexdigest()} | {"histogram": channel_histogram(array).tolist(), "bad": bad})
 
-    write_folder(parts / f"{part:06}", fill)
+    write_folder(folder, fill)
 
 
 def _write_shard(path: Path, images: np.ndarray, numbers: list[int], labels: np.ndarray | None) -> None:

@@ -4,7 +4,6 @@ What cannot be used is replaced by the next image that can, in the data set's ow
 samples whatever they knew of it beforehand; its name and what is wrong with it are kept.
 """
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +14,9 @@ import torch
 from torch import Tensor
 
 from pdfast.data.encoded import EncodedImages
+from pdfast.data.identity import of_files, of_names
 from pdfast.data.pictures import BadImage, decode
-from pdfast.data.source import BadImages, Batch, ResidentImages, order_of
+from pdfast.data.source import BadImages, Batch, Identity, ResidentImages, order_of
 from pdfast.errors import UsageError
 
 T = TypeVar("T")
@@ -100,12 +100,9 @@ class FileImages:
     def __init__(self, name: str, samples: Samples, loader: Loader, max_bad: float, device: torch.device | str) -> None:
         """max_bad: the fraction of the images that may be bad."""
         encoded = samples.encoded
-        digest = hashlib.sha256(f"{samples.size} {samples.channels}\n".encode())
-        digest.update("\n".join(encoded.names).encode())
-        digest.update(encoded.places.data)
-        if encoded.labels is not None:
-            digest.update(encoded.labels.data)
-        self.name, self.fingerprint, self.num_images = name, digest.hexdigest(), len(encoded)
+        of = encoded, samples.size, samples.channels
+        self.identity = Identity(lambda: of_files(*of), lambda: of_names(*of))
+        self.name, self.num_images = name, len(encoded)
         self.shape = (samples.size, samples.size, samples.channels)
         self.num_classes = samples.num_classes or (0 if encoded.labels is None else int(encoded.labels.max()) + 1)
         classes = f", {self.num_classes} classes" if self.num_classes else ""
@@ -152,6 +149,6 @@ class FileImages:
         resident = ResidentImages(self.name, torch.from_numpy(images), labels, self._device)
         # Of the files, whatever loads them: a run may go on with another loader.
         resident.description = f"{self.description}, {resident.home}"
-        resident.fingerprint, resident.bad = self.fingerprint, self.bad
+        resident.identity, resident.bad = self.identity, self.bad
         resident.num_classes = self.num_classes
         return resident

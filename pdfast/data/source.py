@@ -8,6 +8,7 @@ after any stop.
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Protocol
 
 import torch
@@ -64,6 +65,24 @@ class BadImages:
             )
 
 
+class Identity:
+    """What a data set is known by, whatever it is called and wherever it lies; found when it is asked for, since that reads it."""
+
+    def __init__(self, find: Callable[[], str], find_earlier: Callable[[], str] | None = None) -> None:
+        """find_earlier: what the version before wrote down, where that is another."""
+        self._find, self._find_earlier = find, find_earlier or (lambda: self.sha256)
+
+    @cached_property
+    def sha256(self) -> str:
+        """In hexadecimal."""
+        return self._find()
+
+    @cached_property
+    def earlier(self) -> str:
+        """As the version before computed it, for the runs that it began."""
+        return self._find_earlier()
+
+
 class ImageSource(Protocol):
     name: str
     description: str  # how many images, of what, and what loads them, for people
@@ -71,7 +90,7 @@ class ImageSource(Protocol):
     shape: tuple[int, int, int]  # (H, W, C)
     num_classes: int  # 0 without labels
     bad: BadImages
-    fingerprint: str  # SHA-256, in hexadecimal, of shape, images (or their names and sizes) and labels
+    identity: Identity
 
     def stream(self, part: Tensor, batch_size: int, update: int, seed: int) -> Iterator[Batch]:
         """Without end, from `update` on: the images of the global sample indices update * batch_size + part, int64 [n], in
@@ -79,6 +98,14 @@ class ImageSource(Protocol):
 
     def take(self, indices: Tensor) -> Batch:
         """The images at `indices`, int64 [n], in the data set's own order."""
+
+
+def of_tensors(images: Tensor, labels: Tensor | None = None) -> str:
+    """Of uint8 images [N, H, W, C] and labels, int64 [N], or none."""
+    digest = hashlib.sha256(str(tuple(images.shape)).encode())
+    for tensor in (images,) if labels is None else (images, labels):
+        digest.update(tensor.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def home_of(num_bytes: int, device: torch.device) -> torch.device:
@@ -97,12 +124,9 @@ class ResidentImages:
         self, name: str, images: Tensor, labels: Tensor | None = None, device: torch.device | str = "cpu"
     ) -> None:
         """images: uint8 [N, H, W, C]; labels: int64 [N] or None. device: where batches are wanted."""
-        digest = hashlib.sha256(str(tuple(images.shape)).encode())
-        for tensor in (images,) if labels is None else (images, labels):
-            digest.update(tensor.cpu().contiguous().numpy().data)
         self.name = name
         self.bad = BadImages(name, len(images))
-        self.fingerprint = digest.hexdigest()
+        self.identity = Identity(lambda: of_tensors(self._images, self._labels))
         self.num_images, height, width, channels = images.shape
         self.shape = (height, width, channels)
         self.num_classes = int(labels.max()) + 1 if labels is not None else 0

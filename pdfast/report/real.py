@@ -1,5 +1,6 @@
-"""The real images that generated ones are compared with, as a feature space sees them; kept on disk, to be read once."""
+"""The real images that generated ones are compared with, as a feature space sees them; kept on disk, to be computed once."""
 
+import functools
 import hashlib
 import json
 import os
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from pdfast.config import Reference
 from pdfast.data import ImageSource
+from pdfast.data.source import of_tensors
 from pdfast.engine.files import write_file
 from pdfast.engine.world import World
 from pdfast.errors import RunError, UsageError
 from pdfast.report.metrics import NEIGHBOURS, Comparison, Figures, channel_statistics, features_of, split_real
 
-FORMAT = 2  # of what is kept; another one where features, figures or the split come to mean something else
+FORMAT = 3  # of what is kept; another one where features, figures or the split come to mean something else
 ENOUGH = 10000  # natural images; what fewer give depends on n more than on the model
 
 
@@ -32,8 +34,8 @@ class RealImages:
     """Images of a data set that others are compared with: n, or all, as `reference` says; their features and colours, and how
     n others compare with them.
 
-    They are kept in `cache_folder` for each data set, feature space, number and sort of device, and read again from there in
-    place of the images. A damaged file there is replaced, with a warning.
+    They are kept in `cache_folder` for the pixels of these images, feature space and sort of device, and read again from there
+    instead of being computed. A damaged file there is replaced, with a warning.
     """
 
     def __init__(
@@ -54,27 +56,36 @@ class RealImages:
         self._space, self._world, self._batch_size = space, world, batch_size
         if world.first:
             _warn_of_few(n, space)
-        key = {
-            "format": FORMAT,
-            "data": source.fingerprint,
-            "n": len(self.indices),
-            "reference": reference,
-            "space": space.name,
-            "weights": space.sha256,
-            "device": world.device.type,
-        }
-        kept = _Kept(key)
-        text: Any = world.on_first(kept.read)
+        parts = [part for part in (self.indices, held_out) if len(part)]
+        images = functools.cache(lambda: [source.take(part).images for part in parts])
+
+        kept: Any = None  # in the first process alone
+
+        def read() -> str | None:
+            nonlocal kept
+            kept = _Kept(
+                {
+                    "format": FORMAT,
+                    "images": [of_tensors(part) for part in images()],
+                    "reference": reference,
+                    "space": space.name,
+                    "weights": space.sha256,
+                    "device": world.device.type,
+                }
+            )
+            return kept.read()
+
+        text: Any = world.on_first(read)
         if known := text is not None:
-            features: Any = kept.features  # in the first process
+            features: Any = kept and kept.features
         else:
-            images = source.take(self.indices).images.permute(0, 3, 1, 2)
-            features = features_of(space, images, world, batch_size)
-            mean, std = channel_statistics(images)
+            real = [part.permute(0, 3, 1, 2) for part in images()]
+            features = features_of(space, real[0], world, batch_size)
+            mean, std = channel_statistics(real[0])
         # The first process alone compares, and tells the others.
         self._comparison: Any = Comparison(space, features, world.device) if world.first else None
         if not known:
-            against_real = self.figures(source.take(held_out).images.permute(0, 3, 1, 2)) if len(held_out) else None
+            against_real = self.figures(real[1]) if len(held_out) else None
             text = json.dumps({"against_real": against_real, "channel_mean": mean, "channel_std": std})
             if world.first:
                 kept.write(features, text)
@@ -131,7 +142,9 @@ class _Kept:
         except Exception:  # the reader raises many kinds
             whole = False
         if not whole:
-            warnings.warn(f"{self._path} is damaged or not readable: the real images are read again", stacklevel=2)
+            warnings.warn(
+                f"{self._path} is damaged or not readable: the features of the real images are computed again", stacklevel=2
+            )
             return None
         self.features = features
         return metadata["facts"]

@@ -11,7 +11,7 @@ from tests.report.test_real import Pixels, everything, source
 with open_world("cpu") as world:
     lines = []
     for _ in range(2):
-        images = source()
-        said = everything(RealImages(images, Pixels(), 41, world, batch_size=7))
-        lines.append({"taken": images.taken, "said": said})
+        space = Pixels()
+        real_images = RealImages(source(), space, 41, world, batch_size=7)
+        lines.append({"seen": space.seen, "said": everything(real_images)})
     sys.stdout.write(json.dumps(lines) + "\n")

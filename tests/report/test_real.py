@@ -1,4 +1,4 @@
-"""The real images' statistics: kept on disk, read again in place of the images, and replaced where they are damaged."""
+"""The real images' statistics: kept on disk, read again for these very images alone, and replaced where they are damaged."""
 
 import errno
 import json
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pdfast.data import ResidentImages
+from pdfast.data.source import Identity
 from pdfast.engine.world import World
 from pdfast.errors import UsageError
 from pdfast.report import real
@@ -25,7 +26,13 @@ class Pixels(nn.Module):
 
     name, sha256, num_features, natural = "FD-pixels", "0" * 64, 12, False
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+        """Images of which it computed the features."""
+
     def forward(self, images: Tensor) -> Tensor:
+        self.seen += len(images)
         return images.flatten(1).float()
 
     def logits(self, features: Tensor) -> Tensor:
@@ -38,18 +45,8 @@ def images_of(n: int, seed: int) -> Tensor:
     return torch.randint(0, 256, (n, 2, 2, 3), dtype=torch.uint8, generator=generator)
 
 
-class Counted(ResidentImages):
-    """Images of which someone counts those that are taken."""
-
-    taken = 0
-
-    def take(self, indices: Tensor):
-        self.taken += len(indices)
-        return super().take(indices)
-
-
-def source(seed: int = 0) -> Counted:
-    return Counted("images", images_of(100, seed))
+def source(seed: int = 0) -> ResidentImages:
+    return ResidentImages("images", images_of(100, seed))
 
 
 @pytest.fixture
@@ -78,21 +75,23 @@ def test_what_it_says(cache):
 
 def test_next_to_all_images(cache):
     """As published FIDs are: whatever n is, and without a floor."""
-    for taken in (100, 0):
-        images, space = source(), Pixels()
-        figures, against_real, _, _ = everything(RealImages(images, space, 3 * N, ALONE, reference="all"))
-        assert images.taken == taken and against_real is None
+    for computed in (100, 0):
+        space = Pixels()
+        real_images = RealImages(source(), space, 3 * N, ALONE, reference="all")
+        assert space.seen == computed and real_images.against_real is None
+    figures, _, _, _ = everything(real_images)
     real = source().take(split_real(100, N, seed=0, reference="all")[0]).images.permute(0, 3, 1, 2)
     drawn = images_of(30, 5).permute(0, 3, 1, 2)
     assert figures == pytest.approx(Comparison(space, space(real)).figures(space(drawn)))
 
 
-def test_the_second_time_no_image_is_read(cache):
-    first, second = source(), source()
-    said = everything(RealImages(first, Pixels(), N, ALONE))
-    assert first.taken == 2 * N
-    assert everything(RealImages(second, Pixels(), N, ALONE)) == said
-    assert second.taken == 0
+def test_the_second_time_nothing_is_computed(cache):
+    first, second = Pixels(), Pixels()
+    images = RealImages(source(), first, N, ALONE)
+    assert first.seen == 2 * N
+    again = RealImages(source(), second, N, ALONE)
+    assert second.seen == 0
+    assert everything(again) == everything(images)
     assert len(list(cache.iterdir())) == 1, "one file, and none that was being written"
 
 
@@ -102,8 +101,27 @@ def test_other_images_another_space_and_another_number_are_not_the_same(cache):
 
     for images, space, n in [(source(), Pixels(), N), (source(1), Pixels(), N), (source(), Other(), N), (source(), Pixels(), 41)]:  # fmt: skip
         RealImages(images, space, n, ALONE)
-        assert images.taken == 2 * n
+        assert space.seen == 2 * n
     assert len(list(cache.iterdir())) == 4
+
+
+@pytest.mark.parametrize("changed", ["compared with", "the others"])
+def test_one_other_image_among_those_compared_is_noticed(cache, changed):
+    """Whatever a source says of itself, as one does that has not read all its images."""
+    images = images_of(100, 0)
+    parts = dict(zip(("compared with", "the others"), split_real(100, N, seed=0), strict=True))
+    said = []
+    for value in (0, 255):
+        images[parts[changed][7]] = value
+        exchanged = ResidentImages("images", images)
+        exchanged.identity = Identity(lambda: "0" * 64)
+        space = Pixels()
+        said.append(everything(RealImages(exchanged, space, N, ALONE)))
+        assert space.seen == 2 * N + 30
+    assert said[0] != said[1]
+    images[list(set(range(100)) - {int(i) for part in parts.values() for i in part})] = 0  # of no other figure
+    space = Pixels()
+    assert everything(RealImages(ResidentImages("images", images), space, N, ALONE)) == said[1] and space.seen == 30
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "a feature", "a fact", "another's"])
@@ -127,13 +145,13 @@ def test_a_damaged_file_is_replaced_with_one_warning(cache, damage):
             }[damage]
         )
         assert path.read_bytes() != content
-    images = source()
+    space = Pixels()
     with pytest.warns(UserWarning) as caught:
-        again = RealImages(images, Pixels(), N, ALONE)
-    assert [str(w.message) for w in caught] == [f"{path} is damaged or not readable: the real images are read again"]
-    assert everything(again) == said and images.taken == 2 * N
-    images = source()
-    assert everything(RealImages(images, Pixels(), N, ALONE)) == said and images.taken == 0
+        again = RealImages(source(), space, N, ALONE)
+    assert [str(w.message) for w in caught] == [f"{path} is damaged or not readable: the features of the real images are computed again"]
+    assert space.seen == 2 * N and everything(again) == said
+    space = Pixels()
+    assert everything(RealImages(source(), space, N, ALONE)) == said and space.seen == 30
 
 
 def test_a_folder_that_cannot_be_written_costs_only_time(tmp_path, monkeypatch):
@@ -196,4 +214,4 @@ def test_the_same_in_several_processes(cache):
         path.unlink()
     text = run(2, "-m", "tests.report.judged", PDFAST_CACHE=str(cache))
     said = [json.loads(line) for line in text.splitlines() if line.startswith("[{")]
-    assert said == 2 * [[{"taken": 82, "said": expected}, {"taken": 0, "said": expected}]]
+    assert said == 2 * [[{"seen": 42, "said": expected}, {"seen": 0, "said": expected}]]

@@ -1,11 +1,10 @@
 """Encoded images of any kind, decoded at one size and written as an array or as tar shards.
 
-In parallel and a part at a time: a conversion that was stopped goes on with the parts that are missing.
+In parallel and a part at a time: a conversion that was stopped goes on with the parts that are missing, or of other images.
 """
 
 import hashlib
 import io
-import json
 import os
 import shutil
 import signal
@@ -21,12 +20,16 @@ from tqdm import tqdm
 from pdfast.cli import Interrupted
 from pdfast.data.encoded import EncodedImages
 from pdfast.data.files import Samples
+from pdfast.data.identity import contents
 from pdfast.data.pictures import BadImage, decode
 from pdfast.data.split import channel_histogram, moments
 from pdfast.engine.files import sync, write_file, write_folder, write_json, writing
 from pdfast.errors import UsageError
+from pdfast.reading import read_json
 
+FORMAT = 2  # of the parts
 PART = 1024  # images
+FACTS = "facts.json"
 SHOWN = 64
 REMEDY = "choose another OUT"
 
@@ -55,7 +58,8 @@ def convert(encoded: EncodedImages, out: Path, size: int, channels: int, *, jobs
         _begin(parts, f"{FORMAT} {len(encoded)} {size} {channels} {as_array} {PART}")
     starts = range(0, len(encoded), PART)
     bar = tqdm(total=len(starts), unit=f"x{PART} images", disable=None)
-    samples = Samples(encoded, size, channels, num_classes=0)
+    classes = 0 if encoded.labels is None else int(encoded.labels.max()) + 1
+    samples = Samples(encoded, size, channels, classes)
     try:
         with ProcessPoolExecutor(jobs, initializer=_start, initargs=(samples, parts, as_array)) as pool:
             futures = [pool.submit(_convert_part, i) for i in range(len(starts))]
@@ -70,7 +74,7 @@ def convert(encoded: EncodedImages, out: Path, size: int, channels: int, *, jobs
         raise Interrupted("stopped; the same command goes on with what is missing") from None
     finally:
         bar.close()
-    facts = [json.loads((parts / f"{i:06}/facts.json").read_text()) for i in range(len(starts))]
+    facts = [read_json(parts / f"{i:06}" / FACTS) for i in range(len(starts))]
     bad = {name: reason for fact in facts for name, reason in fact["bad"].items()}
     if len(bad) > max_bad * len(encoded):
         name, reason = next(iter(bad.items()))
@@ -86,7 +90,6 @@ def convert(encoded: EncodedImages, out: Path, size: int, channels: int, *, jobs
         _join(parts, len(starts), out, labelled=encoded.labels is not None)
         shutil.rmtree(parts)
     mean, std = moments(np.sum([fact["histogram"] for fact in facts], axis=0))
-    classes = 0 if encoded.labels is None else int(encoded.labels.max()) + 1
     return Converted(len(encoded) - len(bad), classes, mean, std, bad, shown)
 
 
@@ -118,7 +121,7 @@ def _convert_part(part: int) -> None:
     if encoded.labels is not None:
         digest.update(encoded.labels[wanted].tobytes())
     if folder.exists():
-        if read_json(folder / "facts.json")["sha256"] == digest.hexdigest():
+        if read_json(folder / FACTS).get("sha256") == digest.hexdigest():
             return
         shutil.rmtree(folder)
     for i in wanted:
@@ -137,7 +140,8 @@ def _convert_part(part: int) -> None:
         else:
             _write_shard(folder / "shard.tar", array, numbers, None if encoded.labels is None else labels)
         np.save(folder / "shown.npy", array[:SHOWN])
-        write_json(folder / "facts.json", {"sha256": digest.hexdigest()} | {"histogram": channel_histogram(array).tolist(), "bad": bad})
+        histogram = channel_histogram(array).tolist()
+        write_json(folder / FACTS, {"sha256": digest.hexdigest(), "histogram": histogram, "bad": bad})
 
     write_folder(folder, fill)
 

@@ -55,7 +55,7 @@ class Samples:
         if self.num_classes:
             assert self.encoded.labels is not None  # `open_files` refuses data without any
             if not 0 <= (label := self.encoded.labels[i]) < self.num_classes:
-                raise BadImage(f"label {label}, not one of {self.num_classes} classes")
+                raise BadImage("no label" if label < 0 else f"label {label}, not one of {self.num_classes} classes")
         return self.encoded.read(i)
 
     def usable(self, i: int, use: Callable[[int, bytes], T]) -> tuple[T, int, list[Bad]]:

@@ -1,6 +1,7 @@
 """`python -m pdfast.data.prepare images`: arrays and tar shards of images in files, and what happens when it is stopped."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -103,6 +104,46 @@ def test_a_stopped_conversion_goes_on(folder, tmp_path, monkeypatch):
     facts.parent.mkdir(parents=True)
     (facts.parents[1] / "key").write_text("another")
     assert not convert(*arguments, jobs=1, max_bad=0.5).bad
+
+
+@pytest.mark.parametrize("out", ["out.npz", "out"])
+def test_what_was_converted_of_other_images_is_made_again(folder, tmp_path, monkeypatch, out):
+    """Files exchanged for others of their names and sizes, between a stop and the same command."""
+    for file in folder.glob("*/*.png"):
+        with Image.open(file) as image:
+            image.save(file.with_suffix(".bmp"))
+        file.unlink()
+    arguments = find_images(folder), tmp_path / out, 8, 3
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(module, "_join", lambda *_, **__: sys.exit())
+        convert(*arguments, jobs=1, max_bad=0.5)
+    files = sorted(folder.glob("*/*.bmp"))
+    assert len(files[0].read_bytes()) == len(files[-1].read_bytes())
+    files[0].write_bytes(files[-1].read_bytes())
+    for part in ("000000", "000001"):
+        facts = tmp_path / f".{out}.parts" / part / "facts.json"
+        facts.write_text(json.dumps(json.loads(facts.read_text()) | {"bad": {part: "kept"}}))
+    assert convert(find_images(folder), tmp_path / out, 8, 3, jobs=1, max_bad=0.5).bad == {"000001": "kept"}
+    assert torch.equal(everything(tmp_path / out)[0], everything(folder)[0])
+
+
+@pytest.mark.parametrize("out", ["out.npz", "out"])
+def test_a_sample_without_a_label_among_others_is_left_out(tmp_path, capsys, out):
+    """`--data` refuses a label of -1 in an array, and shards where it is one too many."""
+    folder, out = tmp_path / "images", tmp_path / out
+    folder.mkdir()
+    for i, pixels in enumerate(PIXELS):
+        (folder / f"{i}.png").write_bytes(encoded(pixels))
+    (folder / "labels.csv").write_text("".join(f"{i}.png,{i % 3}\n" for i in range(9)))
+    command = "images", str(folder), str(out), "--size", "8", "--jobs", "1"
+    assert call("data.prepare", *command) == 2
+    assert "1 of 10 images cannot be used, more than --max-bad 0.001 allows; the first: 9.png (no label)" in (
+        capsys.readouterr().err
+    )
+    assert call("data.prepare", *command, "--max-bad", "0.1") == 0
+    assert "left out      9.png: no label\n" in capsys.readouterr().out
+    source = load_source(str(out), image_size=8, channels=3, num_classes=3)
+    assert source.num_images == 9 and source.take(torch.arange(9)).labels.tolist() == 3 * [0, 1, 2]
 
 
 @pytest.mark.parametrize(

@@ -309,7 +309,8 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 
 T = TypeVar("T")
-FACTS = {"command", "data_sha256", "teacher_sha256"}  # in a saved configuration beside its fields
+FACTS = {"command", "images_sha256", "teacher_sha256", "features_sha256", "data_sha256"}
+"""In a saved configuration beside its fields; the last of the version before."""
 
 
 def from_plain(cls: type[T], plain: dict[str, Any], where: str) -> T:

@@ -7,6 +7,7 @@ Every model draws from the same noise. The last row compares real images with as
 reach; there is none where all real images are compared with.
 """
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,6 +30,7 @@ from pdfast.engine import layout
 from pdfast.engine.device import open_device
 from pdfast.engine.files import write_json, writing
 from pdfast.engine.model_folder import SavedModel, is_model, load_model
+from pdfast.engine.run import same_images
 from pdfast.engine.world import World
 from pdfast.errors import UsageError
 from pdfast.reading import load_yaml
@@ -134,16 +136,23 @@ def main() -> None:
     for network in {id(saved): saved.network for _, saved, _ in wanted}.values():
         layout.for_sampling(network, device, arguments.dtype, arguments.compile)
     config = first.config
+    source = load_source(
+        data,
+        image_size=config.image_size,
+        channels=config.image_channels,
+        device=device,
+        loader=run.get("loader", "auto") if data == run.get("data") else "auto",
+        max_bad=run.get("max_bad", RunConfig.max_bad),
+    )
+    if arguments.data is None and not same_images(run, source):
+        warnings.warn(
+            f"{data} holds other images than {arguments.model} was trained on: these figures are next to them, not to those of "
+            "its report",
+            stacklevel=2,
+        )
     evaluator = Evaluator(
         evaluation_settings(arguments, run),
-        load_source(
-            data,
-            image_size=config.image_size,
-            channels=config.image_channels,
-            device=device,
-            loader=run.get("loader", "auto") if data == run.get("data") else "auto",
-            max_bad=run.get("max_bad", RunConfig.max_bad),
-        ),
+        source,
         first.schedule.build(),
         seed=run.get("seed", 0) if arguments.seed is None else arguments.seed,
         num_classes=config.num_classes,

@@ -8,20 +8,27 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import reduce
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import yaml
 
 from pdfast.config import RunConfig, to_plain, to_yaml
 from pdfast.data import ImageSource
-from pdfast.engine.files import write_file, writing
+from pdfast.engine.files import sha256, write_file, writing
 from pdfast.engine.model_folder import SavedModel
 from pdfast.engine.world import World
 from pdfast.errors import UsageError
 from pdfast.reading import load_yaml
 
 MAY_CHANGE = {"run", "device", "loader", "max_bad", "log_every", "checkpoint_every", "engine", "guard"}
+KNOWN_BY = {
+    "images_sha256": ("data", "other images than those of"),
+    "teacher_sha256": ("teacher", "another teacher than"),
+    "features_sha256": ("evaluation.features", "other features than those of"),
+}
+"""Hashes in the saved configuration, each of the contents behind a setting, which may then be spelled otherwise."""
 
 
 @contextmanager
@@ -37,29 +44,49 @@ def open_run(config: RunConfig, source: ImageSource, world: World, teacher: Save
             with writing(config.run):
                 config.run.mkdir(parents=True, exist_ok=True)
                 lock = until_the_end.enter_context(open(config.run / ".lock", "w"))
-            facts = {"data_sha256": source.fingerprint} | (
-                {} if teacher is None else {"teacher_sha256": teacher.weights_sha256()}
-            )
-            _begin_or_resume(config, facts, lock)
+            _begin_or_resume(config, source, _facts(config, source, teacher), lock)
 
         world.on_first(open_folder)
         yield
 
 
-def _begin_or_resume(config: RunConfig, facts: dict[str, str], lock: IO[str]) -> None:
+def _facts(config: RunConfig, source: ImageSource, teacher: SavedModel | None) -> dict[str, str]:
+    facts = {"images_sha256": source.identity.sha256}
+    if teacher is not None:
+        facts["teacher_sha256"] = teacher.weights_sha256()
+    if (features := Path(config.evaluation.features)).is_file():
+        facts["features_sha256"] = sha256(features)
+    return facts
+
+
+def same_images(saved: dict[str, Any], source: ImageSource) -> bool:
+    """Whether these are the images that a run was begun with whose configuration is `saved`."""
+    if "images_sha256" in saved:
+        return saved["images_sha256"] == source.identity.sha256
+    return saved.get("data_sha256") == source.identity.earlier
+
+
+def _begin_or_resume(config: RunConfig, source: ImageSource, facts: dict[str, str], lock: IO[str]) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise UsageError(
             f"another process is working in {config.run}; wait for it, or choose another folder with --run"
         ) from None
-    saved = config.run / "config.yaml"
-    if saved.exists():
-        before = load_yaml(saved)
-        before.pop("command", None)
-        _refuse_changes(before, to_plain(config) | facts, config.run)
-    else:
-        write_file(saved, to_yaml(config) + yaml.safe_dump({"command": _command()} | facts, width=10_000))
+    path, now = config.run / "config.yaml", to_plain(config) | facts
+    if not path.exists():
+        write_file(path, to_yaml(config) + yaml.safe_dump({"command": _command()} | facts, width=10_000))
+        return
+    saved = load_yaml(path)
+    before = {name: value for name, value in saved.items() if name not in ("command", "data_sha256")}
+    if same_images(saved, source):
+        before["images_sha256"] = facts["images_sha256"]  # also of a run that an earlier version began
+    _refuse_changes(before, now, config.run)
+    # Whoever reads the configuration finds what it names where it is now.
+    spelled = {name: now[name] for name in ("run", "data", "teacher", "evaluation") if name in now} | facts
+    current = {name: value for name, value in saved.items() if name != "data_sha256"} | spelled
+    if current != saved:
+        write_file(path, yaml.safe_dump(current, sort_keys=False, width=10_000))
 
 
 def _command() -> str:
@@ -68,15 +95,30 @@ def _command() -> str:
     return shlex.join(["python", "-m", main.name, *sys.argv[1:]] if main else ["python", *sys.argv])
 
 
-def _refuse_changes(before: dict, now: dict, run: Path, prefix: str = "") -> None:
-    for name in sorted(before.keys() | now.keys()):
-        path = f"{prefix}{name}"
-        old, new = before.get(name), now.get(name)
-        if path in MAY_CHANGE:
-            continue
-        if isinstance(old, dict) and isinstance(new, dict):
-            _refuse_changes(old, new, run, f"{path}.")
-        elif old != new:
+def _refuse_changes(before: dict, now: dict, run: Path) -> None:
+    proven = set()
+    for fact, (path, other) in KNOWN_BY.items():
+        if fact in now and (fact in before or fact == "images_sha256"):
+            if before.get(fact) != now[fact]:
+                value = reduce(lambda fields, name: fields[name], path.split("."), now)
+                raise UsageError(
+                    f"{run} was begun with {other} {value}: give what it was begun with, or choose another folder with --run"
+                )
+            proven.add(path)
+    for path, old, new in _changes(before, now):
+        if path not in proven and path not in KNOWN_BY:
             raise UsageError(
                 f"{run} was begun with {path} = {old}, now it is {new}: give the same value, or choose another folder with --run"
             )
+
+
+def _changes(before: dict, now: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The settings that differ, with both values, but for those that may."""
+    for name in sorted(before.keys() | now.keys()):
+        path, old, new = f"{prefix}{name}", before.get(name), now.get(name)
+        if path in MAY_CHANGE:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _changes(old, new, f"{path}.")
+        elif old != new:
+            yield path, old, new

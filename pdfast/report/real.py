@@ -142,9 +142,7 @@ class _Kept:
         except Exception:  # the reader raises many kinds
             whole = False
         if not whole:
-            warnings.warn(
-                f"{self._path} is damaged or not readable: the features of the real images are computed again", stacklevel=2
-            )
+            warnings.warn(f"{self._path} is damaged or not readable: its features are computed again", stacklevel=2)
             return None
         self.features = features
         return metadata["facts"]

@@ -148,7 +148,7 @@ def test_a_damaged_file_is_replaced_with_one_warning(cache, damage):
     space = Pixels()
     with pytest.warns(UserWarning) as caught:
         again = RealImages(source(), space, N, ALONE)
-    assert [str(w.message) for w in caught] == [f"{path} is damaged or not readable: the features of the real images are computed again"]
+    assert [str(w.message) for w in caught] == [f"{path} is damaged or not readable: its features are computed again"]
     assert space.seen == 2 * N and everything(again) == said
     space = Pixels()
     assert everything(RealImages(source(), space, N, ALONE)) == said and space.seen == 30

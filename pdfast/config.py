@@ -192,7 +192,7 @@ class RunConfig:
     checkpoint_every: int = 1000
     """Updates between checkpoints."""
     log_every: int = 100
-    """Updates between log lines."""
+    """Updates between log lines; a short stage has at least eight lines."""
     engine: EngineConfig = EngineConfig()
 
 

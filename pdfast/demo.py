@@ -28,6 +28,7 @@ from pdfast.engine import layout
 from pdfast.engine.device import open_device
 from pdfast.engine.log import count_steps
 from pdfast.engine.model_folder import SavedModel, load_model
+from pdfast.engine.run import students_of
 from pdfast.errors import UsageError
 from pdfast.reading import load_yaml
 from pdfast.report.grids import write_png
@@ -72,11 +73,11 @@ class Models:
     """
 
     def __init__(self, run: Path, count: int, device: torch.device) -> None:
-        folders = sorted((run / "students").glob("[0-9]*"), reverse=True)
+        folders = students_of(run)
         if not folders:
             raise UsageError(f"there are no students in {run}: give the folder of a run of pdfast.distill")
         self.run, self.count, self.device = run, count, device
-        self.students = {int(folder.name): load_model(folder, device) for folder in folders}
+        self.students = {steps: load_model(folder, device) for steps, folder in folders.items()}
         self.teacher = load_model(run / "teacher", device)
         self.start = load_yaml(run / "config.yaml").get("start_steps") or 2 * max(self.students)
         for saved in (self.teacher, *self.students.values()):

@@ -128,6 +128,7 @@ class Rounds:
                     "restore that one, or delete the round's checkpoints to start it again"
                 )
             optimizer.load_state(checkpoint.tensors)
+            self.losses.load_state(checkpoint.tensors)
             start, seconds = checkpoint.update, checkpoint.extra["seconds"]
             log.say(f"resuming the round to {count_steps(steps)} at update {start}")
         log.forget_after(steps, start)
@@ -161,7 +162,7 @@ class Rounds:
                     "samples": (update + 1) * config.batch_size,
                     "teacher_sha256": self.teacher_sha256,
                 }
-                checkpoints.save(update + 1, optimizer.state(), optimizer.counters(), extra)
+                checkpoints.save(update + 1, optimizer.state(), optimizer.counters() | self.losses.state(), extra)
             checkpoints.poll()
             if stopping:
                 checkpoints.finish()

@@ -30,7 +30,7 @@ from pdfast.engine import layout
 from pdfast.engine.device import open_device
 from pdfast.engine.files import write_json, writing
 from pdfast.engine.model_folder import SavedModel, is_model, load_model
-from pdfast.engine.run import same_images
+from pdfast.engine.run import same_images, students_of
 from pdfast.engine.world import World
 from pdfast.errors import UsageError
 from pdfast.reading import load_yaml
@@ -92,7 +92,7 @@ def models_to_judge(arguments: Arguments, device: torch.device) -> list[tuple[st
         name = "teacher" if saved.steps is None else f"student of {saved.steps}"
         counts = arguments.steps or ((saved.steps,) if saved.steps else (256, 16))
         return [(name, saved, n) for n in counts]
-    students = {int(f.name): load_model(f, device) for f in (folder / "students").glob("[0-9]*")}
+    students = {steps: load_model(f, device) for steps, f in students_of(folder).items()}
     teacher = load_model(folder / "teacher", device) if (folder / "teacher").is_dir() else None
     counts = arguments.steps or tuple(sorted(students, reverse=True))
     wanted = [("student", students[n], n) for n in counts if n in students]

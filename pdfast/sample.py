@@ -23,6 +23,7 @@ from pdfast.engine import layout
 from pdfast.engine.device import open_device
 from pdfast.engine.files import writing
 from pdfast.engine.model_folder import SavedModel, is_model, load_model
+from pdfast.engine.run import students_of
 from pdfast.errors import UsageError
 from pdfast.report.evaluator import to_uint8
 from pdfast.report.grids import image_grid, write_png
@@ -68,7 +69,7 @@ def find_model(folder: Path, steps: int | None, device: torch.device) -> SavedMo
     """
     if is_model(folder) or not folder.is_dir():
         return load_model(folder, device)
-    students = {int(f.name): f for f in (folder / "students").glob("[0-9]*")}
+    students = students_of(folder)
     if steps in students:
         return load_model(students[steps], device)
     if steps is None and students:

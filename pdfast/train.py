@@ -91,6 +91,7 @@ def train_teacher(
     start, seconds = 0, 0.0
     if checkpoint:
         optimizer.load_state(checkpoint.tensors)
+        losses.load_state(checkpoint.tensors)
         start, seconds = checkpoint.update, checkpoint.extra["seconds"]
         log.say(f"resuming the teacher at update {start}")
     log.forget_after(None, start)
@@ -122,7 +123,7 @@ def train_teacher(
         stopping = machine.asked_to_stop(f"update {update + 1} of the teacher")
         if stopping or (update + 1) % config.checkpoint_every == 0 or update + 1 == settings.updates:
             extra = {"seconds": progress.seconds, "samples": (update + 1) * settings.batch_size}
-            checkpoints.save(update + 1, optimizer.state(), optimizer.counters(), extra)
+            checkpoints.save(update + 1, optimizer.state(), optimizer.counters() | losses.state(), extra)
         checkpoints.poll()
         if stopping:
             checkpoints.finish()

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 
 def write(file: str, folder: str) -> None:
@@ -23,7 +23,7 @@ def write(file: str, folder: str) -> None:
     config = {"format": "edm-1", "class_name": type(network).__name__, "init_kwargs": network.init_kwargs}
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     weights = {name: weight.contiguous().to(torch.float32) for name, weight in network.state_dict().items()}
-    save_file(weights, out / "model.safetensors")
+    (out / "model.safetensors").write_bytes(save(weights))
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
     checkpoints/STAGE-UPDATE/rank-0003.safetensors    the part of each tensor that shard 3 holds
     checkpoints/STAGE-UPDATE/rank-0003.json           its hash
-    checkpoints/STAGE-UPDATE/state.json               update, number of parts, and what else the stage needs
+    checkpoints/STAGE-UPDATE/state.json               update, number of parts, and what else the stage needs, with their hash
 
 Tensors and plain JSON, no pickle. A background thread writes them while training goes on; when all processes have written
 theirs, one rename makes the folder appear: it is whole or absent, and the last few are kept. Parameters are divided along
 their first dimension, so that any number of processes can read what another number wrote.
 """
 
-import json
+import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -23,13 +23,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pdfast.engine.files import commit_folder, sha256, sync, write_json, writing
+from pdfast.engine.files import SEAL, check_seal, commit_folder, sealed, sha256, sync, write_json, writing
 from pdfast.engine.layout import rows
 from pdfast.engine.world import World
 from pdfast.errors import RunError, UsageError
+from pdfast.reading import read_json
 
 KEEP = 2
-DAMAGED = (OSError, ValueError, KeyError, TypeError, SafetensorError)
+DAMAGED = (OSError, ValueError, KeyError, TypeError, SafetensorError, UsageError)
+STATE = {"update": int, "parts": int, "common": list, "extra": dict}
+"""The fields of a state.json beside its checksum, and what they are."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,10 @@ class Checkpoints:
         return self._folder / f".{self._stage}-{update:010d}.tmp"
 
     def _folders(self) -> list[Path]:
-        """Newest first."""
-        return sorted(self._folder.glob(f"{self._stage}-[0-9]*"), reverse=True)
+        """Newest first; what has another name than a checkpoint's is somebody's own."""
+        named = re.compile(re.escape(self._stage) + "-[0-9]{10,}")
+        folders = [f for f in self._folder.glob(f"{self._stage}-*") if named.fullmatch(f.name) and f.is_dir()]
+        return sorted(folders, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), reverse=True)
 
     def save(
         self, update: int, divided: Mapping[str, Tensor], common: Mapping[str, Tensor], extra: dict[str, Any]
@@ -83,7 +88,7 @@ class Checkpoints:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
                 state = {"update": update, "parts": self._world.shards, "common": list(common), "extra": extra}
-                write_json(temporary / "state.json", state)
+                write_json(temporary / "state.json", sealed(state))
             return True
 
         try:
@@ -183,18 +188,21 @@ class Checkpoints:
 
     def _check(self, folder: Path) -> int:
         """Its update; one of DAMAGED where something is missing or was changed."""
-        meta = json.loads((folder / "state.json").read_text())
-        for part in range(meta["parts"]):
-            file = folder / f"rank-{part:04d}.safetensors"
-            if sha256(file) != json.loads(file.with_suffix(".json").read_text())["sha256"]:
-                raise ValueError(f"the hash of {file.name} differs")
-        if f"{meta['update']:010d}" != folder.name.rsplit("-", 1)[1] or not {"common", "extra"} <= meta.keys():
+        meta = _read_state(folder)
+        files = _files(folder, meta["parts"])
+        if f"{meta['update']:010d}" != folder.name.rsplit("-", 1)[1] or sorted(folder.glob("*.safetensors")) != files:
             raise ValueError("its state.json was changed")
+        for file in files:
+            if sha256(file) != read_json(file.with_suffix(".json"))["sha256"]:
+                raise ValueError(f"the hash of {file.name} differs")
+        with safe_open(files[0], framework="pt") as first:
+            if not set(meta["common"]) <= set(first.keys()):
+                raise ValueError("its state.json was changed")
         return meta["update"]
 
     def _load(self, folder: Path) -> Checkpoint:
-        meta = json.loads((folder / "state.json").read_text())
-        files = [safe_open(folder / f"rank-{part:04d}.safetensors", framework="pt") for part in range(meta["parts"])]
+        meta = _read_state(folder)
+        files = [safe_open(file, framework="pt") for file in _files(folder, meta["parts"])]
         tensors = {}
         for name in files[0].keys():  # it is not a dict
             if name in meta["common"]:
@@ -214,6 +222,31 @@ class Checkpoints:
             self._forget_unfinished()
             for folder in self._folders():
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """What its state.json says. One of DAMAGED where that is not what was written, as far as can be seen: older ones
+    have no checksum."""
+    meta = read_json(folder / "state.json")
+    if SEAL in meta:
+        meta = check_seal(meta)
+    if meta.keys() != STATE.keys() or any(type(meta[name]) is not kind for name, kind in STATE.items()):
+        raise ValueError("its state.json was changed")
+    if meta["parts"] < 1 or not all(isinstance(name, str) for name in meta["common"]):
+        raise ValueError("its state.json was changed")
+    return meta
+
+
+def _files(folder: Path, parts: int) -> list[Path]:
+    return [folder / f"rank-{part:04d}.safetensors" for part in range(parts)]
+
+
+def clear_finished(run: Path) -> None:
+    """Delete the checkpoints of stages whose result is there: a run may be killed between the two."""
+    for folder in (run / "checkpoints").glob("*"):
+        stage = re.fullmatch(r"\.?(teacher|student-([0-9]{4,}))-[0-9]{10,}(\.tmp)?", folder.name)
+        if stage and (run / (f"students/{stage[2]}" if stage[2] else "teacher")).is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _own_rows(parts: list[Any], world: World) -> Tensor:

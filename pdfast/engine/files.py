@@ -13,7 +13,18 @@ from typing import Any
 from pdfast.errors import RunError, UsageError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+_FORBIDDEN = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+}
+SEAL = "checksum"
+"""The field of a JSON file that holds the hash of all others."""
 
 
 @contextmanager
@@ -70,6 +81,23 @@ def write_json(path: Path, value: Any) -> None:
     write_file(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """Plain data with the hash of what it says, by which `check_seal` sees that something was changed."""
+    return value | {SEAL: _hash_of(value)}
+
+
+def check_seal(value: dict[str, Any]) -> dict[str, Any]:
+    """The plain data without its seal. ValueError where it has none, or says something else than what was sealed."""
+    rest = {name: content for name, content in value.items() if name != SEAL}
+    if value.get(SEAL) != _hash_of(rest):
+        raise ValueError(f"its {SEAL} differs")
+    return rest
+
+
+def _hash_of(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     """Create the folder `path` atomically: `fill` writes into a temporary one, which is synced and renamed."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -85,9 +113,15 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def commit_folder(temporary: Path, path: Path) -> None:
-    """Sync a folder and what is in it, then let it appear as `path`, by one rename."""
+    """Sync a folder and what is in it, then let it appear as `path`, by one rename.
+
+    Files get the permissions that the umask leaves, as the folder did: some writers keep theirs to their owner.
+    """
     with writing(path):
-        for file in temporary.iterdir():
+        permissions = temporary.stat().st_mode & 0o666
+        for file in sorted(temporary.rglob("*"), reverse=True):  # what is in a folder before the folder
+            if file.is_file() and file.stat().st_mode & 0o777 != permissions:
+                file.chmod(permissions)
             sync(file)
         sync(temporary)
         os.rename(temporary, path)

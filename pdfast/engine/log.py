@@ -3,22 +3,28 @@
 The first process alone writes; in the others all this is silent.
 """
 
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from pdfast.data import ImageSource
+from pdfast.engine.board import Board
 from pdfast.engine.files import write_file, writing
 from pdfast.engine.metrics import Losses, Speed, peak_memory_mib
 from pdfast.engine.optimizer import Optimizer
 from pdfast.engine.step import Draws
 from pdfast.engine.world import World
+from pdfast.errors import UsageError
+from pdfast.reading import parse_json
 
 PLAIN_LINE_EVERY_SECONDS = 10.0
+LINES = 8  # that a stage has at least, where it has as many updates: a curve of it can be drawn
 SCALARS = (
     "loss",
     "grad_norm",
@@ -33,6 +39,40 @@ SCALARS = (
 )
 
 
+def read_log(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """The lines of a log.jsonl with what they say. What is no line of a log, such as one that was cut off by a kill, is left
+    out; UsageError where the file is none that can be read."""
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is no regular file: move it away")
+    try:
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error}") from None
+    return [(line, entry) for line in lines if line.endswith(b"\n") and (entry := _entry(line)) is not None]
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """What a line says, None where that is nothing that a run writes."""
+    try:
+        entry = parse_json(line.decode())
+    except ValueError:
+        return None
+    if not isinstance(entry, dict) or not _is_number(entry.get("steps"), int):
+        return None
+    if "event" in entry:
+        return entry if all(isinstance(entry.get(name, ""), str) for name in ("event", "message", "name")) else None
+    losses = entry.get("loss_by_step") or []
+    numbers = [entry.get(name) for name in (*SCALARS, "seconds", "images")]
+    numbers += losses if isinstance(losses, list) else [losses]
+    whole = isinstance(losses, list) and entry.get("update") is not None and _is_number(entry["update"], int)
+    return entry if whole and all(_is_number(number, float) for number in numbers) else None
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    """Whether it is a whole number (`int`), or any (`float`), or None."""
+    return value is None or type(value) is int or type(value) is kind
+
+
 class RunLog:
     """log.jsonl, TensorBoard and the console of one run."""
 
@@ -40,12 +80,15 @@ class RunLog:
         self.path, self.first, self._world = run / "log.jsonl", world.first, world
         self._source: ImageSource | None = None
         self._exchanged: set[str] = set()
+        self._recorded: set[str] = set()
+        """Names of the bad images that have a line."""
         if self.first:
-            from torch.utils.tensorboard import SummaryWriter
-
-            with writing(self.path):
-                self._file = open(self.path, "a")
-                self._board = SummaryWriter(str(run / "tb"))
+            lines = read_log(self.path)
+            self._recorded = {
+                entry["name"] for _, entry in lines if entry.get("event") == "bad image" and "name" in entry
+            }
+            self._keep(line for line, _ in lines)
+            self._board = Board(run / "tb")
 
     def say(self, message: str) -> None:
         """A line for the console alone."""
@@ -57,14 +100,17 @@ class RunLog:
         """One JSON line."""
         if self.first:
             with writing(self.path):
-                self._file.write(json.dumps(entry) + "\n")
+                self._file.write(json.dumps(entry).encode() + b"\n")
                 self._file.flush()
 
     def watch(self, source: ImageSource) -> None:
-        """From now on each image that cannot be used is a line, and so are those that were found before."""
+        """From now on each image that cannot be used is a line, and so are those that were found before; one line for each,
+        however often the run is resumed."""
 
         def record(name: str, reason: str) -> None:
-            self.record({"event": "bad image", "name": name, "reason": reason})
+            if name not in self._recorded:
+                self._recorded.add(name)
+                self.record({"event": "bad image", "name": name, "reason": reason})
 
         for name, reason in source.bad.reasons.items():
             record(name, reason)
@@ -98,38 +144,38 @@ class RunLog:
         if self.first:
             for name, value in values.items():
                 if value is not None:
-                    self._board.add_scalar(f"{tag}/{name}", value, update)
+                    self._board.scalar(f"{tag}/{name}", value, update)
 
     def images(self, images: Any, steps: int) -> None:
         """Samples, uint8 [n, H, W, C], of a model at a step count, for TensorBoard."""
         if self.first:
-            self._board.add_images("samples", images, steps, dataformats="NHWC")
+            self._board.images("samples", images, steps)
 
     def forget_after(self, steps: int | None, update: int) -> None:
         """Drop the log lines of this stage past `update`, and its warnings: they belong to what will be done again."""
         if not self.first:
             return
         self._file.close()
-        lines = self.path.read_text().splitlines(keepends=True)
-        kept = []
-        for line in lines:
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue  # cut off by a kill
+
+        def stays(entry: dict[str, Any]) -> bool:
             of_stage = "event" not in entry or "steps" in entry
-            if not of_stage or entry.get("steps") != steps or entry.get("update", update + 1) <= update:
-                kept.append(line)
-        write_file(self.path, "".join(kept))
+            return not of_stage or entry.get("steps") != steps or entry.get("update", update + 1) <= update
+
+        self._keep(line for line, entry in read_log(self.path) if stays(entry))
+
+    def _keep(self, lines: Iterable[bytes]) -> None:
+        """Go on after these lines of the file."""
+        write_file(self.path, b"".join(lines))
         with writing(self.path):
-            self._file = open(self.path, "a")
+            self._file = open(self.path, "ab")
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *error: object) -> None:
         if self.first:
-            self._file.close()
+            with contextlib.suppress(OSError):  # what could not be written was said when it was
+                self._file.close()
             self._board.close()
 
 
@@ -151,8 +197,14 @@ class Progress:
         seconds: float,
         every: int,
     ) -> None:
+        """every: updates between log lines, fewer in a stage that would have less than `LINES`."""
         self._log, self._losses, self._speed, self._optimizer, self._draws = log, losses, speed, optimizer, draws
-        self._phase, self._steps, self._updates, self._every = phase, steps, updates, every
+        self._phase, self._steps, self._updates, self._every = (
+            phase,
+            steps,
+            updates,
+            min(every, max(1, -(-updates // LINES))),
+        )
         self._seconds_before, self._began, self._start = seconds, time.perf_counter(), start
         self._last_line = self._began
         speed.start(start, draws.waited)
@@ -168,7 +220,7 @@ class Progress:
         return self._seconds_before + time.perf_counter() - self._began
 
     def update(self, done: int, learning_rate: float) -> None:
-        """Report that `done` updates are done; writes a log line every `every` updates and after the last."""
+        """Report that `done` updates are done; writes a log line now and then, and after the last."""
         self._bar.update(1)
         if done % self._every and done != self._updates:
             return

@@ -3,6 +3,7 @@ what was skipped, how fast it goes."""
 
 import resource
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,17 @@ class Losses:
         total = sum(counts)
         by_step = [s / n if n else None for s, n in zip(sums, counts, strict=True)]
         return sum(sums) / total if total else float("nan"), by_step
+
+    def state(self) -> dict[str, Tensor]:
+        """What was added since the last reading, on all processes, which all must call it: what a checkpoint holds."""
+        return {"losses": self._world.sum(self._sums)}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `state`; nothing where an older version wrote none."""
+        if "losses" in tensors and self._world.first:  # the sum is that of all processes
+            self._sums.copy_(tensors["losses"])
+        else:
+            self._sums.zero_()
 
     @property
     def bad_step_index(self) -> int:

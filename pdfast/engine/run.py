@@ -4,6 +4,7 @@ runs/NAME/{config.yaml, log.jsonl, tb/, checkpoints/, teacher/, students/NNNN/, 
 """
 
 import fcntl
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import yaml
 
 from pdfast.config import RunConfig, to_plain, to_yaml
 from pdfast.data import ImageSource
+from pdfast.engine.checkpoint import clear_finished
 from pdfast.engine.files import sha256, write_file, writing
 from pdfast.engine.model_folder import SavedModel
 from pdfast.engine.world import World
@@ -29,6 +31,14 @@ KNOWN_BY = {
     "features_sha256": ("evaluation.features", "other features than those of"),
 }
 """Hashes in the saved configuration, each of the contents behind a setting, which may then be spelled otherwise."""
+
+
+def students_of(run: Path) -> dict[int, Path]:
+    """The folders of a run's students by their steps, from many to few; what has another name there is somebody's own."""
+    found = {int(f.name): f for f in (run / "students").glob("*") if re.fullmatch("[0-9]{4,9}", f.name) and f.is_dir()}
+    return {
+        steps: found[steps] for steps in sorted(found, reverse=True) if found[steps].name == f"{steps:04d}" and steps
+    }
 
 
 @contextmanager
@@ -45,6 +55,7 @@ def open_run(config: RunConfig, source: ImageSource, world: World, teacher: Save
                 config.run.mkdir(parents=True, exist_ok=True)
                 lock = until_the_end.enter_context(open(config.run / ".lock", "w"))
             _begin_or_resume(config, source, _facts(config, source, teacher), lock)
+            clear_finished(config.run)
 
         world.on_first(open_folder)
         yield

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from pdfast.engine.files import write_file
-from pdfast.engine.log import count_steps
+from pdfast.engine.log import count_steps, read_log
+from pdfast.engine.run import students_of
 from pdfast.report.grids import steps_grid
 from pdfast.report.metrics import in_words
 from pdfast.report.plots import loss_by_step_plot, loss_plot, quality_plot
@@ -39,17 +40,6 @@ def _read_images(path: Path) -> np.ndarray | None:
         return np.load(path, allow_pickle=False)
     except (OSError, ValueError):
         return None
-
-
-def _read_log(path: Path) -> list[dict[str, Any]]:
-    entries = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                entries.append(json.loads(line))
-            except ValueError:
-                continue  # the last line of a run that was killed
-    return entries
 
 
 def _loss_curves(log: list[dict[str, Any]], phase: str) -> list[tuple[str, list[int], list[float]]]:
@@ -199,11 +189,8 @@ def build_report(run: Path) -> Path:
     import yaml
 
     teacher = _read_stage(run / "teacher", None)
-    folders = (
-        sorted((run / "students").glob("[0-9]*"), key=lambda f: -int(f.name)) if (run / "students").exists() else []
-    )
-    students = [stage for f in folders if (stage := _read_stage(f, int(f.name)))]
-    log = _read_log(run / "log.jsonl")
+    students = [stage for steps, folder in students_of(run).items() if (stage := _read_stage(folder, steps))]
+    log = [entry for _, entry in read_log(run / "log.jsonl")]
     config_text = (run / "config.yaml").read_text() if (run / "config.yaml").exists() else ""
     config = yaml.safe_load(config_text) or {}
 

@@ -72,7 +72,8 @@ def loss_plot(curves: list[tuple[str, list[int], list[float]]]) -> str:
 
         colours = matplotlib.colormaps["viridis"]
         for i, (name, updates, losses) in enumerate(curves):
-            axes.plot(updates, losses, label=name, color=colours(0.9 * i / max(len(curves) - 1, 1)), linewidth=1.3)
+            colour, marker = colours(0.9 * i / max(len(curves) - 1, 1)), "o" if len(updates) == 1 else None
+            axes.plot(updates, losses, label=name, color=colour, linewidth=1.3, marker=marker, markersize=3)
         _logarithmic(axes)
         axes.set_xlabel("update")
         axes.set_ylabel("loss")

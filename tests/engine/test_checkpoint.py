@@ -1,13 +1,16 @@
 """Checkpoints in parts: written by some number of processes, read by another; what fails while they are written."""
 
 import errno
+import json
+import os
 from dataclasses import dataclass
 
 import pytest
 import torch
 
 from pdfast.engine import checkpoint
-from pdfast.engine.checkpoint import Checkpoints
+from pdfast.engine.checkpoint import Checkpoints, clear_finished
+from pdfast.engine.files import SEAL
 from pdfast.engine.layout import rows
 from pdfast.engine.world import World
 
@@ -129,3 +132,100 @@ def test_nothing_needs_pickle(tmp_path):
     write(tmp_path, 2, 1)
     files = [p for p in (tmp_path / "checkpoints").rglob("*") if p.is_file()]
     assert {p.suffix for p in files} == {".json", ".safetensors"}
+
+
+def flipped(content, bit):
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def test_a_flipped_bit_of_its_state_is_seen(tmp_path, capsys):
+    """One of each byte: the state is then what it was, or the checkpoint before is used."""
+    for update in (1, 2):
+        write(tmp_path, 1, update)
+    reader = Checkpoints(tmp_path, "student-0004", parts(1)[0])
+    expected = reader.latest()
+    for name in ("state.json", "rank-0000.json"):
+        file = tmp_path / "checkpoints/student-0004-0000000002" / name
+        content = file.read_bytes()
+        noticed = 0
+        for bit in range(0, 8 * len(content), 9):
+            file.write_bytes(flipped(content, bit))
+            found = reader.latest()
+            if found.update == 2:
+                assert (found.extra, found.tensors.keys()) == (expected.extra, expected.tensors.keys()), bit
+            else:
+                assert found.update == 1
+                noticed += 1
+        assert noticed > 0.9 * 8 / 9 * len(content)
+        file.write_bytes(content)
+    assert reader.latest().update == 2 and "student-0004-0000000002 is damaged" in capsys.readouterr().err
+
+
+def without_seal(folder):
+    """As the version before wrote it."""
+    state = json.loads((folder / "state.json").read_text())
+    del state[SEAL]
+    (folder / "state.json").write_text(json.dumps(state))
+    return state
+
+
+def test_a_checkpoint_without_a_seal_is_read(tmp_path):
+    write(tmp_path, 2, 5)
+    without_seal(tmp_path / "checkpoints/student-0004-0000000005")
+    loaded = Checkpoints(tmp_path, "student-0004", World(torch.device("cpu"))).latest()
+    assert loaded.update == 5 and torch.equal(loaded.tensors["weight"], WHOLE["weight"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"parts": 0}, {"parts": 1}, {"parts": -1}, {"parts": True}, {"parts": "2"}, {"parts": 1e9}, {"update": 5.0},
+        {"update": None}, {"common": {}}, {"common": [1]}, {"common": ["stepz"]}, {"extra": []}, {"sealed": 1},
+    ],
+)  # fmt: skip
+def test_what_is_no_state_is_damaged(tmp_path, change, capsys):
+    for update in (4, 5):
+        write(tmp_path, 2, update)
+    folder = tmp_path / "checkpoints/student-0004-0000000005"
+    (folder / "state.json").write_text(json.dumps(without_seal(folder) | change))
+    assert Checkpoints(tmp_path, "student-0004", World(torch.device("cpu"))).latest().update == 4
+    assert "is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", ["student-0004-0000000009 (copy)", "student-0004-0000000009.bak", "student-0004-x", "student-0004-"]
+)
+def test_what_is_named_otherwise_is_no_checkpoint(tmp_path, name):
+    write(tmp_path, 1, 3)
+    others = tmp_path / "checkpoints" / name
+    others.mkdir()
+    (others / "mine").write_text("")
+    saved = Checkpoints(tmp_path, "student-0004", World(torch.device("cpu")))
+    assert saved.latest().update == 3
+    saved.clear()
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [name] and (others / "mine").exists()
+
+
+def test_checkpoints_of_finished_stages_are_cleared(tmp_path):
+    write(tmp_path, 1, 3)
+    (tmp_path / "checkpoints/.student-0004-0000000006.tmp").mkdir()
+    (tmp_path / "checkpoints/student-0002-0000000001").mkdir()
+    (tmp_path / "checkpoints/notes").write_text("")
+    clear_finished(tmp_path)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 4
+    (tmp_path / "students/0004").mkdir(parents=True)
+    clear_finished(tmp_path)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["notes", "student-0002-0000000001"]
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_permissions_are_what_the_umask_leaves(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        write(tmp_path, 2, 3)
+    finally:
+        os.umask(before)
+    files = [p for p in (tmp_path / "checkpoints").rglob("*") if p.is_file()]
+    assert len(files) == 5 and {p.stat().st_mode & 0o777 for p in files} == {mode}

@@ -149,11 +149,14 @@ class ResidentImages:
         return self.take(order_of(samples, self.num_images, seed))
 
     def take(self, indices: Tensor) -> Batch:
+        if self._images.device.type == "cuda" and indices.device.type == "cpu":
+            # From other memory the host would wait for all that the device has yet to do.
+            indices = indices.pin_memory().to(self._device, non_blocking=True)
         return Batch(self._of(self._images, indices), None if self._labels is None else self._of(self._labels, indices))
 
     def _of(self, everything: Tensor, indices: Tensor) -> Tensor:
         if everything.device.type == self._device.type:
-            return everything[indices.to(everything.device)]
+            return everything[indices]
         pinned = torch.empty(len(indices), *everything.shape[1:], dtype=everything.dtype, pin_memory=True)
         torch.index_select(everything, 0, indices, out=pinned)
         return pinned.to(self._device, non_blocking=True)

@@ -97,6 +97,7 @@ class AlphaBars:
         self.knots = torch.atan2(torch.sqrt(1 - table), torch.sqrt(table))
         """The angles at u = 0, 1/T, ..., 1: float64 [T + 1]."""
         self._rises = torch.asin((table[:-1] - table[1:]) / torch.sin(self.knots[1:] + self.knots[:-1]))
+        self._on = {self.knots.device: (self.knots, self._rises)}
 
     def _interval(self, u: Tensor) -> tuple[Tensor, Tensor]:
         place = u * len(self._rises)
@@ -104,8 +105,11 @@ class AlphaBars:
         return interval, place - interval
 
     def phi(self, u: Tensor) -> Tensor:
+        if u.device not in self._on:  # once: a copy in every update would wait for the device
+            self._on[u.device] = self.knots.to(u.device), self._rises.to(u.device)
+        knots, rises = self._on[u.device]
         interval, fraction = self._interval(u)
-        return self.knots[interval] + fraction * self._rises[interval]
+        return knots[interval] + fraction * rises[interval]
 
     def delta(self, u: Tensor, du: Tensor) -> Tensor:
         # du at the slope of the lower end, then what the slopes in between differ from it: no large terms cancel.

@@ -76,6 +76,22 @@ def time_embedding(phi: Tensor, dim: int) -> Tensor:
     return torch.cat([torch.sin(angle), torch.cos(angle)], dim=1)
 
 
+def upsample(x: Tensor) -> Tensor:
+    """Twice the height and width, each pixel four times."""
+    if x.device.type == "cpu":
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+    # Compiled for a GPU, the gradient of `interpolate` is added up by atomics, in another order in every run, in NCHW and
+    # float32; that of `expand` is a sum.
+    n, c, h, w = x.shape
+    pixels = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(n, h, 2, w, 2, c)
+    return pixels.reshape(n, 2 * h, 2 * w, c).permute(0, 3, 1, 2)
+
+
+class Upsample(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return upsample(x)
+
+
 class ResBlock(nn.Module):
     """GroupNorm, SiLU, (resample,) conv, FiLM by the embedding, SiLU, dropout, zero-initialised conv; plus the input."""
 
@@ -96,9 +112,7 @@ class ResBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = Conv2d(out_channels, out_channels, 3, zero_init=True)
         self.shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-        self.resample = {"": nn.Identity(), "down": nn.AvgPool2d(2), "up": nn.UpsamplingNearest2d(scale_factor=2)}[
-            resample
-        ]
+        self.resample = {"": nn.Identity(), "down": nn.AvgPool2d(2), "up": Upsample()}[resample]
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.resample(self.norm1(x, silu=True))

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from pdfast.diffusion import Prediction
 from pdfast.diffusion.schedules import AlphaBars, Schedule
 from pdfast.errors import UsageError
 from pdfast.networks import Network
+from pdfast.networks.layers import upsample
 from pdfast.reading import read_json
 from pdfast.teachers import preconditioning
 
@@ -101,7 +103,10 @@ class DiffusersNetwork(Network):
         self.config = config
         self.dtype = torch.float32
         self.prediction = config.prediction
-        self.unet = library().UNet2DModel.from_config(config.unet | {"dropout": dropout}) if unet is None else unet
+        if unet is None:
+            unet = library().UNet2DModel.from_config(config.unet | {"dropout": dropout})
+            upsample_without_atomics(unet)
+        self.unet = unet
         self.preconditioned = config.scheduler["_class_name"] in EDM
         with torch.device("cpu"):  # a table, even where the network is only to be counted
             knots = torch.zeros(0) if self.preconditioned else AlphaBars(alpha_bars(config.scheduler)).knots.float()
@@ -151,6 +156,24 @@ class DiffusersNetwork(Network):
         with torch.autocast(z.device.type, torch.bfloat16, cache_enabled=False) if half else nullcontext():
             output = self.unet(z, self.times(phi), class_labels=cond, return_dict=False)[0]
         return output.float()
+
+
+def upsample_without_atomics(unet: nn.Module) -> None:
+    """Let the U-Net double its resolution as ours do. Not where its blocks call `F.interpolate` themselves (sde_vp)."""
+    from diffusers.models.upsampling import Upsample2D
+
+    for module in unet.modules():
+        if type(module) is Upsample2D and module.norm is None and not module.use_conv_transpose and module.interpolate:
+            module.forward = MethodType(_upsampled, module)
+
+
+def _upsampled(self: Any, hidden_states: Tensor, output_size: Any = None, *others: Any, **more: Any) -> Tensor:
+    if output_size is not None or hidden_states.device.type == "cpu":
+        return type(self).forward(self, hidden_states, output_size, *others, **more)
+    larger = upsample(hidden_states)
+    if not self.use_conv:
+        return larger
+    return self.conv(larger) if self.name == "conv" else self.Conv2d_0(larger)
 
 
 def is_pipeline(folder: Path) -> bool:

@@ -82,6 +82,16 @@ class GroupNorm(nn.GroupNorm):
         return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
+def upsample(x: Tensor) -> Tensor:
+    """Twice the height and width, each pixel four times."""
+    if x.device.type == "cpu":
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+    # As in pdfast.networks.layers: without atomics, and channels-last.
+    n, c, h, w = x.shape
+    pixels = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(n, h, 2, w, 2, c)
+    return pixels.reshape(n, 2 * h, 2 * w, c).permute(0, 3, 1, 2)
+
+
 class Resample(nn.Module):
     """Half or twice the resolution, each channel filtered in both directions."""
 
@@ -98,7 +108,7 @@ class Resample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.plain:
-            return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else F.avg_pool2d(x, 2)
+            return upsample(x) if self.up else F.avg_pool2d(x, 2)
         kernel = self.kernel.to(x.dtype).expand(x.shape[1], 1, -1, -1)
         resampled = F.conv_transpose2d if self.up else F.conv2d
         return resampled(x, kernel, stride=2, padding=self.padding, groups=x.shape[1])

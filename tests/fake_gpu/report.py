@@ -1,0 +1,133 @@
+"""Of updates and generated code, as JSON: {"waits": {case: [wait, ...]}, "atomics": {module: [in each graph, ...]}, "a wait": ...}."""
+
+# ruff: noqa: E402, I001
+from tests.fake_gpu.cuda import Waits, pretend, to_fake  # before anything else: it goes before torch
+
+import contextlib
+import importlib.util
+import json
+from collections.abc import Callable
+
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+pretend()
+
+from pdfast.data import ResidentImages, source
+from pdfast.diffusion import AlphaBars, Cosine, Schedule, StepTable, build_step_table
+from pdfast.engine import optimizer as optimizer_module
+from pdfast.engine.metrics import Losses
+from pdfast.engine.optimizer import Optimizer
+from pdfast.engine.step import Draws, RoundTable, conversion_gradient, distillation_gradient, teacher_gradient
+from pdfast.engine.world import World
+from pdfast.networks import UNet
+from pdfast.networks.layers import ResBlock
+from pdfast.teachers import edm_unet
+from pdfast.teachers.diffusers import upsample_without_atomics
+from tests.engine.test_layout import CONFIG
+from tests.fake_gpu.inductor import generated
+
+WORLD = World(torch.device("cuda", 0))
+BATCH = 8
+
+
+def images(share_of_gpu: float) -> ResidentImages:
+    """Of the digits' size, on the GPU or, where that share of it is not enough, in the host's memory."""
+    source.SHARE_OF_GPU = share_of_gpu
+    made = ResidentImages.__new__(ResidentImages)
+    size = CONFIG.image_size
+    made.shape, made.num_images, made._device = (size, size, CONFIG.image_channels), 64, WORLD.device
+    home = source.home_of(1, WORLD.device)
+    made._images = torch.zeros(64, *made.shape, dtype=torch.uint8, device=home)
+    made._labels = torch.zeros(64, dtype=torch.int64, device=home)
+    return made
+
+
+def table(steps: int) -> StepTable:
+    return StepTable(*(torch.empty(c.shape, dtype=c.dtype, device=WORLD.device) for c in TABLES[steps]))
+
+
+def waits(images: ResidentImages, update: Callable[[Draws, Optimizer], None], network: torch.nn.Module) -> list[str]:
+    """Of the second update: the first fills what is kept."""
+    draws = Draws(images, WORLD, seed=0, batch_size=BATCH, flip=True, conditional=True)
+    optimizer = Optimizer(network, WORLD, clip=1.0, ema=0.9, backend="torch")
+    with Waits() as seen:
+        for i in range(2):
+            seen.found.clear()
+            draws.load(1, i)
+            optimizer.set(i, 1e-3)
+            update(draws, optimizer)
+    return seen.found
+
+
+def of_updates() -> dict[str, list[str]]:
+    source.order_of = lambda samples, num_images, seed: torch.zeros_like(samples)  # it is the CPU's alone
+    optimizer_module.adamw = lambda *_, **__: None  # PyTorch's own kernel, which has no fake
+    student, teacher = (to_fake(network) for network in NETWORKS)
+    losses, rows = Losses(WORLD), RoundTable(table(8))
+    rows.set(table(2))
+
+    def distill(draws: Draws, optimizer: Optimizer) -> None:
+        values, k = distillation_gradient(student, teacher, draws, rows, micro_batches=2)
+        losses.add(values, k, rows.steps)
+        optimizer.step(values.mean())
+
+    def convert(draws: Draws, optimizer: Optimizer) -> None:
+        optimizer.step(conversion_gradient(student, draws, teacher, (0.2, 1.5), 1.55).mean())
+
+    TABULATED.knots, TABULATED._rises = (torch.zeros(t.shape) for t in (TABULATED.knots, TABULATED._rises))
+
+    def train(schedule: Schedule) -> Callable[[Draws, Optimizer], None]:
+        return lambda draws, optimizer: optimizer.step(teacher_gradient(student, draws, schedule, "snr").mean())
+
+    return {
+        "a round": waits(images(0.5), distill, student),
+        "a round from the host's memory": waits(images(0.0), distill, student),
+        "a conversion": waits(images(0.5), convert, student),
+        "a teacher": waits(images(0.5), train(Cosine()), student),
+        "a teacher of a table": waits(images(0.5), train(TABULATED), student),
+    }
+
+
+def a_wait() -> list[str]:
+    """What is found in two lines that wait."""
+    value = torch.zeros((), device="cuda")
+    with Waits() as seen:
+        with contextlib.suppress(DataDependentOutputException):
+            value.item()
+        torch.zeros(3).to("cuda")
+    return [wait.partition(" at ")[0] for wait in seen.found]
+
+
+def upsampling() -> dict[str, torch.nn.Module]:
+    """What doubles the resolution in the networks, and PyTorch's own."""
+    modules = {"ours": ResBlock(16, 16, 32, 4, 0.0, "up"), "EDM": edm_unet.Resample("up", (1, 1))}
+    modules["PyTorch"] = torch.nn.UpsamplingNearest2d(scale_factor=2)
+    if importlib.util.find_spec("diffusers"):
+        from diffusers.models.upsampling import Upsample2D
+
+        modules["diffusers"] = torch.nn.Sequential(Upsample2D(16, use_conv=True))
+        upsample_without_atomics(modules["diffusers"])
+    return modules
+
+
+def atomics() -> dict[str, list[int]]:
+    """Atomic additions in the generated code, forward and backward."""
+    found = {}
+    for name, module in UPSAMPLING.items():
+        x = torch.empty(8, 16, 8, 8, device="cuda", memory_format=torch.channels_last).requires_grad_()
+        emb = [torch.empty(8, 32, device="cuda")] if name == "ours" else []
+        torch._dynamo.reset()
+        found[name] = [source.count("tl.atomic_add") for source in generated(to_fake(module), x, *emb)]
+    return found
+
+
+UPSAMPLING = upsampling()
+NETWORKS = [UNet(CONFIG), UNet(CONFIG).requires_grad_(False)]
+TABLES = {steps: build_step_table(Cosine(), steps, "v", "truncated_snr") for steps in (8, 2)}
+TABULATED = AlphaBars(torch.linspace(0.99, 0.0, 16, dtype=torch.float64))
+
+if __name__ == "__main__":
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        report = {"waits": of_updates(), "atomics": atomics(), "a wait": a_wait()}
+    print(json.dumps(report))

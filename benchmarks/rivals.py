@@ -105,15 +105,17 @@ class Rival:
 
     @contextlib.contextmanager
     def _as_they_run(self):
-        before = torch.backends.cudnn.benchmark
-        torch.backends.cudnn.benchmark = self._fused
+        cudnn = torch.backends.cudnn
+        before = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32
+        # PyTorch's own defaults, where a run of ours has others, but for what the `compile` loop sets.
+        cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = self._fused, False, True
         try:
             with dispatch.use("reference"):
                 if self._mode == "reduce-overhead":
                     torch.compiler.cudagraph_mark_step_begin()
                 yield
         finally:
-            torch.backends.cudnn.benchmark = before
+            cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = before
 
     def _draw(self) -> Batch:
         setting, n = self.setting, self.setting.config.batch_size

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pdfast.config import DistillConfig, from_plain
+import pdfast.distill
+from pdfast.config import DistillConfig, from_plain, load_yaml
 from pdfast.engine import interrupt, layout
 from pdfast.engine.model_folder import load_model
 from pdfast.reading import load_yaml
@@ -86,6 +87,26 @@ def test_a_round_without_updates_is_its_teacher(finished_run, tmp_path):
     a = load_file(finished_run / "teacher/teacher.safetensors")
     b = load_file(tmp_path / "r/students/0001/student.safetensors")
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_check_before_a_round_keeps_nothing_and_needs_few_images(finished_run, tmp_path, monkeypatch):
+    """Beside the CUDA graph of an update there is no memory for another one."""
+    seen = []
+
+    def watched(rounds, *arguments):
+        def note(network, inputs, output):
+            seen.append((len(inputs[0]), output.requires_grad))
+
+        hooks = [network.register_forward_hook(note) for network in (rounds.student, rounds.teacher)]
+        begin(rounds, *arguments)
+        for hook in hooks:
+            hook.remove()
+
+    begin = pdfast.distill.Rounds.begin
+    monkeypatch.setattr(pdfast.distill.Rounds, "begin", watched)
+    flags = ["--teacher", str(finished_run / "teacher"), *"--rounds 2 --updates 1 --batch-size 32".split()]
+    assert call("distill", *TINY_GIVEN, *flags, "--run", str(tmp_path / "r")) == 0
+    assert seen == [(8, False)] * 4
 
 
 def test_a_student_that_is_not_its_teacher_is_a_bug(finished_run, tmp_path, monkeypatch, capsys):

@@ -7,6 +7,8 @@ import numpy as np
 
 from pdfast.errors import UsageError
 
+COUNTED = 1 << 22  # values at once, for each of which NumPy makes an int64
+
 
 class Split(NamedTuple):
     """images: uint8 [N, H, W, C]; labels: int64 [N]."""
@@ -17,11 +19,11 @@ class Split(NamedTuple):
 
 def channel_histogram(images: np.ndarray) -> np.ndarray:
     """How often each of the 256 values occurs: int64 [C, 256], of uint8 images [N, H, W, C]."""
-    # A chunk at a time keeps the int64 copies small.
     counts = np.zeros((images.shape[3], 256), dtype=np.int64)
-    for start in range(0, len(images), 4096):
+    chunk = max(COUNTED // max(images[0, ..., 0].size, 1), 1) if len(images) else 1
+    for start in range(0, len(images), chunk):
         for channel, count in enumerate(counts):
-            count += np.bincount(images[start : start + 4096, ..., channel].ravel(), minlength=256)
+            count += np.bincount(images[start : start + chunk, ..., channel].ravel(), minlength=256)
     return counts
 
 

@@ -1,5 +1,6 @@
 """An update as one CUDA graph: what the device does is recorded once and replayed, so that the host costs nothing."""
 
+import contextlib
 import warnings
 from collections import deque
 from collections.abc import Callable
@@ -22,6 +23,7 @@ class Replayed:
     def __init__(self, function: Callable[[], None], world: World, wanted: bool = True) -> None:
         self._function, self._calls = function, 0
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._stream: torch.cuda.Stream | None = None
         self._on_gpu = world.device.type == "cuda"
         self._under_way: deque[torch.cuda.Event] = deque()
         self._plain = not (self._on_gpu and wanted)
@@ -48,24 +50,60 @@ class Replayed:
             self._function()
             return
         self._calls += 1
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            if self._calls <= PLAIN_CALLS:
-                self._function()
-        torch.cuda.current_stream().wait_stream(stream)
-        if self._calls > PLAIN_CALLS:
+        if self._calls <= PLAIN_CALLS:
+            self._aside()
+        else:
             self._record()
 
-    def _record(self) -> None:
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                self._function()
-        except RuntimeError as error:
-            torch.cuda.synchronize()
-            self._refuse(str(error).splitlines()[0])
+    def _aside(self) -> None:
+        """Run the function on the stream that will be recorded: memory belongs to the stream that it was allocated on, and
+        that of another one would not be used again."""
+        current = torch.cuda.current_stream()
+        self._stream = self._stream or torch.cuda.Stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
             self._function()
+        current.wait_stream(self._stream)
+
+    def _record(self) -> None:
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        current, failure = torch.cuda.current_stream(), None
+        try:
+            # Only what this thread does may be an error: others decode images and write checkpoints meanwhile.
+            with torch.cuda.graph(graph, pool, self._stream, capture_error_mode="thread_local"):
+                try:
+                    self._function()
+                except BaseException as error:
+                    failure = error  # it may spoil the recording, whose end is an error of its own then
+                    raise
+        except BaseException as error:
+            torch.cuda.set_stream(current)  # which a recording that was spoilt leaves to others
+            failure = failure or error
+            if error is not failure:
+                _forget(pool)
+            if not isinstance(failure, Exception):
+                raise failure from None
+        if failure is None:
+            self._graph = graph
+            graph.replay()  # recording runs nothing
             return
-        self._graph = graph
-        graph.replay()  # recording runs nothing
+        reason = _reason(failure)
+        del graph, failure  # and, with its frames, what the recording had allocated
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        self._refuse(reason)
+        self._function()
+
+
+def _forget(pool: tuple[int, int]) -> None:
+    """Give back the memory of a recording that did not come to its end, as its end would have."""
+    device = torch.cuda.current_device()
+    with contextlib.suppress(RuntimeError, AttributeError):  # they are not public
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
+
+
+def _reason(failure: BaseException) -> str:
+    if isinstance(failure, torch.cuda.OutOfMemoryError):
+        return "there is not enough memory to record one; a smaller --batch-size, more --engine.micro-batches or --engine.recompute need less"
+    return f"it cannot be recorded: {(str(failure).splitlines() or [type(failure).__name__])[0]}"

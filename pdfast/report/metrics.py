@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pdfast.config import Reference
+from pdfast.data.split import channel_histogram, moments
 from pdfast.diffusion.noise import permutation
 from pdfast.engine.world import World
 from pdfast.errors import UsageError
@@ -20,6 +21,7 @@ SUBSETS, SUBSET_SIZE = 100, 1000  # of the kernel distance: Binkowski et al.'s c
 SPLITS = 10  # of the classifier score: Salimans et al. 2016
 NEIGHBOURS = 3  # of precision and recall: Kynkaanniemi et al. 2019
 BLOCK = 1 << 24  # distances held at once
+PART = 256  # images compared at once
 
 
 @contextmanager
@@ -202,7 +204,10 @@ def split_real(num_images: int, n: int, seed: int, reference: Reference = "half"
 
 def mean_squared_distance(a: Tensor, b: Tensor) -> float:
     """Mean squared difference of uint8 images of one shape, in units of the range [-1, 1]."""
-    return float((a.double() - b.double()).square().mean()) / 127.5**2
+    # Whole numbers, in parts: of all images the differences would take many times their memory.
+    parts = zip(a.split(PART), b.split(PART), strict=True)
+    total = sum(int((one.int() - other.int()).square().sum()) for one, other in parts)
+    return total / a.numel() / 127.5**2
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
@@ -216,5 +221,5 @@ def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
 
     Where colours shift, these do.
     """
-    values = images.double() / 255
-    return values.mean((0, 2, 3)).tolist(), values.std((0, 2, 3), correction=0).tolist()
+    mean, std = moments(channel_histogram(images.permute(0, 2, 3, 1).cpu().numpy()))
+    return mean.tolist(), std.tolist()

@@ -117,6 +117,24 @@ def test_every_update_learns():
             assert moved >= 0.9 * setting.config.learning_rate
 
 
+def test_rivals_run_as_pytorch_comes_and_not_as_a_run_of_ours(monkeypatch):
+    cudnn, seen = torch.backends.cudnn, []
+    losses = rivals.distillation_losses
+
+    def watched(*arguments):
+        seen.append((cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32))
+        return losses(*arguments)
+
+    monkeypatch.setattr(rivals, "distillation_losses", watched)
+    with updates.open_setting(PRESETS["digits"], torch.device("cpu"), 4, step.EngineConfig()) as (setting, _):
+        ours = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32
+        assert ours == (False, True, False)
+        for rival in (rivals.eager(setting), rivals.compiled(setting, "default")):
+            rival.step()
+            assert (cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32) == ours
+    assert seen == [(False, False, True), (True, False, True)]
+
+
 def test_a_provider_that_fails_has_a_row(tmp_path, monkeypatch):
     def failing(setting):
         raise RuntimeError("no kernel\nfor this")

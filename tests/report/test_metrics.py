@@ -1,6 +1,7 @@
 """The metrics against closed forms and an independent float64 computation."""
 
 import math
+import tracemalloc
 from itertools import product
 
 import numpy as np
@@ -10,7 +11,9 @@ import scipy.special
 import scipy.stats
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from pdfast.data import split
 from pdfast.engine.world import World
 from pdfast.errors import UsageError
 from pdfast.report import metrics
@@ -277,6 +280,40 @@ def test_psnr_in_decibels():
     assert psnr(a, a + 1) == pytest.approx(20 * math.log10(255))
     assert psnr(a, a - 10) == pytest.approx(20 * math.log10(25.5))
     assert psnr(a, a.clone()) == math.inf
+
+
+def test_sets_of_images_are_not_copied_into_doubles(monkeypatch):
+    """The same figures, to the last bit for distances, without more memory than a few images'."""
+    images = torch.randint(0, 256, (2000, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    others = images.flip(0)
+    whole, pixels = images.double() / 255, images.double()
+    expected = [whole.mean((0, 2, 3)), whole.std((0, 2, 3), correction=0)]
+    distance = float((pixels - others.double()).square().mean()) / 127.5**2
+    del whole, pixels
+    monkeypatch.setattr(split, "COUNTED", 1 << 14)
+    sizes = []
+    with Sizes(sizes):
+        assert mean_squared_distance(images, others) == distance
+    tracemalloc.start()
+    found = channel_statistics(images)
+    assert tracemalloc.get_traced_memory()[1] < images.nbytes / 2
+    tracemalloc.stop()
+    assert max(sizes) < images.nbytes
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(torch.tensor(one, dtype=torch.float64), other, rtol=1e-14, atol=0)
+
+
+class Sizes(TorchDispatchMode):
+    """The bytes of each result."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        self.sizes = sizes
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **options or {})
+        self.sizes += [result.nbytes] if isinstance(result, torch.Tensor) else []
+        return result
 
 
 def test_channel_statistics_in_the_unit_range():

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import pdfast.distill
-from pdfast.config import DistillConfig, from_plain, load_yaml
+from pdfast.config import DistillConfig, from_plain
 from pdfast.engine import interrupt, layout
 from pdfast.engine.model_folder import load_model
 from pdfast.reading import load_yaml

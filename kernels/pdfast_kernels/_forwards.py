@@ -3,47 +3,42 @@ reason to leave it; `forward(self, ...)`, whose self is the module.
 
 Sub-modules are called as modules, so that their hooks, adapters and wrappers run, and parameters are read on each call.
 Whether a norm and its SiLU run as one is decided on each call too: hooks on one of them, or a forward set by somebody
-else, keep them apart. All are named `forward`, for pickle, which then finds the class's own.
+else, keep them apart. All are named `forward`, for pickle, which then finds the class's own. TorchScript cannot compile them
+and quotes their first lines, which say what to do.
 """
 
+import dis
+import functools
 import inspect
 from collections.abc import Callable
 from itertools import pairwise
-from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
+from pdfast_kernels._recognition import (
+    code_names,
+    forward_class,
+    instance_forward,
+    is_own,
+    qualified_name,
+    unknown_version,
+    why_not_group_norm,
+)
 from pdfast_kernels.attention import attention
 from pdfast_kernels.group_norm import group_norm
 
-
-def qualified_name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def instance_forward(module: nn.Module) -> Callable | None:
-    """The function of the forward set on this instance; None if its class's runs."""
-    if "forward" not in module.__dict__:
-        return None
-    forward = module.__dict__["forward"]
-    function = getattr(forward, "__func__", forward)
-    return None if function is type(module).forward else function
-
-
-def code_names(function: Callable) -> tuple[str, ...]:
-    """The names of globals and attributes in a function, in the order of their first use."""
-    function = inspect.unwrap(function)
-    return function.__code__.co_names if isinstance(function, FunctionType) else ()
+_SILU = nn.SiLU.forward  # as it was at the import: one that is put in its place later is another
 
 
 def is_silu(module: nn.Module | None) -> bool:
-    return isinstance(module, nn.SiLU) and type(module).forward is nn.SiLU.forward
+    return isinstance(module, nn.SiLU) and type(module).forward is _SILU
 
 
 def why_not_fused(norm: nn.Module, activation: nn.Module) -> str | None:
     """Why a GroupNorm and a SiLU after it do not run as one."""
-    if _silu_fuses(norm, activation):
+    if _silu_fuses(norm, activation) and is_own(nn.SiLU):
         return None
     if _hooked(norm) or _hooked(activation):
         return "GroupNorm and SiLU stay apart: one has hooks, which would see another tensor"
@@ -52,16 +47,20 @@ def why_not_fused(norm: nn.Module, activation: nn.Module) -> str | None:
 
 def _hooked(module: nn.Module) -> bool:
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks)
+    return bool(hooks) or bool(_has_any_global_hook())
+
+
+def _called_as_usual(module: nn.Module) -> bool:
+    return type(module).__call__ is nn.Module.__call__
 
 
 def _film_fuses(norm: nn.Module) -> bool:
-    return instance_forward(norm) is GroupNorm.forward and not _hooked(norm)
+    return instance_forward(norm) is GroupNorm.forward and _called_as_usual(norm) and not _hooked(norm)
 
 
 def _silu_fuses(norm: nn.Module, activation: nn.Module) -> bool:
-    alone = is_silu(activation) and instance_forward(activation) is None and not _hooked(activation)
-    return alone and _film_fuses(norm)
+    plain = is_silu(activation) and instance_forward(activation) is None and _called_as_usual(activation)
+    return plain and not _hooked(activation) and _film_fuses(norm)
 
 
 def _norm_silu(
@@ -79,19 +78,14 @@ def _divided(x: Tensor, factor: float) -> Tensor:
     return x if factor == 1 else x / factor
 
 
-def _unknown_version(function: Callable, known: str) -> str | None:
-    unknown = [name for name in code_names(function) if name not in known.split()]
-    return f"{function.__qualname__} is of an unknown version: it uses {', '.join(unknown)}" if unknown else None
-
-
 class GroupNorm:
     kind = "GroupNorm"
 
     @staticmethod
-    def why_not(norm: nn.Module) -> str | None:
-        return None
+    def why_not(norm: Any) -> str | None:
+        return why_not_group_norm(norm)
 
-    def forward(
+    def forward(  # before torch.jit.script: pdfast_kernels.restore(model)
         self: Any, input: Tensor, *, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = False
     ):
         return group_norm(input, self.num_groups, self.weight, self.bias, self.eps, scale=scale, shift=shift, silu=silu)
@@ -106,6 +100,8 @@ class Sequential:
 
     @staticmethod
     def why_not(sequential: nn.Sequential) -> str | None:
+        if not is_own(nn.Sequential):
+            return "Sequential.forward was replaced by somebody else's"
         reasons = [why_not_fused(*pair) for pair in Sequential.pairs(sequential)]
         return None if None in reasons else reasons[0]
 
@@ -133,7 +129,7 @@ class ResnetBlock2D:
 
     @staticmethod
     def why_not(block: Any) -> str | None:
-        if reason := _unknown_version(type(block).forward, ResnetBlock2D.known):
+        if reason := unknown_version(forward_class(block), "forward", ResnetBlock2D.known):
             return reason
         if block.time_embedding_norm not in ("default", "scale_shift"):
             return f"time_embedding_norm is {block.time_embedding_norm!r}"
@@ -141,7 +137,9 @@ class ResnetBlock2D:
             return f"its activation is {type(block.nonlinearity).__name__}, not SiLU"
         return why_not_fused(block.norm1, block.nonlinearity) or why_not_fused(block.norm2, block.nonlinearity)
 
-    def forward(self: Any, input_tensor: Tensor, temb: Tensor | None, *args, **kwargs) -> Tensor:
+    def forward(  # before torch.jit.script: pdfast_kernels.restore(model)
+        self: Any, input_tensor: Tensor, temb: Tensor | None, *args, **kwargs
+    ) -> Tensor:
         scale_shift = self.time_embedding_norm == "scale_shift"
         if args or kwargs or (temb is None) != (self.time_emb_proj is None) or (scale_shift and temb is None):
             return type(self).forward(self, input_tensor, temb, *args, **kwargs)
@@ -182,9 +180,9 @@ class Attention:
     @staticmethod
     def why_not(block: Any) -> str | None:
         return (
-            _unknown_version(type(block).forward, Attention.known)
+            unknown_version(forward_class(block), "forward", Attention.known)
             or Attention.not_now(block)
-            or _unknown_version(type(block.processor).__call__, Attention.known_of_processor)
+            or unknown_version(type(block.processor), "__call__", Attention.known_of_processor)
         )
 
     @staticmethod
@@ -202,7 +200,7 @@ class Attention:
             return "it has other projections than to_q, to_k, to_v and to_out of one size"
         return None
 
-    def forward(
+    def forward(  # before torch.jit.script: pdfast_kernels.restore(model)
         self: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
@@ -225,19 +223,50 @@ class Attention:
         return _divided(h + x if self.residual_connection else h, self.rescale_output_factor)
 
 
-class GroupNormSiLU:
-    """For a norm and a SiLU that are called by a forward which is not replaced: the norm does the work of both."""
+class _Fused:
+    """A UNet as its own forward sees it: the norm at its end does the work of the SiLU too. For all others both stay apart."""
 
-    kind = "GroupNorm + SiLU"
+    def __init__(self, unet: Any) -> None:
+        self._unet = unet
 
-    def forward(self: Any, input: Tensor) -> Tensor:
-        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps, silu=True)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._unet, name)
+
+    def conv_norm_out(self, x: Tensor) -> Tensor:
+        return _norm_silu(self._unet.conv_norm_out, self._unet.conv_act, x)
+
+    def conv_act(self, x: Tensor) -> Tensor:
+        return x
 
 
-class PassedThrough:
-    """The SiLU after it."""
+class UNet:
+    """Of diffusers: the end, which the forward of the whole network calls."""
 
-    kind = "its SiLU, done by the GroupNorm"
+    kind = "GroupNorm + SiLU at its end"
 
-    def forward(self: Any, input: Tensor) -> Tensor:
-        return input
+    @staticmethod
+    def has_end(unet: Any) -> bool:
+        norm, activation = getattr(unet, "conv_norm_out", None), getattr(unet, "conv_act", None)
+        return isinstance(norm, nn.GroupNorm) and isinstance(activation, nn.SiLU)
+
+    @staticmethod
+    def why_not(unet: Any) -> str | None:
+        cls = forward_class(unet)
+        theirs = inspect.unwrap(vars(cls)["forward"])
+        if not is_own(cls):
+            return f"{cls.__name__}.forward was replaced by somebody else's"
+        stored = {i.argval for i in dis.get_instructions(theirs) if i.opname in ("STORE_ATTR", "DELETE_ATTR")}
+        if ("conv_norm_out", "conv_act") not in pairwise(code_names(theirs)) or stored:
+            return f"{cls.__name__}.forward is of an unknown version"
+        return why_not_fused(unet.conv_norm_out, unet.conv_act)
+
+    @staticmethod
+    @functools.cache
+    def around(theirs: Callable) -> Callable:
+        """The forward to set, with the signature of their class's."""
+
+        @functools.wraps(theirs)
+        def forward(self, *args, **kwargs):  # before torch.jit.script: pdfast_kernels.restore(model)
+            return theirs(_Fused(self), *args, **kwargs)
+
+        return forward

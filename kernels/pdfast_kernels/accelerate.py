@@ -4,33 +4,36 @@
     restore(model)                  the same model as before
 
     what is recognised                                                 what runs then
-    nn.GroupNorm, and subclasses with its forward                      group_norm
+    nn.GroupNorm; subclasses with its forward, or one that only casts  group_norm
     nn.Sequential with a SiLU after a GroupNorm                        group_norm with SiLU
     diffusers' ResnetBlock2D, "default" and "scale_shift"              group_norm with SiLU, and FiLM in "scale_shift"
     diffusers' Attention of a tensor with itself, without mask         group_norm, its own projections, attention
-    conv_norm_out, conv_act of UNet2DModel and UNet2DConditionModel    group_norm with SiLU
+    conv_norm_out, conv_act of UNet2DModel and UNet2DConditionModel    group_norm with SiLU, within the network's own forward
 
 Only `forward` is set, on instances. Classes, parameters, buffers, hooks and state-dict keys stay, and so does what is
-done with them: load_state_dict, .to(), deepcopy, checkpointing, functional_call, torch.compile, train and eval. A
-model that was pickled comes back restored. Nothing is imported to recognise a class: it is known by its qualified
-name, and by the names that its forward uses. Where those are others than in the versions seen (diffusers 0.27 to
-0.42), it is left.
+done with them: load_state_dict, .to(), deepcopy, checkpointing, functional_call, vmap, torch.compile, torch.export, train
+and eval. A model that was pickled comes back restored, and
+torch.jit.script needs one that is. Nothing is
+imported to recognise a class: it is known by its qualified name, by where the code of its forward is from, and by the names
+which that uses. Where those are others than in the versions seen (diffusers 0.27 to 0.42), or the forward is somebody
+else's, on the class or on the instance, it is left.
 """
 
 import inspect
 import re
+import warnings
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import nn
 
 from pdfast_kernels import _forwards
-from pdfast_kernels._forwards import code_names, instance_forward, is_silu, qualified_name, why_not_fused
+from pdfast_kernels._coverage import Share, shares_by_elements, shares_by_modules, unknown_work
+from pdfast_kernels._recognition import code_names, forward_class, instance_forward, qualified_name
 
-_GROUP_NORM = "torch.nn.modules.normalization.GroupNorm"
 _SEQUENTIAL = "torch.nn.modules.container.Sequential"
 _BLOCKS: dict[str, Any] = {
     _SEQUENTIAL: _forwards.Sequential,
@@ -41,8 +44,8 @@ _UNETS = (
     "diffusers.models.unets.unet_2d.UNet2DModel",
     "diffusers.models.unets.unet_2d_condition.UNet2DConditionModel",
 )
-_PAIR: tuple[Any, ...] = (_forwards.GroupNormSiLU, _forwards.PassedThrough)
-_KINDS: dict[Any, str] = {new.forward: new.kind for new in (_forwards.GroupNorm, *_BLOCKS.values(), *_PAIR)}
+_KINDS: dict[Any, str] = {new.forward: new.kind for new in (_forwards.GroupNorm, *_BLOCKS.values())}
+_OURS = "calls pdfast_kernels itself"
 
 
 @dataclass
@@ -55,36 +58,39 @@ class Report:
     """(name, reason) of each that looks as if it could run kernels, and does not."""
     already: list[tuple[str, str]] = field(default_factory=list)
     """(name, kind) of each that ran them before."""
+    unknown: list[tuple[str, str]] = field(default_factory=list)
+    """(name, what it is) of each that normalises, activates or attends by code which is not recognised."""
+    shares: dict[str, Share] = field(default_factory=dict)
+    """How much of the work runs kernels now, of `norm`, `activation` and `attention`."""
 
     def __str__(self) -> str:
         replaced, left, before = len(self.replaced), len(self.left), len(self.already)
-        lines = [f"{replaced} modules replaced, {left} left, {before} ran kernels before"]
-        for title, entries in (("replaced", self.replaced), ("left", self.left), ("before", self.already)):
-            alike = Counter((re.sub(r"\b\d+\b", "*", name) or "(itself)", text) for name, text in entries)
+        lines = [
+            f"{replaced} modules replaced, {left} left, {before} ran kernels before, {len(self.unknown)} not understood"
+        ]
+        lines += [f"{kind}: {share}" for kind, share in self.shares.items()]
+        for title, of_title in {"replaced": self.replaced, "left": self.left, "before": self.already}.items():
+            alike = Counter((re.sub(r"\b\d+\b", "*", name) or "(itself)", text) for name, text in of_title)
             lines += [f"{title}:"] if alike else []
             lines += [f"    {count:3} x {name}: {text}" for (name, text), count in alike.items()]
+        lines += ["not understood:"] if self.unknown else []
+        first = dict(reversed([(what, name or "(itself)") for name, what in self.unknown]))
+        lines += [
+            f"    {count:3} x {what}, as {first[what]}" for what, count in Counter(w for _, w in self.unknown).items()
+        ]
         return "\n".join(lines)
-
-
-def _forward_class(module: nn.Module) -> str:
-    """The class whose forward `module` has: a subclass that does not override it counts as its base."""
-    return next(qualified_name(cls) for cls in type(module).__mro__ if "forward" in vars(cls))
 
 
 def _calls_group_norm(module: nn.Module) -> bool:
     """Whether its class's forward calls our group norms itself."""
     forward = inspect.unwrap(type(module).forward)
-    names = code_names(forward)
-    for value in (getattr(forward, "__globals__", {}).get(name) for name in names):
+    names, globals_of = code_names(forward), getattr(forward, "__globals__", {})
+    for value in (globals_of.get(name) for name in names):
         if isinstance(value, FunctionType) and str(value.__module__).startswith("pdfast_kernels.group_norm"):
             return True
         if isinstance(value, ModuleType) and value.__name__ == "pdfast_kernels":
             return any(name.startswith("group_norm") for name in names)
     return False
-
-
-def _set_forward(module: nn.Module, new: Any) -> None:
-    module.forward = MethodType(new.forward, module)  # a bound method, which deepcopy binds to the copy
 
 
 def _accelerate(name: str, module: nn.Module, new: Any, report: Report) -> None:
@@ -96,67 +102,69 @@ def _accelerate(name: str, module: nn.Module, new: Any, report: Report) -> None:
     elif reason := new.why_not(module):
         report.left.append((name, reason))
     else:
-        _set_forward(module, new)
+        if new is _forwards.UNet:
+            forward = new.around(type(module).forward)
+            _KINDS[forward] = new.kind
+        else:
+            forward = new.forward
+        module.forward = MethodType(forward, module)  # a bound method, which deepcopy binds to the copy
         report.replaced.append((name, new.kind))
 
 
-def _accelerate_end(name: str, unet: Any, uses: Counter, report: Report) -> None:
-    """conv_norm_out and conv_act, which the forward of the whole network calls."""
-    norm, activation = unet.conv_norm_out, unet.conv_act
-    norm_name, activation_name = (f"{name}.{part}".lstrip(".") for part in ("conv_norm_out", "conv_act"))
-    if norm is None or not is_silu(activation):
-        return
-    if instance_forward(norm) is _forwards.GroupNormSiLU.forward:
-        report.already.append((activation_name, _forwards.PassedThrough.kind))
-        return
-    reason: str | None
-    if ("conv_norm_out", "conv_act") not in pairwise(code_names(type(unet).forward)):
-        reason = f"{type(unet).__name__}.forward is of an unknown version"
-    elif uses[norm] > 1 or uses[activation] > 1:
-        reason = "GroupNorm and SiLU stay apart: one is used elsewhere as well"
-    else:
-        reason = why_not_fused(norm, activation)
-    if reason:
-        report.left.append((activation_name, reason))
-        return
-    _set_forward(norm, _forwards.GroupNormSiLU)
-    _set_forward(activation, _forwards.PassedThrough)
-    report.replaced[:] = [entry for entry in report.replaced if entry[0] != norm_name]
-    report.replaced += [(norm_name, _forwards.GroupNormSiLU.kind), (activation_name, _forwards.PassedThrough.kind)]
+def _kind(module: nn.Module) -> Any:
+    """What would be set as its forward, if its code is known."""
+    if isinstance(module, nn.GroupNorm):
+        return _forwards.GroupNorm
+    block = qualified_name(forward_class(module))
+    if block in _UNETS:
+        return _forwards.UNet if _forwards.UNet.has_end(module) else None
+    if block == _SEQUENTIAL and not _forwards.Sequential.pairs(module):  # type: ignore[arg-type]
+        return None
+    return _BLOCKS.get(block)
 
 
-def accelerate(module: nn.Module) -> Report:
+def _found(report: Report) -> str:
+    said = []
+    if report.unknown:
+        of_each = Counter(what for _, what in report.unknown)
+        said.append("not understood: " + ", ".join(f"{count} x {what}" for what, count in of_each.items()))
+    if report.left:
+        said.append(f"{len(report.left)} left with a reason, which its report has")
+    return "; ".join(said) or "it has no norm, activation or attention"
+
+
+def accelerate(module: nn.Module, *, example: Sequence[Any] | Mapping[str, Any] | None = None) -> Report:
     """Let `module` and all in it run the kernels wherever it is recognised. A second call changes nothing.
 
-    Call it after hooks have been registered, and before torch.compile and wrappers that set a forward.
+    Call it after hooks have been registered, and before torch.compile and wrappers that set a forward. example: arguments of
+    one call of the module, positional or by name; it is called with them once, without gradients and in eval mode, and the
+    report's shares are of the elements that were normalised and activated and of the scores of attention, rather than
+    of modules. Warns where nothing in it runs kernels.
     """
     report = Report()
     modules = list(module.named_modules())
     done = set()
     for name, part in modules:
         if _calls_group_norm(part):
-            report.already.append((name, "calls pdfast_kernels itself"))
+            report.already.append((name, _OURS))
             done.update([part, *part.children()])  # it reads the parameters of a norm in it
-    for name, part in modules:
-        if isinstance(part, nn.GroupNorm) and part not in done:
-            if _forward_class(part) == _GROUP_NORM:
-                _accelerate(name, part, _forwards.GroupNorm, report)
-            else:
-                report.left.append((name, f"{type(part).__name__} has a forward of its own"))
-    uses = Counter(part for _, part in module.named_modules(remove_duplicate=False))
-    for name, part in modules:  # after their norms, which they call
-        block = _forward_class(part)
-        if block in _UNETS:
-            _accelerate_end(name, part, uses, report)
-        elif block in _BLOCKS and (block != _SEQUENTIAL or _forwards.Sequential.pairs(part)):
-            _accelerate(name, part, _BLOCKS[block], report)
+    kinds = {part: _kind(part) for _, part in modules if part not in done}
+    for norms in (True, False):  # blocks after their norms, which they call
+        for name, part in modules:
+            kind = kinds.get(part)
+            if kind is not None and (kind is _forwards.GroupNorm) == norms:
+                _accelerate(name, part, kind, report)
+    runs = {part for _, part in modules if instance_forward(part) in _KINDS} | done
+    said = {name for name, _ in (*report.replaced, *report.left, *report.already)}
+    report.unknown = [(n, what) for n, what in unknown_work(modules, runs) if n not in said]
+    report.shares = shares_by_modules(modules, runs) if example is None else shares_by_elements(module, example)
+    if not report.replaced and not report.already:
+        warnings.warn(f"accelerate replaced nothing in {type(module).__name__}: {_found(report)}", stacklevel=2)
     return report
 
 
 def restore(module: nn.Module) -> None:
-    """Undo `accelerate` in `module` and all in it. ValueError for one of two modules that only work together."""
-    if instance_forward(module) in [new.forward for new in _PAIR]:
-        raise ValueError("restore: this module and its neighbour are fused: restore the network that holds both")
+    """Undo `accelerate` in `module` and all in it."""
     for part in module.modules():
         if instance_forward(part) in _KINDS:
             del part.forward

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pdfast_kernels._triton import INTERPRETED, available
+from pdfast_kernels.layout import in_vmap
 
 Mode = Literal["auto", "triton", "reference"]
 MODES = ("auto", "triton", "reference")
@@ -56,7 +57,7 @@ def triton_runs(op: str, device: torch.device, unsupported: str | None) -> bool:
     """Whether `op` runs in Triton for tensors on `device`; `unsupported` is why its kernels cannot take them, or None."""
     if _mode == "reference" or (_mode == "auto" and device.type != "cuda"):
         return False
-    reason = _unavailable(device) or unsupported
+    reason = _unavailable(device) or ("its kernels do not run under torch.func.vmap" if in_vmap() else unsupported)
     if forward_ad._current_level >= 0:  # private, but a custom operation would drop the tangents in silence
         reason = reason or "its kernels have no forward-mode derivative"
     if reason is None:

@@ -4,9 +4,22 @@ import torch
 from torch import Tensor
 
 
+def in_vmap() -> bool:
+    """Whether tensors are slices that `torch.func.vmap` takes of larger ones, whose layout it does not tell."""
+    if torch.compiler.is_compiling():
+        return False
+    levels = torch._C._functorch.get_interpreter_stack() or ()  # private, but nothing public says it
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
+
+
 def is_channels_last(tensor: Tensor) -> bool:
-    """Whether [N, C, H, W] lies dense as [N, H, W, C]."""
-    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    """Whether [N, C, H, W] lies dense as [N, H, W, C]; no under vmap."""
+    return (
+        tensor.dim() == 4
+        and not in_vmap()
+        and tensor.dim() == 4
+        and tensor.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 def with_layout(tensor: Tensor, channels_last: bool) -> Tensor:

@@ -27,7 +27,7 @@ from benchmarks.providers import Unavailable
 from pdfast.data import ImageSource, LoaderName, load_source
 from pdfast.data.encoded import EncodedImages
 from pdfast.data.files import spare_cores
-from pdfast.data.formats import TARS, find_images
+from pdfast.data.formats import SHARDS, find_images
 from pdfast.data.pictures import decode
 from pdfast.diffusion import Cosine
 from pdfast.engine.device import open_device
@@ -115,7 +115,7 @@ def _webdataset(encoded: EncodedImages, options: Namespace) -> Iterator[object]:
         import webdataset
     except ImportError as error:
         raise Unavailable(f"webdataset is not installed ({error})") from None
-    if not all(file.suffix in TARS for file in encoded.files):
+    if encoded.kind != SHARDS:
         raise Unavailable(f"webdataset reads tar shards, these are {encoded.kind}")
 
     def image(sample: dict[str, Any]) -> torch.Tensor:

@@ -207,7 +207,7 @@ def open_evaluator(config: RunConfig, machine: Machine, source: ImageSource) -> 
 def open_data(config: RunConfig, device: torch.device) -> ImageSource:
     """The run's images on the device. UsageError where they do not fit the network."""
     network = config.network
-    source = load_source(
+    return load_source(
         config.data,
         image_size=network.image_size,
         channels=network.image_channels,
@@ -216,22 +216,15 @@ def open_data(config: RunConfig, device: torch.device) -> ImageSource:
         loader=config.loader,
         max_bad=config.max_bad,
     )
-    if network.num_classes and source.num_classes != network.num_classes:
-        given = getattr(config, "teacher", None)
-        raise UsageError(
-            f"the network is conditioned on {network.num_classes} classes, {config.data} has {source.num_classes or 'no labels'}: "
-            + (
-                f"give images with the classes of {given}"
-                if given
-                else f"set --network.num-classes {source.num_classes}"
-            )
-        )
-    return source
 
 
 def say_what_begins(config: RunConfig, machine: Machine, source: ImageSource, log: RunLog) -> None:
     """The first lines of a run's log."""
     log.say(f"{source.description}; run folder {config.run}")
+    if source.num_classes < config.network.num_classes:
+        log.say(
+            f"the network takes {config.network.num_classes} classes: the data have labels below {source.num_classes}"
+        )
     if source.num_classes and not config.network.num_classes:
         log.say(f"the network takes no classes: those of the data, {source.num_classes}, are not used")
     log.say(machine.description)

@@ -188,11 +188,11 @@ def test_a_teacher_that_was_changed_in_its_folder(finished_run, tmp_path, capsys
 def test_classes_of_a_given_teacher(tmp_path, capsys):
     run = tmp_path / "run"
     assert call("train", *TINY_RUN, "--network.num-classes", "10", "--evaluation-steps", "1", "--run", str(run)) == 0
-    np.savez(tmp_path / "two.npz", images=np.zeros((200, 8, 8, 1), np.uint8), labels=np.arange(200) % 2)
-    flags = ["--teacher", str(run / "teacher"), "--data", str(tmp_path / "two.npz"), "--run", str(tmp_path / "r")]
+    np.savez(tmp_path / "more.npz", images=np.zeros((200, 8, 8, 1), np.uint8), labels=np.arange(200) % 11)
+    flags = ["--teacher", str(run / "teacher"), "--data", str(tmp_path / "more.npz"), "--run", str(tmp_path / "r")]
     capsys.readouterr()
     one_line(
-        capsys, call("distill", *TINY_GIVEN, *TINY_ROUNDS, *flags), 2, "10 classes", "give images with the classes"
+        capsys, call("distill", *TINY_GIVEN, *TINY_ROUNDS, *flags), 2, "the label 10", "10 classes, 0 to 9: give images"
     )
 
 

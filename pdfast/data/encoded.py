@@ -4,13 +4,22 @@ Only where each lies is kept in memory. `pdfast.data.formats` finds them.
 """
 
 import os
+import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from pdfast.data.pictures import BadImage
+from pdfast.data.source import LARGEST_LABEL
+from pdfast.errors import UsageError
 
 FILES = "image files"
+
+
+def label_from(text: str) -> int | None:
+    """A label as it is written in decimal digits, None where the text is no such number."""
+    return int(text) if re.fullmatch(r"\s*-?[0-9]{1,99}\s*", text) else None
 
 
 class EncodedImages:
@@ -25,14 +34,18 @@ class EncodedImages:
         """int64 [N], -1 where there is none though others have one; None where none has."""
         self.problems: dict[str, str] = {}
         """What is wrong with files that hold many, by name; what could be read of them is here."""
+        self.passed_over: Counter[str] = Counter()
+        """How many things were found that are no images, by what they are, for people."""
         self.places = np.empty((0, 3), dtype=np.int64)
         """Of each image: which file, offset, size in bytes."""
         self._found: list[tuple[int, int, int, int]] = []
 
     def add(self, name: str, label: int, offset: int, size: int) -> None:
-        """The next image, in the last of `files`."""
+        """The next image, in the last of `files`; a negative label is none. UsageError for one that numbers no class."""
+        if label > LARGEST_LABEL:
+            raise UsageError(f"{self.files[-1]}: {name} has the label {label}: number the classes from 0")
         self.names.append(name)
-        self._found.append((label, len(self.files) - 1, offset, size))
+        self._found.append((max(label, -1), len(self.files) - 1, offset, size))
 
     def done(self) -> "EncodedImages":
         found = np.array(self._found, dtype=np.int64).reshape(-1, 4)

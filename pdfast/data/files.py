@@ -104,7 +104,7 @@ class FileImages:
         self.identity = Identity(lambda: of_files(*of), lambda: of_names(*of))
         self.name, self.num_images = name, len(encoded)
         self.shape = (samples.size, samples.size, samples.channels)
-        self.num_classes = samples.num_classes or (0 if encoded.labels is None else int(encoded.labels.max()) + 1)
+        self.num_classes = 0 if encoded.labels is None else int(encoded.labels.max()) + 1
         classes = f", {self.num_classes} classes" if self.num_classes else ""
         self.description = f"{name}: {encoded.description}{classes}, as images of {self.shape}"
         self.bad = BadImages(name, len(encoded), max_bad)

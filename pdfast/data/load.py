@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from pdfast.data.arrays import load_array_file
-from pdfast.data.source import ImageSource, LoaderName, ResidentImages
+from pdfast.data.source import ImageSource, LoaderName, ResidentImages, check_labels
 from pdfast.errors import UsageError
 
 KINDS = "give `digits`, a .npy or .npz file, or a folder or file of image files, tar shards or TFRecord"
@@ -25,17 +25,23 @@ def load_source(
     """The built-in `digits`, a .npy or .npz file of uint8 images, or encoded images in files (`./digits` if so named): see
     `pdfast.data.formats.find_images`.
 
-    num_classes: of a network that is conditioned on them, else 0. max_bad: the fraction of encoded images that may be bad.
+    num_classes: of a network that is conditioned on them, whose labels must be below that, else 0. max_bad: the fraction of encoded images that may be bad.
     UsageError, in one line that names the path, for data that are missing, damaged, or of images that are not
     [image_size, image_size, channels].
     """
     path = Path(spec)
+    try:
+        there = path.exists()
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"cannot read {spec} ({getattr(error, 'strerror', None) or error}): allow it, or give other data"
+        ) from None
     if spec == "digits":
         with resources.as_file(resources.files("pdfast.data") / "digits.npz") as file:
             images, labels = load_array_file(file)
-    elif not path.exists():
+    elif not there:
         raise UsageError(f"there are no data at {spec}: {KINDS}")
-    elif path.suffix in (".npy", ".npz"):
+    elif path.suffix.lower() in (".npy", ".npz") and path.is_file():
         images, labels = load_array_file(path)
     else:
         from pdfast.data.loaders import open_files  # with Pillow, which arrays do without
@@ -60,5 +66,6 @@ def load_source(
             f"{spec} has images of (height, width, channels) {images.shape[1:]}, the network takes {expected}: "
             "prepare the data at that size, or, where no teacher is given, set --network.image-size and --network.image-channels"
         )
-    tensors = torch.from_numpy(images), None if labels is None else torch.from_numpy(labels)
-    return ResidentImages(path.absolute().name, *tensors, device)
+    numbers = None if labels is None else torch.from_numpy(labels)
+    check_labels(numbers, num_classes, spec)
+    return ResidentImages(path.absolute().name, torch.from_numpy(images), numbers, device)

@@ -10,7 +10,7 @@ from pdfast.data import dali
 from pdfast.data.files import FileImages, Loader, Samples
 from pdfast.data.formats import find_images
 from pdfast.data.portable import PortableLoader
-from pdfast.data.source import ImageSource, LoaderName
+from pdfast.data.source import ImageSource, LoaderName, check_labels
 from pdfast.errors import UsageError
 
 MOST_RESIDENT = 1 << 30  # bytes of decoded images that are kept in memory unless said otherwise
@@ -33,8 +33,7 @@ def open_files(
     name, device = path.absolute().name, torch.device(device)
     if channels not in (1, 3):
         raise UsageError(f"image files have 1 or 3 channels, the network takes {channels}: make {path} an .npz")
-    if num_classes and encoded.labels is None:
-        raise UsageError(f"{path} has no labels, the network is conditioned on {num_classes} classes")
+    check_labels(None if encoded.labels is None else torch.from_numpy(encoded.labels), num_classes, str(path))
     for shard, problem in encoded.problems.items():
         print(f"pdfast: warning: {shard} is damaged ({problem}); the rest of it is left out", file=sys.stderr)
     samples = Samples(encoded, image_size, channels, num_classes)

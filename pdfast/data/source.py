@@ -17,6 +17,7 @@ from torch import Tensor
 from pdfast.diffusion.noise import permutation
 from pdfast.errors import UsageError
 
+LARGEST_LABEL = (1 << 31) - 1
 SHARE_OF_GPU = 0.25  # of its free memory, which the images of a data set may take
 LoaderName = Literal["auto", "resident", "dali", "portable"]
 
@@ -106,6 +107,23 @@ def of_tensors(images: Tensor, labels: Tensor | None = None) -> str:
     for tensor in (images,) if labels is None else (images, labels):
         digest.update(tensor.cpu().contiguous().numpy().data)
     return digest.hexdigest()
+
+
+def check_labels(labels: Tensor | None, num_classes: int, spec: str) -> None:
+    """UsageError unless labels, int64 [N] with -1 for none, all number classes of a network that is conditioned on
+    `num_classes`; some of its classes may have no images."""
+    if not num_classes:
+        return
+    if labels is None:
+        raise UsageError(
+            f"{spec} has no labels, the network is conditioned on {num_classes} classes: give images with labels, or, where no "
+            "teacher is given, leave out --network.num-classes"
+        )
+    if (largest := int(labels.max())) >= num_classes:
+        raise UsageError(
+            f"{spec} has the label {largest}, the network is conditioned on {num_classes} classes, 0 to {num_classes - 1}: give "
+            f"images of these classes, or, where no teacher is given, set --network.num-classes {largest + 1}"
+        )
 
 
 def home_of(num_bytes: int, device: torch.device) -> torch.device:

@@ -40,15 +40,16 @@ def segment(marker: int, content: bytes) -> bytes:
     return bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
 
 
-def write_index(shard: Path) -> None:
-    """As DALI's wds2idx writes it: the extension, offset, size and name of each member, a sample a line."""
+def write_index(shard: Path, version: str = "v1.2") -> None:
+    """As DALI's wds2idx writes it: the extension, offset, size and, from v1.2 on, name of each member, a sample a line."""
     samples: dict[str, list[str]] = {}
     with tarfile.open(shard) as tar:
         for member in tar:
             stem, _, extension = member.name.partition(".")
             fields = samples.setdefault(stem, [])
-            fields.append(f"{extension} {member.offset_data} {member.size} {member.name}")
-    lines = [f"v1.2 {len(samples)}", *(" ".join(fields) for fields in samples.values())]
+            name = f" {member.name}" if version == "v1.2" else ""
+            fields.append(f"{extension} {member.offset_data} {member.size}{name}")
+    lines = [f"{version} {len(samples)}", *(" ".join(fields) for fields in samples.values())]
     shard.with_suffix(".idx").write_text("\n".join(lines) + "\n")
 
 

@@ -41,8 +41,9 @@ def test_every_format_in_the_order_of_the_names(tmp_path):
 def test_subfolders_are_classes_in_the_order_of_their_names(tmp_path):
     for path, value in {"dog/2.png": 4, "dog/1.png": 3, "cat/1.png": 1, "cat/2.png": 2, "emu/1.png": 5}.items():
         solid(tmp_path / path, value, "L")
-    (tmp_path / "boa").mkdir()
     solid(tmp_path / ".hidden" / "1.png", 9, "L")
+    solid(tmp_path / "__MACOSX" / "cat" / "._1.png", 9, "L")
+    (tmp_path / "readme.txt").write_text("no class")
     assert values(tmp_path) == [1, 2, 3, 4, 5] and labels(tmp_path) == [0, 0, 1, 1, 2]
     assert find_images(tmp_path).names[2] == "dog/1.png"
 

@@ -5,10 +5,13 @@ Nothing is unpacked: a name inside a tar is a name, never a path.
 
 from pathlib import Path
 
-from pdfast.data.encoded import EncodedImages
-from pdfast.data.formats.folder import from_folder
-from pdfast.data.formats.tar import TARS, from_tars
+from pdfast.data.encoded import FILES, EncodedImages
+from pdfast.data.formats import names
+from pdfast.data.formats.folder import found_in, from_folder, look_into
+from pdfast.data.formats.shards import refuse_compressed
+from pdfast.data.formats.tar import SHARDS, from_tars
 from pdfast.data.formats.tfrecord import TFRECORDS, from_tfrecords
+from pdfast.data.pictures import SUFFIXES
 from pdfast.errors import UsageError
 
 
@@ -16,17 +19,46 @@ def find_images(path: Path) -> EncodedImages | None:
     """The encoded images of a folder of image files, of tar shards or TFRecord files (with class subfolders, or a
     `labels.csv` of names and labels, for image files), or of one such file; None where `path` is no such thing.
 
-    UsageError, in one line, where it holds no images or cannot be read.
+    UsageError, in one line, where it holds no images, or several of these, or cannot be read.
     """
     try:
         if path.is_dir():
-            for suffixes, find in ((TARS, from_tars), (TFRECORDS, from_tfrecords)):
-                shards = sorted(f for f in path.iterdir() if f.suffix in suffixes and f.name[0] != ".")
-                if shards:
-                    return find(shards)
-            return from_folder(path)
-        if path.suffix in TARS:
+            return _from_any(path)
+        if not path.is_file():
+            return None
+        if names.is_compressed(path):
+            refuse_compressed(path)
+        if names.is_tar(path):
             return from_tars([path])
-        return from_tfrecords([path]) if path.suffix in TFRECORDS else None
+        return from_tfrecords([path]) if names.is_tfrecord(path) else None
     except OSError as error:
         raise UsageError(f"cannot read {error.filename} ({error.strerror}): allow it, or give other data") from None
+
+
+def _from_any(folder: Path) -> EncodedImages:
+    """Of the one kind of data that a folder holds. What is hidden, or none of these kinds, is passed over."""
+    files = sorted(f for f in folder.iterdir() if not names.hidden(f.name) and f.is_file())
+    tars, tfrecords = filter(names.is_tar, files), filter(names.is_tfrecord, files)
+    kinds = {SHARDS: list(tars), TFRECORDS: list(tfrecords), ".npy or .npz arrays": list(filter(names.is_array, files))}
+    top, classes = look_into(folder)
+    kinds[FILES] = [*top, *(file for images in classes.values() for file in images)]
+    there = {kind: found for kind, found in kinds.items() if found}
+    if len(there) > 1:
+        found = " and ".join(f"{len(found)} {kind} ({found[0].name})" for kind, found in there.items())
+        raise UsageError(f"{folder} holds {found}: it is not clear which are meant, so move the others elsewhere")
+    kind = next(iter(there), None)
+    if kind == SHARDS:
+        return from_tars(there[SHARDS])
+    if kind == TFRECORDS:
+        return from_tfrecords(there[TFRECORDS])
+    if kind == FILES:
+        return from_folder(folder, top, classes)
+    if kind is not None:
+        example = there[kind][0]
+        raise UsageError(f"{folder} holds arrays, which are given one at a time: name one, such as {example}")
+    for file in filter(names.is_compressed, files):
+        refuse_compressed(file)
+    suffixes = ", ".join(sorted(SUFFIXES))
+    raise UsageError(
+        f"{folder} holds no image files, directly or one folder down, only {found_in(folder)}: give one that does ({suffixes})"
+    )

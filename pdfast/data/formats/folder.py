@@ -1,51 +1,60 @@
 """Image files in a folder, whose subfolders or `labels.csv` are their classes."""
 
-import csv
 from pathlib import Path
 
 from pdfast.data.encoded import FILES, EncodedImages
+from pdfast.data.formats.label_file import LABEL_FILE, labels_of
+from pdfast.data.formats.names import hidden, in_words
 from pdfast.data.pictures import SUFFIXES
 from pdfast.errors import UsageError
 
-LABEL_FILE = "labels.csv"
+
+def look_into(folder: Path) -> tuple[list[Path], dict[Path, list[Path]]]:
+    """The image files at a folder's top, and those in each of its subfolders, in the order of their names; deeper folders and
+    what is hidden are passed over."""
+    subfolders = sorted(child for child in folder.iterdir() if child.is_dir() and not hidden(child.name))
+    return _image_files(folder), {child: _image_files(child) for child in subfolders}
 
 
-def from_folder(folder: Path) -> EncodedImages:
-    """Where the files lie in subfolders these are the classes, numbered in the order of their names; deeper folders and
-    hidden files are passed over."""
-    top = _image_files(folder)
-    subfolders = sorted(child for child in folder.iterdir() if child.is_dir() and child.name[0] != ".")
-    classes = [files for child in subfolders if (files := _image_files(child))]
-    label_of = _label_file(folder / LABEL_FILE)
-    if top and classes:
+def from_folder(folder: Path, top: list[Path], classes: dict[Path, list[Path]]) -> EncodedImages:
+    """Of what `look_into` found. Where the files lie in subfolders, all of these are the classes, numbered in the order of
+    their names."""
+    inside = [file for files in classes.values() for file in files]
+    if top and inside:
         raise UsageError(f"{folder} has images both at its top and in subfolders: put all into class folders, or none")
-    if not top and not classes:
-        suffixes = ", ".join(sorted(SUFFIXES))
-        raise UsageError(f"{folder} holds no image files, directly or one folder down: give one that does ({suffixes})")
+    files = top or inside
+    names = [str(file.relative_to(folder)) for file in files]
+    if (folder / LABEL_FILE).exists():
+        labels = labels_of(folder / LABEL_FILE, names)
+    elif top:
+        labels = [-1] * len(files)
+    else:
+        _refuse_empty(classes)
+        labels = [label for label, files in enumerate(classes.values()) for _ in files]
     found = EncodedImages(FILES)
-    for label, files in enumerate(classes) if classes else [(-1, top)]:
-        for file in files:
-            name = str(file.relative_to(folder))
-            if label_of is not None:
-                label = label_of.get(name, -1)
-            found.files.append(file)
-            found.add(name, label, 0, file.stat().st_size)
+    for file, name, label in zip(files, names, labels, strict=True):
+        found.files.append(file)
+        found.add(name, label, 0, file.stat().st_size)
     return found.done()
 
 
+def _refuse_empty(classes: dict[Path, list[Path]]) -> None:
+    """Left out, an empty class would give its number to the next one."""
+    empty = [child for child, files in classes.items() if not files]
+    if empty:
+        others = f" ({len(empty) - 1} more subfolders neither)" if len(empty) > 1 else ""
+        raise UsageError(
+            f"{empty[0]} holds no image files, only {found_in(empty[0])}{others}, and all subfolders are classes: put its "
+            "images into it, or remove it"
+        )
+
+
 def _image_files(folder: Path) -> list[Path]:
-    # macOS leaves a hidden ._NAME.png beside NAME.png on foreign disks, which is no image.
-    return sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and f.name[0] != "." and f.is_file())
+    return sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not hidden(f.name) and f.is_file())
 
 
-def _label_file(path: Path) -> dict[str, int] | None:
-    if not path.exists():
-        return None
-    with open(path, newline="") as file:
-        rows = [row for row in csv.reader(file) if row]
-    if rows and len(rows[0]) == 2 and not rows[0][1].strip().lstrip("-").isdigit():
-        rows = rows[1:]  # a header
-    for number, row in enumerate(rows, 1):
-        if len(row) != 2 or not row[1].strip().lstrip("-").isdigit():
-            raise UsageError(f"{path}, row {number}: {','.join(row)!r} is not NAME,LABEL with a label from 0")
-    return {name: int(label) for name, label in rows}
+def found_in(folder: Path) -> str:
+    """What there is in it, and in its subfolders, for people."""
+    top = [child for child in folder.iterdir() if not hidden(child.name)]
+    down = [file for child in top if child.is_dir() for file in child.iterdir() if not hidden(file.name)]
+    return in_words([*(child for child in top if not child.is_dir()), *down])

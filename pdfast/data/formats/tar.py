@@ -1,62 +1,116 @@
-"""Tar shards, as WebDataset reads them, and their indices."""
+"""Tar shards, as WebDataset reads them."""
 
 import os
 import tarfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-from pdfast.data.encoded import EncodedImages
+from pdfast.data.encoded import EncodedImages, label_from
+from pdfast.data.formats.names import hidden
 from pdfast.data.formats.shards import scan_shards
+from pdfast.data.formats.tar_index import Unfit, indexed
 from pdfast.data.pictures import SUFFIXES
+from pdfast.errors import UsageError
 
-TARS = {".tar"}
+SHARDS = "tar shards"
+LINK = "links in tar shards"
+LABEL = "cls"
+LONGEST_LABEL = 100  # bytes
+TAIL = 1 << 20  # bytes behind the last member in which nothing else may stand
+
+
+class _Member(NamedTuple):
+    """An image or a label: its name, and what of that follows the first dot; no offset where it is a link."""
+
+    name: str
+    extension: str
+    offset: int | None
+    size: int
 
 
 def from_tars(shards: list[Path]) -> EncodedImages:
     """WebDataset: members of one name up to the first dot are a sample, of which the image and `cls`, a number, are used. An
-    index of `wds2idx` beside a shard, NAME.idx, saves reading through it."""
-    return scan_shards("tar shards", shards, _scan_tar)
+    index of `wds2idx` beside a shard, NAME.idx, saves reading through it; one that does not fit is left alone, with a warning.
+    """
+    unfit: dict[Path, str] = {}
+    found = scan_shards(SHARDS, shards, lambda shard, found: _scan(shard, found, unfit))
+    if unfit:
+        index, reason = next(iter(unfit.items()))
+        warnings.warn(
+            f"{len(unfit)} of {len(shards)} tar shards are read through, for their indices do not fit; the first: {index} "
+            f"({reason}): make it again with wds2idx, or delete it",
+            stacklevel=2,
+        )
+    return found
 
 
-def _scan_tar(shard: Path, found: EncodedImages) -> None:
-    index = shard.with_suffix(".idx")
-    members = _indexed(index) if index.exists() else _members(shard)
-    sample, image, label = None, None, -1
-
-    def flush() -> None:
-        if image:
-            found.add(f"{shard.name}/{image[0]}", label, *image[1:])
-
+def _scan(shard: Path, found: EncodedImages, unfit: dict[Path, str]) -> None:
+    index, members = shard.with_suffix(".idx"), None
+    if index.is_file():
+        try:
+            members = iter(indexed(shard, index))
+        except Unfit as error:
+            unfit[index] = str(error)
+    samples: dict[tuple[str, str], list[_Member]] = {}
     with open(shard, "rb") as content:
-        for name, offset, size in members:
-            folder, _, base = name.rpartition("/")
-            stem, _, extension = base.partition(".")
-            if (folder, stem) != sample:
-                flush()
-                sample, image, label = (folder, stem), None, -1
-            if f".{extension.lower().rpartition('.')[2]}" in SUFFIXES:
-                image = (name, offset, size)
-            elif extension == "cls":
-                text = os.pread(content.fileno(), size, offset).strip()
-                label = int(text) if text.isdigit() else -1
-    flush()
+        try:
+            for name, offset, size in members or _members(shard):
+                folder, _, base = name.rpartition("/")
+                stem, _, extension = base.partition(".")
+                extension = extension.lower()
+                if not hidden(name) and (extension == LABEL or f".{extension.rpartition('.')[2]}" in SUFFIXES):
+                    samples.setdefault((folder, stem), []).append(_Member(name, extension, offset, size))
+        except Exception:
+            if samples:
+                samples.popitem()  # of a sample at the damage it is not known what it lacks
+            raise
+        finally:
+            for sample in samples.values():
+                _add(shard, sample, content.fileno(), found)
 
 
-def _members(shard: Path) -> Iterator[tuple[str, int, int]]:
+def _add(shard: Path, sample: list[_Member], content: int, found: EncodedImages) -> None:
+    """The image of a sample: what has no other extension than an image's, else what has one at its end."""
+    images = [member for member in sample if member.extension != LABEL]
+    images = [member for member in images if f".{member.extension}" in SUFFIXES] or images
+    if len(images) > 1:
+        names = " and ".join(member.name for member in images[:3])
+        raise UsageError(
+            f"{shard} has more than one image of a name, {names}: it is not clear which is meant, so leave one, or rename the "
+            "others to NAME.WHAT.png"
+        )
+    if not images:
+        return
+    image, label = images[0], -1
+    if image.offset is None:
+        found.passed_over[LINK] += 1
+        return
+    for member in sample:
+        if member.extension == LABEL and member.offset is not None and member.size <= LONGEST_LABEL:
+            text = os.pread(content, member.size, member.offset).decode(errors="replace")
+            number = label_from(text)
+            label = -1 if number is None else number
+    found.add(f"{shard.name}/{image.name}", label, image.offset, image.size)
+
+
+def _members(shard: Path) -> Iterator[tuple[str, int | None, int]]:
+    """Name, offset and size of each file, None for the offset of a link; then ValueError where the tar ends early."""
     end = shard.stat().st_size
-    with tarfile.open(shard, "r:") as tar:
+    with tarfile.open(shard, "r:", encoding="utf-8", errors="surrogateescape") as tar:
         for member in tar:
-            if member.isfile():
-                if member.offset_data + member.size > end:
-                    raise ValueError("it ends early")
+            tar.members = []  # type: ignore[attr-defined]  # else it keeps all, at a kilobyte each
+            if member.size < 0 or member.offset_data + member.size > end:
+                raise ValueError("it ends early")
+            if member.isfile() and not member.issparse():
                 yield member.name, member.offset_data, member.size
-
-
-def _indexed(index: Path) -> Iterator[tuple[str, int, int]]:
-    """Lines of `extension offset size name` after the first, as DALI's wds2idx writes them."""
-    lines = index.read_text().splitlines()
-    for line in lines[1:]:
-        fields = line.split()
-        for i in range(0, len(fields), 4):
-            _, offset, size, name = fields[i : i + 4]
-            yield name, int(offset), int(size)
+            elif not member.isdir():
+                yield member.name, None, 0
+        at = tar.offset
+    with open(shard, "rb") as file:  # at what is no header, tarfile ends as at the end
+        tail = os.pread(file.fileno(), TAIL, at)
+        if not tail:
+            raise ValueError("it has no end, so some of it may be missing")
+        if tail.strip(b"\0"):
+            raise ValueError(f"it is damaged, or another follows it, from byte {at} on")

@@ -8,16 +8,20 @@ from pathlib import Path
 from pdfast.data.encoded import EncodedImages
 from pdfast.data.formats.shards import scan_shards
 
-TFRECORDS = {".tfrecord", ".tfrecords"}
+TFRECORDS = "TFRecord files"
+IMAGES, LABELS = ("image/encoded", "image"), ("image/class/label", "label")
+VARINT, BYTES = 0, 2  # types of fields
+LONGEST_VARINT = 10  # bytes, of a 64-bit number
+BYTES_LIST, INT64_LIST = 1, 3  # fields of a Feature
 
 
 def from_tfrecords(shards: list[Path]) -> EncodedImages:
     """Records of tf.train.Example with `image/encoded` or `image`, and, where there are classes, `image/class/label` or
-    `label`, numbered from 0."""
-    return scan_shards("TFRecord files", shards, _scan_tfrecord)
+    `label`, numbered from 0; a negative label, as TFDS writes it for none, several of them or a text are no label."""
+    return scan_shards(TFRECORDS, shards, _scan)
 
 
-def _scan_tfrecord(shard: Path, found: EncodedImages) -> None:
+def _scan(shard: Path, found: EncodedImages) -> None:
     with open(shard, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         at, number = 0, 0
         while at < len(data):
@@ -25,52 +29,69 @@ def _scan_tfrecord(shard: Path, found: EncodedImages) -> None:
             start, end = at + 12, at + 12 + length
             if end + 4 > len(data):
                 raise ValueError("it ends early")
-            features = dict(_features(data, start, end))
-            image = features.get("image/encoded") or features.get("image")
-            label = features.get("image/class/label", features.get("label", -1))
-            if not isinstance(image, tuple) or not isinstance(label, int):
-                raise ValueError(f"record {number} has no `image/encoded`, but {sorted(features)}")
-            found.add(f"{shard.name}/{number}", label, *image)
+            features = {name: values for name, *values in _features(data, start, end)}
+            images = next((features[name] for name in IMAGES if name in features), [])
+            label = next((features[name] for name in LABELS if name in features), [])
+            if len(images) != 1 or not isinstance(images[0], tuple):
+                several = f"{len(images)} images" if images else f"no `image/encoded`, but {sorted(features)}"
+                raise ValueError(f"record {number} has {several}")
+            only = label[0] if len(label) == 1 and isinstance(label[0], int) else -1
+            found.add(f"{shard.name}/{number}", only, *images[0])
             at, number = end + 4, number + 1
 
 
-def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 128:
-            return value, at
+def _varint(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:
+    value = 0
+    for i in range(LONGEST_VARINT):
+        if at + i >= end:
+            break
+        value |= (data[at + i] & 127) << 7 * i
+        if data[at + i] < 128:
+            return value, at + i + 1
+    raise ValueError(f"there is no number at byte {at}")
 
 
-def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Number, start and end of each field of a protocol buffer's message; a number's own value is decoded at its start."""
+def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """Number, type, start and end of each field of a protocol buffer's message."""
     while at < end:
-        key, at = _varint(data, at)
-        if key & 7 == 2:
-            size, at = _varint(data, at)
-            yield key >> 3, at, at + size
-            at += size
-        elif key & 7 == 0:
-            start = at
-            _, at = _varint(data, at)
-            yield key >> 3, start, at
+        key, start = _varint(data, at, end)
+        number, kind = key >> 3, key & 7
+        if kind == BYTES:
+            size, start = _varint(data, start, end)
+            at = start + size
+        elif kind == VARINT:
+            _, at = _varint(data, start, end)
         else:
-            raise ValueError(f"a field of type {key & 7}, which tf.train.Example has not")
+            raise ValueError(f"a field of type {kind}, which tf.train.Example has not")
+        if at > end:
+            raise ValueError(f"a field ends behind its message, at byte {at}")
+        yield number, kind, start, at
 
 
-def _features(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[str, tuple[int, int] | int]]:
-    """Of a tf.train.Example, each feature's name and the offset and size of its bytes, or its integer."""
-    for _, features, features_end in _fields(data, start, end):
-        for _, entry, entry_end in _fields(data, features, features_end):
-            parts = {number: (a, b) for number, a, b in _fields(data, entry, entry_end)}
-            name = data[slice(*parts[1])].decode()
-            for kind, values, values_end in _fields(data, *parts[2]):
-                if kind == 1:  # bytes_list
-                    for _, a, b in _fields(data, values, values_end):
-                        yield name, (a, b - a)
-                elif kind == 3 and values_end > values:  # int64_list, its numbers packed or not
-                    packed = data[values] == 0x0A
-                    a = values + 2 if packed else values + 1
-                    yield name, _varint(data, a)[0]
+def _messages(data: mmap.mmap, at: int, end: int, wanted: int) -> Iterator[tuple[int, int]]:
+    """Start and end of each field of that number that has bytes."""
+    return ((a, b) for number, kind, a, b in _fields(data, at, end) if number == wanted and kind == BYTES)
+
+
+def _features(data: mmap.mmap, start: int, end: int) -> Iterator[list]:
+    """Of a tf.train.Example, the name of each feature, then the offset and size of each of its bytes, or its integers."""
+    for features in _messages(data, start, end, 1):
+        for entry in _messages(data, *features, 1):
+            name = next((data[a:b].decode(errors="surrogateescape") for a, b in _messages(data, *entry, 1)), "")
+            values: list[tuple[int, int] | int] = []
+            for feature in _messages(data, *entry, 2):
+                for number, _, a, b in _fields(data, *feature):
+                    if number == BYTES_LIST:
+                        values += [(c, d - c) for c, d in _messages(data, a, b, 1)]
+                    elif number == INT64_LIST:
+                        values += _integers(data, a, b)
+            yield [name, *values]
+
+
+def _integers(data: mmap.mmap, at: int, end: int) -> Iterator[int]:
+    """Of an Int64List, packed or not."""
+    for number, _, start, stop in _fields(data, at, end):
+        while number == 1 and start < stop:
+            value, start = _varint(data, start, stop)
+            value &= (1 << 64) - 1
+            yield value - (1 << 64) if value >> 63 else value

@@ -1,0 +1,43 @@
+"""What the names of files and of members of archives say."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+HIDDEN = re.compile(r"(^|/)(\.(?!\.?(/|$))|(__MACOSX|PaxHeaders?(\.\d+)?)(/|$))")
+ARRAYS = {".npy", ".npz"}
+TFRECORD = r"\.(tfrecords?|tfrec)(-\d+-of-\d+)?"
+COMPRESSED = re.compile(rf"(\.(tgz|tbz2?|txz|tzst)|(\.tar|{TFRECORD})\.(gz|bz2|xz|zst|lz4|zip|z))$", re.IGNORECASE)
+SHOWN = 5  # suffixes that `in_words` names
+
+
+def hidden(name: str) -> bool:
+    """Whether a path, its parts apart by "/", is not meant for people: .NAME, or what macOS (._NAME, __MACOSX) and other
+    programs (PaxHeader) put beside each file to describe it."""
+    return HIDDEN.search(name) is not None
+
+
+def is_array(path: Path) -> bool:
+    return path.suffix.lower() in ARRAYS
+
+
+def is_tar(path: Path) -> bool:
+    return path.suffix.lower() == ".tar"
+
+
+def is_tfrecord(path: Path) -> bool:
+    """Also of the names that TFDS gives, x-train.tfrecord-00000-of-00002."""
+    return re.search(rf"{TFRECORD}$", path.name, re.IGNORECASE) is not None
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether it is named as a tar or TFRecord that must be unpacked before."""
+    return COMPRESSED.search(path.name) is not None
+
+
+def in_words(paths: Iterable[Path]) -> str:
+    """How many there are with which suffix: `40 .webm, 3 .txt`."""
+    counts = Counter("folders" if path.is_dir() else path.suffix.lower() or "without suffix" for path in paths)
+    words = [f"{count} {suffix}" for suffix, count in counts.most_common(SHOWN)]
+    return ", ".join([*words, "..."] if len(counts) > SHOWN else words) or "nothing"

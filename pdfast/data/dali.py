@@ -220,4 +220,5 @@ def _fill(items: Iterator[Decoded], ready: queue.Queue, stopped: threading.Event
 
 def _stop(stopped: threading.Event, thread: threading.Thread) -> None:
     stopped.set()
-    thread.join(JOIN_SECONDS)
+    if thread is not threading.current_thread():  # which may collect the garbage of others
+        thread.join(JOIN_SECONDS)

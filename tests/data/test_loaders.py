@@ -1,6 +1,8 @@
 """Loaders: the same samples in the same order from every one of them, after every stop, whatever is bad among them."""
 
 import json
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -222,6 +224,24 @@ def test_what_another_process_could_not_use_is_in_the_log(tmp_path):
     assert [e for e in entries if e.get("event") == "bad image"] == [
         {"event": "bad image", "name": name, "reason": "empty"}
     ]
+
+
+def test_what_decodes_ahead_may_be_dropped_in_its_own_thread():
+    """As where the garbage of a cycle is collected there: a thread cannot wait for itself."""
+    kept, dropped = [], []
+    begun, done = threading.Event(), threading.Event()
+
+    def items():
+        begun.wait(10)
+        unraisable, sys.unraisablehook = sys.unraisablehook, dropped.append
+        kept.clear()
+        sys.unraisablehook = unraisable
+        done.set()
+        yield None
+
+    kept.append(dali._Ahead(items()))
+    begun.set()
+    assert done.wait(10) and not dropped
 
 
 def test_images_lie_where_there_is_room(monkeypatch):

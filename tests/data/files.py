@@ -58,7 +58,8 @@ def _varint(value: int) -> bytes:
     return bytes([low | 128]) + _varint(rest) if rest else bytes([low])
 
 
-def _field(number: int, content: bytes) -> bytes:
+def field(number: int, content: bytes) -> bytes:
+    """Of a protocol buffer's message."""
     return _varint(number << 3 | 2) + _varint(len(content)) + content
 
 
@@ -66,10 +67,10 @@ def write_tfrecord(path: Path, records: list[tuple[bytes, int | None]], *, packe
     """tf.train.Example messages with `image/encoded` and `image/class/label`, by the wire format; checksums are left 0."""
     with open(path, "wb") as file:
         for image, label in records:
-            features = {"image/encoded": _field(1, _field(1, image)), "image/format": _field(1, _field(1, b"png"))}
+            features = {"image/encoded": field(1, field(1, image)), "image/format": field(1, field(1, b"png"))}
             if label is not None:
-                numbers = _field(1, _varint(label)) if packed else _varint(1 << 3) + _varint(label)
-                features["image/class/label"] = _field(3, numbers)
-            entries = b"".join(_field(1, _field(1, k.encode()) + _field(2, v)) for k, v in features.items())
-            example = _field(1, entries)
+                numbers = field(1, _varint(label)) if packed else _varint(1 << 3) + _varint(label)
+                features["image/class/label"] = field(3, numbers)
+            entries = b"".join(field(1, field(1, k.encode()) + field(2, v)) for k, v in features.items())
+            example = field(1, entries)
             file.write(struct.pack("<Q", len(example)) + bytes(4) + example + bytes(4))

@@ -1,5 +1,6 @@
 """Where encoded images lie: folders, tar shards with and without an index, TFRecord files, and what each bad one is told."""
 
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from pdfast.data.formats import find_images
 from pdfast.data.pictures import BadImage, decode
 from tests.data.archives import write_tar
 from tests.data.errors import refusal
-from tests.data.files import encoded, solid, write_index, write_tfrecord
+from tests.data.files import encoded, field, solid, write_index, write_tfrecord
 
 
 def grey(value: int) -> bytes:
@@ -104,6 +105,114 @@ def test_tfrecord_files(tmp_path, packed):
     (tmp_path / "a.tfrecord").write_bytes(content[:-20])
     assert values(tmp_path) == [1, 3]
     assert find_images(tmp_path).problems == {str(tmp_path / "a.tfrecord"): "it ends early, after 1 images"}
+
+
+def record(**features: bytes) -> bytes:
+    """A TFRecord of one tf.train.Example, of features as they are encoded."""
+    entries = b"".join(field(1, field(1, k.replace("_", "/").encode()) + field(2, v)) for k, v in features.items())
+    example = field(1, entries)
+    return struct.pack("<Q", len(example)) + bytes(4) + example + bytes(4)
+
+
+IMAGE = field(1, field(1, grey(5)))
+MINUS_ONE = b"\xff" * 9 + b"\x01"
+
+
+@pytest.mark.parametrize(
+    "label, expected",
+    [
+        (field(3, field(1, MINUS_ONE)), -1),  # as TFDS writes none
+        (field(3, b"\x08" + MINUS_ONE), -1),
+        (field(3, field(1, b"\x80" * 8 + b"\x80\x01")), -1),  # -2^63
+        (field(3, field(1, b"")), -1),
+        (field(3, b""), -1),
+        (field(3, field(1, b"\x01\x02")), -1),  # two of them
+        (field(3, field(1, b"\x07" * 200)), -1),
+        (field(1, field(1, b"cat")), -1),
+        (field(2, field(1, bytes(4))), -1),
+        (field(3, field(1, b"\x80\x80\x00")), 0),
+    ],
+)
+def test_labels_of_a_tfrecord(tmp_path, label, expected):
+    write_tfrecord(tmp_path / "a.tfrecord", [(grey(1), 6)])
+    (tmp_path / "b.tfrecord").write_bytes(record(image_encoded=IMAGE, image_class_label=label))
+    assert values(tmp_path) == [1, 5] and labels(tmp_path) == [6, expected]
+
+
+@pytest.mark.parametrize("label", [1 << 31, (1 << 63) - 1])
+def test_a_label_of_a_tfrecord_that_numbers_no_class(tmp_path, label):
+    write_tfrecord(tmp_path / "a.tfrecord", [(grey(1), 6), (grey(1), label)])
+    message = refusal(find_images, tmp_path, names=tmp_path / "a.tfrecord")
+    assert f"a.tfrecord/1 has the label {label}: number the classes from 0" in message
+
+
+def test_a_record_of_two_images_is_a_problem(tmp_path):
+    write_tfrecord(tmp_path / "a.tfrecord", [(grey(1), 6)])
+    (tmp_path / "b.tfrecord").write_bytes(record(image_encoded=field(1, field(1, grey(1)) + field(1, grey(2)))))
+    assert find_images(tmp_path).problems == {str(tmp_path / "b.tfrecord"): "record 0 has 2 images, after 0 images"}
+
+
+def test_names_of_features_that_are_not_utf_8(tmp_path):
+    entry = field(1, field(1, b"caf\xe9") + field(2, IMAGE)) + field(1, field(1, b"image") + field(2, IMAGE))
+    example = field(1, entry)
+    (tmp_path / "a.tfrecord").write_bytes(struct.pack("<Q", len(example)) + bytes(4) + example + bytes(4))
+    assert values(tmp_path) == [5]
+
+
+@pytest.mark.parametrize("name", ["x-train.tfrecord-00000-of-00002", "a.tfrec", "A.TFRECORD", "a.TfRecords"])
+def test_names_of_tfrecord_files(tmp_path, name):
+    write_tfrecord(tmp_path / name, [(grey(1), 0)])
+    assert values(tmp_path) == values(tmp_path / name) == [1]
+
+
+@pytest.mark.parametrize("name", ["a.tar", "b.TFREC", "c.npz", "d.npy"])
+@pytest.mark.parametrize("image", ["1.png", "cat/1.png"])
+def test_what_would_hide_images_is_refused(tmp_path, name, image):
+    solid(tmp_path / image, 1, "L")
+    (tmp_path / name).write_bytes(b"")
+    message = refusal(find_images, tmp_path, names=tmp_path)
+    assert f"({name}) and 1 image files (1.png): it is not clear which" in message
+    (tmp_path / name).rename(tmp_path / f".{name}")
+    assert values(tmp_path) == [1]
+
+
+def test_tars_and_tfrecords_are_not_mixed(tmp_path):
+    write_tar(tmp_path / "a.tar", {"1.png": grey(1)}, "w")
+    write_tfrecord(tmp_path / "a.tfrecord", [(grey(1), 0)])
+    message = refusal(find_images, tmp_path, names=tmp_path)
+    assert "holds 1 tar shards (a.tar) and 1 TFRecord files (a.tfrecord): it is not clear" in message
+
+
+def test_a_folder_of_arrays_says_to_name_one(tmp_path):
+    for name in ("a.npy", "b.npz"):
+        (tmp_path / name).write_bytes(b"")
+    assert f"name one, such as {tmp_path / 'a.npy'}" in refusal(find_images, tmp_path, names=tmp_path)
+
+
+def test_of_other_files_it_says_what_is_there(tmp_path):
+    for i in range(4):
+        (tmp_path / f"{i}.webm").write_bytes(b"")
+    (tmp_path / "notes.TXT").write_text("")
+    (tmp_path / "LICENSE").write_text("")
+    (tmp_path / ".hidden.tif").write_text("")
+    (tmp_path / "scans" / "old").mkdir(parents=True)
+    for i in range(2):
+        (tmp_path / "scans" / f"{i}.tif").write_bytes(b"")
+    assert "only 4 .webm, 2 .tif" in refusal(find_images, tmp_path, names=tmp_path)
+    message = refusal(find_images, tmp_path / "scans" / "old", names="old")
+    assert "holds no image files, directly or one folder down, only nothing" in message
+
+
+def test_an_empty_class_is_refused_by_name(tmp_path):
+    """Left out, `boa` would give its number to `cat`."""
+    solid(tmp_path / "ant" / "1.png", 1, "L")
+    solid(tmp_path / "cat" / "1.png", 1, "L")
+    (tmp_path / "boa").mkdir()
+    (tmp_path / "boa" / "1.tif").write_bytes(b"")
+    message = refusal(find_images, tmp_path, names=tmp_path / "boa")
+    assert "holds no image files, only 1 .tif, and all subfolders are classes" in message
+    (tmp_path / "eel" / "1.png").mkdir(parents=True)
+    assert "(1 more subfolders neither)" in refusal(find_images, tmp_path, names=tmp_path / "boa")
 
 
 def test_what_is_no_such_data(tmp_path):

@@ -8,6 +8,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
+from pdfast.checks import check_values
 from pdfast.cli import parse
 from pdfast.config import (
     FACTS,
@@ -33,7 +34,8 @@ class Extra:
     config: OptionalPath = None
     """A saved config.yaml to start from instead of the preset; flags override it."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print the plan (rounds, updates, network evaluations, memory, time) and stop."""
+    """Print the plan (rounds, updates, network evaluations, memory, time) and stop. What a run would refuse is refused, but
+    for what is wrong with the data, which are not read."""
 
 
 def _peek(flag: str, arguments: list[str]) -> str | None:
@@ -83,7 +85,7 @@ def distill_arguments() -> tuple[DistillConfig, Extra]:
     )
     fields = {name: getattr(parsed, name) for name in _names(DistillConfig)}
     config = DistillConfig(**fields | {"rounds": rounds, "start_steps": start, "end_steps": end})
-    check(config)
+    check_values(config)
     if config.teacher is not None:
         _refuse_what_the_teacher_brings(config, sys.argv[1:])
     named = parse_updates(config.updates)[1]
@@ -124,41 +126,5 @@ def train_arguments() -> tuple[TrainConfig, Extra]:
         description="Train a teacher (Algorithm 1 of Salimans & Ho 2022). The same command run again resumes.",
     )
     config = TrainConfig(**{name: getattr(parsed, name) for name in _names(TrainConfig)})
-    check(config)
+    check_values(config)
     return config, Extra(parsed.config, parsed.dry_run)
-
-
-def check(config: DistillConfig | TrainConfig) -> None:
-    """UsageError for values that no run can have."""
-    train, evaluation = config.train, config.evaluation
-    positive = {
-        "log-every": config.log_every,
-        "checkpoint-every": config.checkpoint_every,
-        "train.updates": train.updates,
-        "train.batch-size": train.batch_size,
-        "train.learning-rate": train.learning_rate,
-        "train.clip": train.clip,
-        "evaluation.num-samples": evaluation.num_samples,
-        "evaluation.batch-size": evaluation.batch_size,
-        "engine.micro-batches": config.engine.micro_batches,
-        "engine.shard": config.engine.shard,
-        "engine.patience": config.engine.patience,
-        "engine.non-finite-limit": config.engine.non_finite_limit,
-    }
-    fractions = {"train.ema": train.ema, "train.dropout": train.dropout}
-    if isinstance(config, DistillConfig):
-        positive |= {"batch-size": config.batch_size, "learning-rate": config.learning_rate, "clip": config.clip}
-        positive |= {"convert-updates": config.convert_updates}
-        fractions["ema"] = config.ema
-    for flag, value in positive.items():
-        if not value > 0:
-            raise UsageError(f"--{flag} must be above 0, got {value}")
-    for flag, value in fractions.items():
-        if not 0 <= value < 1:
-            raise UsageError(f"--{flag} must be in [0, 1), got {value}")
-    if isinstance(config, DistillConfig) and config.convert and config.teacher is None:
-        raise UsageError(
-            "--convert is for a teacher that is given: say --teacher, or train one with --network.prediction v"
-        )
-    if not 0 <= config.seed < 1 << 32:
-        raise UsageError(f"--seed must be in [0, 2^32), got {config.seed}")

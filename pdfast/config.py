@@ -13,6 +13,7 @@ import tyro
 import yaml
 
 from pdfast import diffusion
+from pdfast.bounds import MOST_STEPS
 from pdfast.data import LoaderName
 from pdfast.diffusion import Weighting
 from pdfast.errors import UsageError
@@ -278,8 +279,8 @@ def resolve_steps(given: Steps, preset: Steps) -> tuple[int, int, int]:
     for name, value in (("rounds", rounds), ("start-steps", start), ("end-steps", end)):
         if value is not None and value < 1:
             raise UsageError(f"--{name} must be at least 1, got {value}")
-    if rounds is not None and rounds > 30:
-        raise UsageError(f"--rounds {rounds} means more than 2^30 steps; 13 halve 8192 steps to 1")
+    if rounds is not None and rounds > MOST_STEPS.bit_length() - 1:
+        raise UsageError(f"--rounds {rounds} means more than {MOST_STEPS} steps; 13 halve 8192 steps to 1")
     if end is None:
         end = 1 if rounds is None or start is None else start >> rounds
     if start is None:

@@ -23,6 +23,7 @@ import torch
 import tyro
 
 from pdfast import sample
+from pdfast.bounds import require, whole
 from pdfast.cli import parse, run_command
 from pdfast.engine import layout
 from pdfast.engine.device import open_device
@@ -152,8 +153,7 @@ def build_page(models: Models, draw: Callable[..., tuple[bytes, float]]) -> Any:
 
 def main() -> None:
     arguments = parse(Arguments, prog="python -m pdfast.demo", description=__doc__)
-    if arguments.count < 1:
-        raise UsageError(f"--count must be at least 1, got {arguments.count}")
+    require("count", arguments.count, whole(1, 10**4))
     models = Models(arguments.run, arguments.count, open_device(arguments.device))
     wanted: queue.SimpleQueue[tuple[Future, tuple]] = queue.SimpleQueue()
 

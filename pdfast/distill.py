@@ -14,6 +14,7 @@ from typing import cast
 import numpy as np
 import torch
 
+from pdfast.checks import check_evaluation, check_features, check_job
 from pdfast.cli import Interrupted, run_command
 from pdfast.commands import distill_arguments
 from pdfast.config import DistillConfig, TeacherConfig
@@ -42,11 +43,9 @@ from pdfast.teachers import ConvertedConfig
 from pdfast.teachers.convert import regular_angles
 from pdfast.train import (
     HINT,
-    check_evaluation,
     new_network,
     open_data,
     open_evaluator,
-    refuse_eps_at_the_start,
     say_what_begins,
     train_teacher,
     write_teacher,
@@ -337,8 +336,9 @@ def total_seconds(config: DistillConfig) -> float:
 def main() -> None:
     config, extra = distill_arguments()
     config, given_teacher = with_teachers_network(config)
-    refuse_eps_at_the_start(config)
+    check_job(config)
     if extra.dry_run:
+        check_features(config)
         print_distillation_plan(config, open_device(config.device))
         return
     with open_machine(config) as machine:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
+from pdfast.bounds import SAMPLES, SEED, STEPS, require
 from pdfast.cli import parse, run_command
 from pdfast.config import (
     EvaluationConfig,
@@ -121,15 +122,16 @@ def _figures(row: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     arguments = parse(Arguments, prog="python -m pdfast.evaluate", description=__doc__)
+    for steps in arguments.steps:
+        require("steps", steps, STEPS)
+    require("num-samples", arguments.num_samples, SAMPLES)
+    require("seed", arguments.seed, SEED)
     device = open_device(arguments.device)
     wanted = models_to_judge(arguments, device)
     run = run_of(arguments.model)
     data = arguments.data or run.get("data")
     if data is None:
         raise UsageError(f"{arguments.model} is not in a run's folder: say what to compare with, --data and --features")
-    for _, _, steps in wanted:
-        if steps < 1:
-            raise UsageError(f"--steps must be at least 1, got {steps}")
     first = wanted[0][1]
     for _, saved, _ in wanted:
         saved.check_start()

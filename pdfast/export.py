@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import tyro
 
+from pdfast.bounds import STEPS, require
 from pdfast.cli import parse, run_command
 from pdfast.config import OptionalInt
 from pdfast.diffusion import sample
@@ -193,8 +194,7 @@ def main() -> None:
     arguments = parse(Arguments, prog="python -m pdfast.export", description=__doc__)
     if arguments.out.exists():
         raise UsageError(f"{arguments.out} is there already: choose another folder, or delete it")
-    if arguments.steps is not None and arguments.steps < 1:
-        raise UsageError(f"--steps must be at least 1, got {arguments.steps}")
+    require("steps", arguments.steps, STEPS)
     saved = find_model(arguments.model, arguments.steps, torch.device("cpu"))
     steps = arguments.steps or saved.steps or 256
     if arguments.format == "safetensors":

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import tyro
 
+from pdfast.bounds import BATCH, SEED, STEPS, between, require, whole
 from pdfast.cli import parse, run_command
 from pdfast.config import OptionalInt
 from pdfast.diffusion import ancestral, angles, noise, sample
@@ -124,13 +125,11 @@ def picture(images: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     arguments = parse(Arguments, prog="python -m pdfast.sample", description=__doc__)
-    for flag, value in (("steps", arguments.steps), ("count", arguments.count), ("batch-size", arguments.batch_size)):
-        if value is not None and value < 1:
-            raise UsageError(f"--{flag} must be at least 1, got {value}")
-    if not 0 <= arguments.variance <= 1:
-        raise UsageError(f"--variance must be in [0, 1], got {arguments.variance}")
-    if not 0 <= arguments.seed < 1 << 64:
-        raise UsageError(f"--seed must be in [0, 2^64), got {arguments.seed}")
+    require("steps", arguments.steps, STEPS)
+    require("count", arguments.count, whole(1, 10**7))
+    require("batch-size", arguments.batch_size, BATCH)
+    require("variance", arguments.variance, between(0, 1))
+    require("seed", arguments.seed, SEED)
     if arguments.out.suffix not in (".png", ".npz"):
         raise UsageError(f"--out {arguments.out}: end it in .png for a grid or .npz for the arrays")
     device = open_device(arguments.device)

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pdfast.checks import check_evaluation, check_features, check_job
 from pdfast.cli import Interrupted, run_command
 from pdfast.commands import train_arguments
 from pdfast.config import RunConfig, TeacherConfig
 from pdfast.data import ImageSource, load_source
-from pdfast.diffusion import check_start
 from pdfast.engine import interrupt
 from pdfast.engine.checkpoint import Checkpoints
 from pdfast.engine.device import open_device
@@ -29,12 +29,9 @@ from pdfast.engine.model_folder import fill_model_folder
 from pdfast.engine.optimizer import linear_decay, linear_warmup
 from pdfast.engine.run import open_run
 from pdfast.engine.step import Draws, teacher_gradient
-from pdfast.errors import UsageError
 from pdfast.networks import Network
 from pdfast.report.evaluator import Evaluator, shown
-from pdfast.report.features import check_feature_space
 from pdfast.report.grids import image_grid, write_png
-from pdfast.report.metrics import split_real
 from pdfast.report.plan import print_training_plan
 
 HINT = "the same command goes on from here"
@@ -231,28 +228,11 @@ def say_what_begins(config: RunConfig, machine: Machine, source: ImageSource, lo
     log.watch(source)
 
 
-def check_evaluation(config: RunConfig, source: ImageSource) -> None:
-    """UsageError, before anything is trained or written, where these images cannot be judged as the configuration says."""
-    evaluation = config.evaluation
-    split_real(source.num_images, evaluation.num_samples, seed=0, reference=evaluation.reference)
-    check_feature_space(evaluation.features, source.shape)
-
-
-def refuse_eps_at_the_start(config: RunConfig) -> None:
-    """UsageError for a network that predicts eps where sampling starts from pure noise."""
-    schedule = config.schedule.build()
-    try:
-        check_start(config.network.prediction, float(schedule.phi(torch.ones((), dtype=torch.float64))))
-    except ValueError as error:
-        raise UsageError(
-            f"{error}; as flags: --schedule.u-start 0.95, or --convert v for a copy of a teacher"
-        ) from None
-
-
 def main() -> None:
     config, extra = train_arguments()
-    refuse_eps_at_the_start(config)
+    check_job(config)
     if extra.dry_run:
+        check_features(config)
         print_training_plan(config, open_device(config.device))
         return
     with open_machine(config) as machine:

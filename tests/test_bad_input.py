@@ -57,7 +57,7 @@ def one_line(capsys, code, expected_code, *words):
         (["--evaluation.num-samples", "2000"], ["--evaluation.num-samples", "898"]),
         (["--evaluation.features", "vgg"], ["vgg", "mobilenet"]),
         (["--schedule.name", "alpha_bars"], ["--schedule.alpha-bars FILE.npy"]),
-        (["--schedule.u-start", "2"], ["u_start"]),
+        (["--schedule.u-start", "2"], ["--schedule.u-start must be in (0, 1]"]),
         (["--device", "tpu9"], ["unknown device 'tpu9'"]),
         (["--device", "cuda:77"], ["GPUs"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml"]),

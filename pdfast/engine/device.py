@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import subprocess
+import warnings
 from pathlib import Path
 
 import torch
@@ -12,6 +13,9 @@ from pdfast.errors import UsageError
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _GIB = 1 << 30
+UNTRIED = "is not supported: the kernels, CUDA graphs and checks of memory are for NVIDIA's GPUs"
+OTHERS = {"mps": "Apple's GPUs", "xpu": "Intel's GPUs", "hpu": "Gaudi", "xla": "TPUs", "npu": "Ascend's NPUs"}
+"""What torch has devices for and this program was never run on."""
 
 
 def open_device(name: str) -> torch.device:
@@ -19,19 +23,26 @@ def open_device(name: str) -> torch.device:
 
     UsageError where there is none such, or fewer GPUs than processes of this machine.
     """
+    rocm = getattr(torch.version, "hip", None)
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() and not rocm else "cpu"
+        if rocm:
+            warnings.warn(f"this torch is for AMD's GPUs (ROCm {rocm}), which {UNTRIED}: the CPU is used", stacklevel=2)
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UsageError(f"unknown device {name!r}: choose auto, cpu, cuda or cuda:N") from None
     if device.type == "cpu":
         _keep_freed_memory()
+    elif device.type == "cuda" and rocm:
+        raise UsageError(f"this torch is for AMD's GPUs (ROCm {rocm}), which {UNTRIED}: say --device cpu")
     elif device.type == "cuda":
         _check_count(device)
         index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", "0"))
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
+    elif device.type in OTHERS:
+        raise UsageError(f"device {name!r} ({OTHERS[device.type]}) {UNTRIED}: say --device cpu")
     else:
         raise UsageError(f"device {name!r} is not supported: choose auto, cpu, cuda or cuda:N")
     return device

@@ -6,7 +6,7 @@ on any process, changes nothing but counts.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -66,19 +66,29 @@ class _TorchAdam:
                 average.lerp_(parameter, rate)
 
 
+def check_backend(backend: OptimizerName) -> None:
+    """UsageError for one that is not installed."""
+    if backend == "apex":
+        _apex()
+
+
+def _apex() -> tuple[Any, Any]:
+    try:
+        import amp_C
+        from apex.multi_tensor_apply import multi_tensor_applier
+    except ImportError as error:
+        raise UsageError(
+            f"--engine.optimizer apex: NVIDIA's apex is not installed ({error}); build it with APEX_CPP_EXT=1 "
+            "APEX_CUDA_EXT=1, or choose pdfast or torch"
+        ) from None
+    return multi_tensor_applier, amp_C.multi_tensor_adam_capturable
+
+
 class _ApexAdam:
     """NVIDIA apex's multi-tensor Adam, and a foreach average after it."""
 
     def __init__(self, parameters, exp_avgs, exp_avg_sqs, averages, weight_decay: float) -> None:
-        try:
-            import amp_C
-            from apex.multi_tensor_apply import multi_tensor_applier
-        except ImportError as error:
-            raise UsageError(
-                f"--engine.optimizer apex: NVIDIA's apex is not installed ({error}); build it with APEX_CPP_EXT=1 "
-                "APEX_CUDA_EXT=1, or choose pdfast or torch"
-            ) from None
-        self._apply, self._adam = multi_tensor_applier, amp_C.multi_tensor_adam_capturable
+        self._apply, self._adam = _apex()
         self._tensors = [list(parameters), exp_avgs, exp_avg_sqs]
         self._averages, self._weight_decay = averages, weight_decay
 

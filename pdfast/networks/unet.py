@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pdfast.bounds import NETWORK
 from pdfast.diffusion import Prediction, outputs_per_channel
 from pdfast.networks.layers import Attention, Conv2d, GroupNorm, Linear, ResBlock, time_embedding
 from pdfast.networks.network import Network
@@ -41,8 +42,17 @@ class NetworkConfig:
     """Classes for conditioning; 0 for an unconditional model."""
 
     def __post_init__(self) -> None:
+        for name, bounds in NETWORK.items():
+            value = getattr(self, name)
+            for number in value if isinstance(value, tuple) else [value]:
+                if number not in bounds:
+                    raise ValueError(f"{name} must be {bounds.text}, got {number}")
+        if self.channels % 2:
+            raise ValueError(f"channels must be even, got {self.channels}: half of the time's embedding are sines")
+        if not self.channel_mult:
+            raise ValueError("channel_mult must have at least one entry")
         levels = len(self.channel_mult)
-        if levels == 0 or self.image_size % 2 ** (levels - 1):
+        if self.image_size % 2 ** (levels - 1):
             raise ValueError(
                 f"image_size {self.image_size} does not halve {levels - 1} times (channel_mult {self.channel_mult})"
             )

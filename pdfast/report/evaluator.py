@@ -100,7 +100,7 @@ class Evaluator:
         with warnings.catch_warnings():
             if not world.first:
                 warnings.simplefilter("ignore")  # what the first process says
-            self._space = load_feature_space(config.features, device=world.device)
+            self._space = load_feature_space(config.features, shape=source.shape, device=world.device)
         self.names = names_in(self._space.name)
         """What `fd`, `kd` and `cs` of a row are called."""
         self._real = RealImages(source, self._space, config.num_samples, world, config.batch_size, config.reference)

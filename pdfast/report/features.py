@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pdfast.data import load_source
 from pdfast.diffusion.noise import permutation
 from pdfast.errors import UsageError
-from pdfast.report.inception import InceptionFeatures, check_weights_there
+from pdfast.report.inception import InceptionFeatures, check_weights
 from pdfast.report.metrics import fixed_seed
 from pdfast.report.mobilenet import MobileNetFeatures, weights_file
 
@@ -119,14 +119,17 @@ FeatureSpace = DigitsFeatures | MobileNetFeatures | InceptionFeatures
 
 
 def check_feature_space(spec: str, shape: tuple[int, int, int] | None = None) -> None:
-    """UsageError where there is no such feature space, its weights are missing, or it takes no images of shape (H, W, C)."""
+    """UsageError where there is no such feature space, its weights are missing or no such weights, or it takes no images of
+    shape (H, W, C)."""
     if spec == "digits":
         if shape is not None:
             _check_digits((shape[2], *shape[:2]))
     elif spec == "mobilenet":
+        _check_channels("mobilenet", shape)
         weights_file()
     elif Path(spec).suffix in (".pth", ".pt", ".safetensors"):
-        check_weights_there(Path(spec))
+        _check_channels(spec, shape)
+        check_weights(Path(spec))
     else:
         raise UsageError(
             f"unknown feature space {spec!r}: choose digits, mobilenet, or give a .pth or .safetensors file of "
@@ -134,9 +137,20 @@ def check_feature_space(spec: str, shape: tuple[int, int, int] | None = None) ->
         )
 
 
-def load_feature_space(spec: str, *, device: torch.device | str = "cpu") -> FeatureSpace:
-    """`digits`, `mobilenet`, or a path to Inception weights. UsageError for anything else."""
-    check_feature_space(spec)
+def _check_channels(spec: str, shape: tuple[int, int, int] | None) -> None:
+    if shape is not None and shape[2] not in (1, 3):
+        raise UsageError(
+            f"the feature space {spec} takes images of 1 or 3 channels, not {shape[2]}: images of other channels cannot be "
+            "judged"
+        )
+
+
+def load_feature_space(
+    spec: str, *, shape: tuple[int, int, int] | None = None, device: torch.device | str = "cpu"
+) -> FeatureSpace:
+    """`digits`, `mobilenet`, or a path to Inception weights. UsageError for anything else, or where it takes no images of shape
+    (H, W, C)."""
+    check_feature_space(spec, shape)
     if spec == "digits":
         return train_digits_features().to(device)
     if spec == "mobilenet":

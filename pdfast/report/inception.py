@@ -212,14 +212,16 @@ class InceptionFeatures(nn.Module):
         return F.linear(features, self.network.fc.weight)
 
 
-def check_weights_there(path: Path) -> None:
-    """UsageError where there is no such file."""
-    if not path.is_file():
-        raise UsageError(f"there are no Inception weights at {path}: give pytorch-fid's pt_inception-2015-12-05 file")
+def check_weights(path: Path) -> None:
+    """UsageError where there is no such file, or it does not hold the network."""
+    with torch.device("meta"):
+        expected = InceptionV3().state_dict()
+    _read_weights(path, expected)
 
 
 def _read_weights(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    check_weights_there(path)
+    if not path.is_file():
+        raise UsageError(f"there are no Inception weights at {path}: give pytorch-fid's pt_inception-2015-12-05 file")
     try:
         if path.suffix == ".safetensors":
             found = load_file(path)
@@ -239,4 +241,9 @@ def _read_weights(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
             f"{key} (expected {wanted.get(key, 'none')}, found {shapes.get(key, 'none')}); "
             "give pytorch-fid's pt_inception-2015-12-05 file"
         )
+    for key in wanted:
+        if not bool(torch.isfinite(found[key]).all()):
+            raise UsageError(
+                f"{path} has weights that are not finite ({key}): give pytorch-fid's pt_inception-2015-12-05 file"
+            )
     return {key: found[key] for key in wanted} | counts

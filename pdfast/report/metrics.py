@@ -190,7 +190,16 @@ def split_real(num_images: int, n: int, seed: int, reference: Reference = "half"
 
     UsageError where there are fewer than 2 n images for two sets.
     """
+    if n <= NEIGHBOURS:
+        raise UsageError(
+            f"--evaluation.num-samples must be at least {NEIGHBOURS + 1}, got {n}: precision and recall look for the "
+            "third nearest other image, and no other metric asks for more"
+        )
     if reference == "all":
+        if num_images <= NEIGHBOURS:
+            raise UsageError(
+                f"there are {num_images} real images, generated ones are compared with at least {NEIGHBOURS + 1}: give more"
+            )
         return permutation(seed, 0, num_images), torch.empty(0, dtype=torch.int64)
     if 2 * n > num_images:
         raise UsageError(

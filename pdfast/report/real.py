@@ -19,7 +19,7 @@ from pdfast.data.source import of_tensors
 from pdfast.engine.files import write_file
 from pdfast.engine.world import World
 from pdfast.errors import RunError, UsageError
-from pdfast.report.metrics import NEIGHBOURS, Comparison, Figures, channel_statistics, features_of, split_real
+from pdfast.report.metrics import Comparison, Figures, channel_statistics, features_of, split_real
 
 FORMAT = 3  # of what is kept; another one where features, figures or the split come to mean something else
 ENOUGH = 10000  # natural images; what fewer give depends on n more than on the model
@@ -49,8 +49,6 @@ class RealImages:
     ) -> None:
         """n: how many images there are to be compared. All processes must call it. UsageError where there are fewer than 2 n
         images to halve, or n is below 4. Warns, in the first process, where n is small for the space."""
-        if n <= NEIGHBOURS:
-            raise UsageError(f"--evaluation.num-samples must be at least {NEIGHBOURS + 1}, got {n}")
         self.indices, held_out = split_real(source.num_images, n, seed=0, reference=reference)
         """Which they are, int64."""
         self._space, self._world, self._batch_size = space, world, batch_size

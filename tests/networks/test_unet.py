@@ -145,7 +145,7 @@ def test_attention():
     "change, words",
     [
         ({"image_size": 9}, "image_size 9"),
-        ({"channel_mult": ()}, "image_size"),
+        ({"channel_mult": ()}, "channel_mult"),
         ({"num_groups": 3}, "num_groups = 3"),
         ({"head_dim": 3}, "head_dim = 3"),
     ],

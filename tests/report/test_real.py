@@ -200,7 +200,7 @@ def test_one_warning_of_few_images(cache, monkeypatch):
 
 
 def test_fewer_images_than_neighbours_are_refused(cache):
-    with pytest.raises(UsageError, match=r"--evaluation.num-samples must be at least 4, got 3$"):
+    with pytest.raises(UsageError, match=r"--evaluation.num-samples must be at least 4, got 3: precision and recall"):
         RealImages(source(), Pixels(), 3, ALONE)
     with pytest.warns(UserWarning, match="too few"):
         least = RealImages(source(), Pixels(), 4, ALONE).against_real

@@ -1,0 +1,125 @@
+"""What is wrong with a run and can be known before it begins: each check raises a UsageError, in one line."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pdfast.bounds import MOST_PARAMETERS, SETTINGS, require
+from pdfast.config import DistillConfig, RunConfig, TrainConfig, parse_updates
+from pdfast.data import ImageSource
+from pdfast.diffusion import build_step_table, check_start
+from pdfast.engine.cost import parameters_and_flops
+from pdfast.engine.optimizer import check_backend
+from pdfast.errors import UsageError
+from pdfast.networks import NetworkConfig
+from pdfast.report.features import check_feature_space
+from pdfast.report.metrics import split_real
+
+GRID = 1024  # of diffusion times, at which a schedule is looked at
+
+
+def _plain_values(config: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """The numbers and texts of a configuration, each with its place."""
+    for field in dataclasses.fields(config):
+        value, here = getattr(config, field.name), place + field.name
+        if isinstance(value, NetworkConfig):
+            continue  # which checks itself
+        if dataclasses.is_dataclass(value):
+            yield from _plain_values(value, f"{here}.")
+        else:
+            yield from ((here, v) for v in (value if isinstance(value, tuple) else [value]))
+
+
+def check_values(config: DistillConfig | TrainConfig) -> None:
+    """UsageError for values that no run can have."""
+    for place, value in _plain_values(config):
+        flag = place.replace("_", "-")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            require(flag, value, SETTINGS[place])
+        elif isinstance(value, str | Path) and "\0" in str(value):
+            raise UsageError(f"--{flag} has a character in it that no name has: {str(value)!r}")
+    if isinstance(config, TrainConfig):
+        if not config.evaluation_steps:
+            raise UsageError("--evaluation-steps needs at least one step count")
+        return
+    default, exceptions = parse_updates(config.updates)
+    for updates in (default, *exceptions.values()):
+        if updates > SETTINGS["train.updates"].high:
+            raise UsageError(f"--updates must be at most {SETTINGS['train.updates'].high}, got {updates}")
+    if config.convert and config.teacher is None:
+        raise UsageError(
+            "--convert is for a teacher that is given: say --teacher, or train one with --network.prediction v"
+        )
+
+
+def check_job(config: RunConfig) -> None:
+    """UsageError for a network that does not run, a schedule or steps without finite angles and weights, a prediction that
+    says nothing where sampling starts, or an optimizer that is not there."""
+    _check_network(config)
+    _check_schedule(config)
+    check_backend(config.engine.optimizer)
+
+
+def _check_network(config: RunConfig) -> None:
+    network = config.network
+    if isinstance(network, NetworkConfig):
+        sizes = [network.image_size >> level for level in range(len(network.channel_mult))]
+        missing = [size for size in network.attention_resolutions if size not in sizes]
+        # A run that was begun before this was refused goes on, without the attention that it never had.
+        if missing and not (config.run / "config.yaml").exists():
+            raise UsageError(
+                f"--network.attention-resolutions {missing[0]}: the network has no level of that size, but of "
+                f"{', '.join(map(str, sizes))}; correct it, or leave it out"
+            )
+    try:
+        parameters = parameters_and_flops(network)[0]
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"the network does not run as it is configured ({reason}): correct --network") from None
+    if parameters > MOST_PARAMETERS:
+        raise UsageError(
+            f"the network has {parameters:,} parameters, more than {MOST_PARAMETERS:,}: make it smaller with --network"
+        )
+
+
+def _check_schedule(config: RunConfig) -> None:
+    schedule = config.schedule.build()
+    phi = schedule.phi(torch.linspace(0, 1, GRID + 1, dtype=torch.float64))
+    if not bool((phi.diff() > 0).all()) or not 0 <= float(phi[0]) < float(phi[-1]) <= 1.5707963267948968:
+        raise UsageError(
+            f"schedule: the angles of {config.schedule.name} do not rise from the image to the noise: correct --schedule"
+        )
+    try:
+        check_start(config.network.prediction, float(phi[-1]))
+    except ValueError as error:
+        raise UsageError(
+            f"{error}; as flags: --schedule.u-start 0.95, or --convert v for a copy of a teacher"
+        ) from None
+    if not isinstance(config, DistillConfig):
+        return
+    for steps in config.round_steps:
+        try:
+            table = build_step_table(schedule, steps, config.network.prediction, config.weighting)
+        except ValueError as error:
+            raise UsageError(f"the round to {steps} steps: {error}") from None
+        if not all(bool(torch.isfinite(column).all()) for column in table.columns()):
+            raise UsageError(
+                f"the round to {steps} steps has targets or weights that are not finite: take fewer steps, or correct "
+                "--schedule or --weighting"
+            )
+
+
+def check_features(config: RunConfig) -> None:
+    """UsageError where there are no such features, or they take no images of the network's shape."""
+    network = config.network
+    check_feature_space(config.evaluation.features, (network.image_size, network.image_size, network.image_channels))
+
+
+def check_evaluation(config: RunConfig, source: ImageSource) -> None:
+    """UsageError, before anything is trained or written, where these images cannot be judged as the configuration says."""
+    evaluation = config.evaluation
+    split_real(source.num_images, evaluation.num_samples, seed=0, reference=evaluation.reference)
+    check_features(config)

@@ -33,7 +33,7 @@ from pdfast_kernels._attention_kernels import (
     row_products,
 )
 from pdfast_kernels.configs import ANY, UNBOUNDED, Table
-from pdfast_kernels.dispatch import check_device, check_floating, triton_runs, unsupported_dtype
+from pdfast_kernels.dispatch import as_given, check_device, check_floating, triton_runs, unsupported_dtype
 from pdfast_kernels.launch import arch_of, cdiv, launch, next_power_of_2
 
 MOST_DIM, MOST_DIM_FP32 = 256, 128  # above, the kernels would spill registers
@@ -312,7 +312,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     scale = max(q.shape[3], 1) ** -0.5 if scale is None else scale
     if q.numel() and triton_runs("attention", q.device, unsupported(scale, q=q, k=k, v=v)):
         return _attention(q, k, v, scale)[0]
-    return reference.attention(q, k, v, scale)
+    with as_given(q.device):
+        return reference.attention(q, k, v, scale)
 
 
 def attention_packed(qkv: Tensor, scale: float | None = None) -> Tensor:
@@ -326,7 +327,8 @@ def attention_packed(qkv: Tensor, scale: float | None = None) -> Tensor:
     scale = max(qkv.shape[4], 1) ** -0.5 if scale is None else scale
     if qkv.numel() and triton_runs("attention_packed", qkv.device, unsupported(scale, qkv=qkv)):
         return _attention_packed(qkv, scale)[0]
-    return reference.attention_packed(qkv, scale)
+    with as_given(qkv.device):
+        return reference.attention_packed(qkv, scale)
 
 
 def unsupported(scale: float, **tensors: Tensor) -> str | None:

@@ -5,11 +5,11 @@
 z      [N, C, ...] bf16, fp16 or fp32; channels-last or contiguous
 o      [N, P*C, ...] bf16, fp16 or fp32, laid out like z; P = 1, or 2 for a network that predicts x and eps (x first)
 a, b   [R], [R, P]: the coefficients of the R steps of a table, of which `index` (int64 [N]) gives each sample its row;
-       without an index, R = N and row n is sample n's
+       without an index, R = N and row n is sample n's. A row that is not there makes its sample NaN
 z'     like z
 
-Computed in float32. Each element of z and o is read once and each of z' written once, forward; the gradients da and db are
-not computed (the coefficients are the schedule's). Other layouts and dtypes run in PyTorch.
+Computed in float32. Each element of z and o is read once and each of z' written once, forward. Where da or db is wanted (the
+coefficients are the schedule's as a rule), and for other layouts and dtypes, it runs in PyTorch.
 """
 
 from typing import Any
@@ -20,19 +20,15 @@ from torch import Tensor
 from pdfast_kernels import reference
 from pdfast_kernels._triton import jit, tl
 from pdfast_kernels.configs import ANY, UNBOUNDED, Blocks, Table
-from pdfast_kernels.dispatch import (
-    check_device,
-    check_floating,
-    check_index,
-    check_shape,
-    triton_runs,
-    unsupported_dtype,
-)
+from pdfast_kernels.dispatch import as_given, check_device, check_floating, check_shape, triton_runs, unsupported_dtype
+from pdfast_kernels.index import check_index, in_range
 from pdfast_kernels.launch import arch_of, cdiv, launch
 from pdfast_kernels.layout import is_channels_last, run_length, with_layout
 
+OP = "ddim_step"
+
 # By the elements of a sample: 16 bytes or more a thread and load.
-TABLE = Table("ddim_step", {ANY: (Blocks((1 << 14) - 1, 1024, 4), Blocks(UNBOUNDED, 4096, 8))})
+TABLE = Table(OP, {ANY: (Blocks((1 << 14) - 1, 1024, 4), Blocks(UNBOUNDED, 4096, 8))})
 
 
 @jit
@@ -44,6 +40,7 @@ def _forward(
     index_ptr,  # [N]
     result_ptr,  # [N, M]
     M,
+    R,
     RUN: tl.constexpr,
     P: tl.constexpr,
     INDEXED: tl.constexpr,
@@ -54,12 +51,13 @@ def _forward(
     e = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = e < M
     row = tl.load(index_ptr + n) if INDEXED else n
+    there = (row >= 0) & (row < R)
     z = tl.load(z_ptr + n * M + e, mask=inside).to(tl.float32)
-    result = tl.load(a_ptr + row) * z
+    result = tl.load(a_ptr + row, mask=there, other=float("nan")) * z
     for p in tl.static_range(P):
         place = e if P == 1 else (e // RUN) * (P * RUN) + p * RUN + e % RUN
         output = tl.load(output_ptr + n * M * P + place, mask=inside).to(tl.float32)
-        result += tl.load(b_ptr + row * P + p) * output
+        result += tl.load(b_ptr + row * P + p, mask=there, other=float("nan")) * output
     tl.store(result_ptr + n * M + e, result.to(result_ptr.dtype.element_ty), mask=inside)
 
 
@@ -72,6 +70,7 @@ def _backward(
     grad_z_ptr,  # [N, M]
     grad_output_ptr,  # [N, P * M]
     M,
+    R,
     RUN: tl.constexpr,
     P: tl.constexpr,
     INDEXED: tl.constexpr,
@@ -82,16 +81,18 @@ def _backward(
     e = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = e < M
     row = tl.load(index_ptr + n) if INDEXED else n
+    there = (row >= 0) & (row < R)
     grad = tl.load(grad_ptr + n * M + e, mask=inside).to(tl.float32)
-    grad_z = tl.load(a_ptr + row) * grad
+    grad_z = tl.load(a_ptr + row, mask=there, other=float("nan")) * grad
     tl.store(grad_z_ptr + n * M + e, grad_z.to(grad_z_ptr.dtype.element_ty), mask=inside)
     for p in tl.static_range(P):
         place = e if P == 1 else (e // RUN) * (P * RUN) + p * RUN + e % RUN
-        grad_output = tl.load(b_ptr + row * P + p) * grad
+        grad_output = tl.load(b_ptr + row * P + p, mask=there, other=float("nan")) * grad
         tl.store(grad_output_ptr + n * M * P + place, grad_output.to(grad_output_ptr.dtype.element_ty), mask=inside)
 
 
-def _launch(kernel, z: Tensor, parts: int, index: Tensor | None, run: int, **tensors: Any) -> None:
+def _launch(kernel, z: Tensor, b: Tensor, index: Tensor | None, run: int, **tensors: Any) -> None:
+    rows, parts = b.shape
     elements = z.numel() // max(len(z), 1)
     _, block, warps = TABLE.row(arch_of(z.device), elements)
     launch(
@@ -99,8 +100,10 @@ def _launch(kernel, z: Tensor, parts: int, index: Tensor | None, run: int, **ten
         (len(z) * cdiv(elements, block),),
         num_warps=warps,
         **tensors,
+        b_ptr=b,
         index_ptr=index,
         M=elements,
+        R=rows,
         RUN=run if parts > 1 else 1,
         P=parts,
         INDEXED=index is not None,
@@ -112,7 +115,7 @@ def _launch(kernel, z: Tensor, parts: int, index: Tensor | None, run: int, **ten
 def _ddim_step(z: Tensor, output: Tensor, a: Tensor, b: Tensor, index: Tensor | None) -> Tensor:
     run, _ = run_length(z, output=output)
     result = torch.empty_like(z)
-    _launch(_forward, z, b.shape[1], index, run, z_ptr=z, output_ptr=output, a_ptr=a, b_ptr=b, result_ptr=result)
+    _launch(_forward, z, b, index, run, z_ptr=z, output_ptr=output, a_ptr=a, result_ptr=result)
     return result
 
 
@@ -128,8 +131,7 @@ def _ddim_step_backward(
     grad = with_layout(grad, channels_last)
     grad_z, grad_output = _empty_gradients(grad, b, output_dtype, channels_last)
     run, _ = run_length(grad_z, output=grad_output)
-    tensors = {"grad_ptr": grad, "a_ptr": a, "b_ptr": b, "grad_z_ptr": grad_z, "grad_output_ptr": grad_output}
-    _launch(_backward, grad, b.shape[1], index, run, **tensors)
+    _launch(_backward, grad, b, index, run, grad_ptr=grad, a_ptr=a, grad_z_ptr=grad_z, grad_output_ptr=grad_output)
     return grad_z, grad_output
 
 
@@ -169,27 +171,34 @@ def ddim_step(
 
     z: [N, C, ...]. output: [N, P*C, ...]. z_coefficient, output_coefficient: float [R] and [R, P]; index: int64 [N], the
     row of each sample, or None where R = N. Returns z' like z; see the module for layouts, dtypes and gradients.
-    ValueError where a shape, dtype or device does not fit.
+    ValueError where a shape, dtype, device or index does not fit.
     """
-    check_step("ddim_step", z, output, z_coefficient, output_coefficient, index)
-    run, unsupported = run_length(z, output=output)
-    unsupported = unsupported_dtype(z=z, output=output) or unsupported
-    if triton_runs("ddim_step", z.device, unsupported):
+    a, b = z_coefficient, output_coefficient
+    _check(z, output, a, b, index)
+    if index is not None:
+        index = in_range(OP, "index", index, 0, len(a))
+    if triton_runs(OP, z.device, _unsupported(z, output, a, b)):
         index = None if index is None else index.contiguous()
-        return _ddim_step(z, output, z_coefficient.float().contiguous(), output_coefficient.float().contiguous(), index)
-    return reference.ddim_step(z, output, z_coefficient, output_coefficient, index)
+        return _ddim_step(z, output, a.float().contiguous(), b.float().contiguous(), index)
+    with as_given(z.device):
+        return reference.ddim_step(z, output, a, b, index)
 
 
-def check_step(op: str, z: Tensor, output: Tensor, a: Tensor, b: Tensor, index: Tensor | None) -> None:
-    """ValueError unless the tensors of a DDIM step fit together."""
+def _unsupported(z: Tensor, output: Tensor, a: Tensor, b: Tensor) -> str | None:
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        return "it has no gradient with respect to the coefficients"
+    return unsupported_dtype(z=z, output=output) or run_length(z, output=output)[1]
+
+
+def _check(z: Tensor, output: Tensor, a: Tensor, b: Tensor, index: Tensor | None) -> None:
     if z.dim() < 2:
-        raise ValueError(f"{op}: z has shape {tuple(z.shape)}, expected [N, C, ...]")
+        raise ValueError(f"{OP}: z has shape {tuple(z.shape)}, expected [N, C, ...]")
     if b.dim() != 2 or b.shape[1] not in (1, 2):
-        raise ValueError(f"{op}: output_coefficient has shape {tuple(b.shape)}, expected [R, P] with P = 1 or 2")
+        raise ValueError(f"{OP}: output_coefficient has shape {tuple(b.shape)}, expected [R, P] with P = 1 or 2")
     rows = a.shape[0] if index is not None else z.shape[0]
-    check_shape(op, "z_coefficient", a, (rows,))
-    check_shape(op, "output_coefficient", b, (rows, b.shape[1]))
-    check_shape(op, "output", output, (z.shape[0], b.shape[1] * z.shape[1], *z.shape[2:]))
-    check_floating(op, z=z, output=output, z_coefficient=a, output_coefficient=b)
-    check_index(op, index, z.shape[0])
-    check_device(op, z.device, output=output, z_coefficient=a, output_coefficient=b, index=index)
+    check_shape(OP, "z_coefficient", a, (rows,))
+    check_shape(OP, "output_coefficient", b, (rows, b.shape[1]))
+    check_shape(OP, "output", output, (z.shape[0], b.shape[1] * z.shape[1], *z.shape[2:]))
+    check_floating(OP, z=z, output=output, z_coefficient=a, output_coefficient=b)
+    check_index(OP, index, z.shape[0])
+    check_device(OP, z.device, output=output, z_coefficient=a, output_coefficient=b, index=index)

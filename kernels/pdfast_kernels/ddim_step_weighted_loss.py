@@ -6,8 +6,8 @@ o, t, m      [N, P*C, ...] bf16, fp16 or fp32: the student's output, the teacher
              P = 1, or 2 for networks that predict x and eps (x first)
 z            [N, C, ...] bf16, fp16 or fp32; all four channels-last or all contiguous
 a, weight    [R];  b, d, c [R, P]: the columns of a step table, of which `index` (int64 [N]) gives each sample its row;
-             without an index, R = N and row n is sample n's
-loss         [N] float32, a mean over C, H, W
+             without an index, R = N and row n is sample n's. A row that is not there makes its sample NaN
+loss         [N] float32 (float64 where one of o, t, m, z is), a mean over C, H, W
 
 Computed in float32. Each tensor is read once, and the gradient with respect to o is written in the same pass if it is
 wanted; what needs another gradient runs in PyTorch. Sums in two stages, without atomics: the same bits on every run.
@@ -23,13 +23,15 @@ from pdfast_kernels import reference
 from pdfast_kernels._triton import jit, tl
 from pdfast_kernels.configs import ANY, UNBOUNDED, Blocks, Table
 from pdfast_kernels.dispatch import (
+    as_given,
     check_device,
     check_floating,
-    check_index,
     check_shape,
+    compute_dtype,
     triton_runs,
     unsupported_dtype,
 )
+from pdfast_kernels.index import check_index, in_range
 from pdfast_kernels.launch import arch_of, cdiv, launch
 from pdfast_kernels.layout import run_length
 
@@ -55,6 +57,7 @@ def _forward(
     grad_ptr,  # [N, P * M], or None
     grad_scale,
     M,
+    R,
     RUN: tl.constexpr,
     P: tl.constexpr,
     INDEXED: tl.constexpr,
@@ -65,22 +68,23 @@ def _forward(
     e = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = e < M
     row = tl.load(index_ptr + n) if INDEXED else n
-    error = -tl.load(target_z_ptr + row) * tl.load(z_ptr + n * M + e, mask=inside, other=0.0).to(tl.float32)
+    there = (row >= 0) & (row < R)
+    error = -tl.load(target_z_ptr + row, mask=there, other=float("nan")) * tl.load(z_ptr + n * M + e, mask=inside, other=0.0).to(tl.float32)
     for p in tl.static_range(P):
         place = n * M * P + (e if P == 1 else (e // RUN) * (P * RUN) + p * RUN + e % RUN)
         output = tl.load(output_ptr + place, mask=inside, other=0.0).to(tl.float32)
         teacher = tl.load(teacher_ptr + place, mask=inside, other=0.0).to(tl.float32)
         teacher_mid = tl.load(teacher_mid_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        error += tl.load(output_coefficient_ptr + row * P + p) * output
-        error -= tl.load(target_output_ptr + row * P + p) * teacher
-        error -= tl.load(target_output_mid_ptr + row * P + p) * teacher_mid
-    weight = tl.load(weight_ptr + row)
+        error += tl.load(output_coefficient_ptr + row * P + p, mask=there, other=float("nan")) * output
+        error -= tl.load(target_output_ptr + row * P + p, mask=there, other=float("nan")) * teacher
+        error -= tl.load(target_output_mid_ptr + row * P + p, mask=there, other=float("nan")) * teacher_mid
+    weight = tl.load(weight_ptr + row, mask=there, other=float("nan"))
     tl.store(partial_ptr + tl.program_id(0), weight / M * tl.sum(error * error, axis=0))
     if grad_ptr is not None:
         grad = 2.0 * grad_scale * weight * error
         for p in tl.static_range(P):
             place = n * M * P + (e if P == 1 else (e // RUN) * (P * RUN) + p * RUN + e % RUN)
-            grad_p = tl.load(output_coefficient_ptr + row * P + p) * grad
+            grad_p = tl.load(output_coefficient_ptr + row * P + p, mask=there, other=float("nan")) * grad
             tl.store(grad_ptr + place, grad_p.to(grad_ptr.dtype.element_ty), mask=inside)
 
 
@@ -128,6 +132,7 @@ def _run(tensors: tuple[Any, ...], grad_scale: float | None) -> tuple[Tensor, Te
         grad_ptr=grad,
         grad_scale=0.0 if grad_scale is None else grad_scale,
         M=elements,
+        R=len(weight),
         RUN=run if parts > 1 else 1,
         P=parts,
         INDEXED=index is not None,
@@ -243,15 +248,16 @@ def ddim_step_weighted_loss(
     output, teacher_output: [N, P*C, ...], at (z, phi); teacher_output_mid: at (z_mid, phi_mid). z: [N, C, ...].
     target_z, weight: float [R]; target_output, target_output_mid, output_coefficient: [R, P]; index: int64 [N], the row
     of each sample, or None where R = N. Differentiable with respect to output; see the module for layouts and dtypes.
-    ValueError where a shape, dtype or device does not fit.
+    ValueError where a shape, dtype, device or index does not fit.
     """
     tensors = (output, z, teacher_output, teacher_output_mid)
     columns = (target_z, target_output, target_output_mid, output_coefficient, weight)
-    _check(OP, *tensors, *columns, index)
+    index, columns = _checked(OP, tensors, columns, index)
     if triton_runs(OP, z.device, _unsupported(*tensors, *columns)):
         differentiable = torch.is_grad_enabled() and output.requires_grad
         return _loss(*tensors, *_dense(index, *columns), differentiable)[0]
-    return reference.ddim_step_weighted_loss(*tensors, *columns, index)
+    with as_given(z.device):
+        return reference.ddim_step_weighted_loss(*tensors, *columns, index)
 
 
 @torch.no_grad()
@@ -276,21 +282,35 @@ def ddim_step_weighted_loss_and_grad(
     """
     tensors = (output, z, teacher_output, teacher_output_mid)
     columns = (target_z, target_output, target_output_mid, output_coefficient, weight)
-    _check(f"{OP}_and_grad", *tensors, *columns, index)
+    index, columns = _checked(f"{OP}_and_grad", tensors, columns, index)
     if triton_runs(f"{OP}_and_grad", z.device, _unsupported(*tensors)):
         return _loss_and_grad(*tensors, *_dense(index, *columns), grad_scale)
-    return reference.ddim_step_weighted_loss_and_grad(*tensors, *columns, index, grad_scale=grad_scale)
+    with as_given(z.device):
+        return reference.ddim_step_weighted_loss_and_grad(*tensors, *columns, index, grad_scale=grad_scale)
+
+
+def _checked(
+    op: str, tensors: tuple[Tensor, ...], columns: tuple[Tensor, ...], index: Tensor | None
+) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+    """The index, and the columns in the dtype that is computed in. ValueError where something does not fit."""
+    _check(op, *tensors, *columns, index)
+    if index is not None:
+        index = in_range(op, "index", index, 0, len(columns[0]))
+    inside = compute_dtype(*tensors)
+    return index, tuple(column.to(inside) for column in columns)
 
 
 def _dense(index: Tensor | None, *columns: Tensor) -> list[Tensor | None]:
     """The columns, then the index."""
-    return [*(column.float().contiguous() for column in columns), None if index is None else index.contiguous()]
+    return [*(column.contiguous() for column in columns), None if index is None else index.contiguous()]
 
 
 def _unsupported(output: Tensor, z: Tensor, teacher_output: Tensor, teacher_output_mid: Tensor, *columns) -> str | None:
     outputs = {"output": output, "teacher_output": teacher_output, "teacher_output_mid": teacher_output_mid}
     if torch.is_grad_enabled() and any(t.requires_grad for t in (z, teacher_output, teacher_output_mid, *columns)):
         return "it has the gradient with respect to output alone"
+    if len(z) and not z.numel():
+        return "the mean of no elements is NaN"
     return unsupported_dtype(z=z, **outputs) or run_length(z, **outputs)[1]
 
 

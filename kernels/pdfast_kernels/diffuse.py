@@ -5,7 +5,7 @@
 images   [N, H, W, C] uint8, contiguous
 phi      [N], radians
 key      [4] int64 of `noise_key`, on the device: replays of a CUDA graph draw new numbers once it is written
-index    [N] int64, each sample's in the global batch
+index    [N] int64, each sample's in the global batch, in [0, 2^32): an image of another is NaN
 flip     [N] bool or None
 z        [N, C, H, W] bf16, fp16 or fp32, channels-last
 
@@ -23,7 +23,17 @@ from torch import Tensor
 from pdfast_kernels import philox, reference
 from pdfast_kernels._triton import jit, tl
 from pdfast_kernels.configs import ANY, Table
-from pdfast_kernels.dispatch import KERNEL_DTYPES, check_device, check_floating, check_index, check_shape, triton_runs
+from pdfast_kernels.dispatch import (
+    DTYPES,
+    EXPECTED_DTYPE,
+    KERNEL_DTYPES,
+    as_given,
+    check_device,
+    check_floating,
+    check_shape,
+    triton_runs,
+)
+from pdfast_kernels.index import check_index, in_range
 from pdfast_kernels.launch import arch_of, cdiv, launch
 
 
@@ -131,10 +141,12 @@ def _forward(
     if FLIP:
         flipped = tl.load(flip_ptr + n)
 
-    cos, sin = _cos_sin_of_angle(tl.load(phi_ptr + n))
+    index = tl.load(index_ptr + n)
+    phi = tl.where((index >= 0) & (index < 4294967296), tl.load(phi_ptr + n), float("nan"))
+    cos, sin = _cos_sin_of_angle(phi)
     cos /= 255.0
 
-    sample = tl.load(index_ptr + n).to(tl.uint32)
+    sample = index.to(tl.uint32)
     key0, key1 = tl.load(key_ptr).to(tl.uint32), tl.load(key_ptr + 1).to(tl.uint32)
     word2, word3 = tl.load(key_ptr + 2).to(tl.uint32), tl.load(key_ptr + 3).to(tl.uint32)
 
@@ -207,16 +219,18 @@ def diffuse(
 
     images: uint8 [N, H, W, C]. phi: float [N], radians. key: int64 [4], see `noise_key`. index: int64 [N], values in
     [0, 2**32). flip: bool [N], left-right. Returns `dtype` [N, C, H, W] with channels-last strides; see the module.
-    ValueError where a shape, dtype or device does not fit.
+    ValueError where a shape, dtype, device or index does not fit.
     """
     _check(images, phi, key, index, flip, dtype)
+    index = in_range("diffuse", "index", index, 0, 1 << 32)
     unsupported = None if dtype in KERNEL_DTYPES else f"dtype is {dtype}, not bfloat16, float16 or float32"
     if not images.is_contiguous():
         unsupported = "images are not contiguous"
     if triton_runs("diffuse", images.device, unsupported):
         flip = None if flip is None else flip.contiguous()
         return _diffuse(images, phi.detach().float().contiguous(), key.contiguous(), index.contiguous(), flip, dtype)
-    return reference.diffuse(images, phi.detach(), key, index, flip, dtype)
+    with as_given(images.device):
+        return reference.diffuse(images, phi.detach(), key, index, flip, dtype)
 
 
 def noise_key(
@@ -235,8 +249,8 @@ def _check(images: Tensor, phi: Tensor, key: Tensor, index: Tensor, flip: Tensor
         raise ValueError(f"diffuse: images has shape {tuple(images.shape)}, expected [N, H, W, C]")
     if images.dtype != torch.uint8:
         raise ValueError(f"diffuse: images is {images.dtype}, expected torch.uint8")
-    if not dtype.is_floating_point:
-        raise ValueError(f"diffuse: dtype is {dtype}, expected a floating-point type")
+    if dtype not in DTYPES:
+        raise ValueError(f"diffuse: dtype is {dtype}, {EXPECTED_DTYPE}")
     samples = images.shape[0]
     check_shape("diffuse", "phi", phi, (samples,))
     check_floating("diffuse", phi=phi)

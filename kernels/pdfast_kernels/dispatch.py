@@ -1,18 +1,24 @@
-"""Which implementation of an operation runs: its Triton kernels, or the plain PyTorch of `reference.py`.
+"""Which implementation of an operation runs, its Triton kernels or the plain PyTorch of `reference.py`; and what both take.
 
-`PDFAST_KERNELS`, or `use(mode)`, says:
+`PDFAST_KERNELS`, or `use(mode)`, says which:
 
     auto       (the default) Triton on a GPU, PyTorch elsewhere; a case the kernels do not support runs in PyTorch, after
                one warning that names the reason
     triton     Triton, also on CPU tensors where TRITON_INTERPRET=1 was set before the first import; a case that is not
                supported is a ValueError
     reference  PyTorch
+
+Whichever runs, the dtypes are the same. What an operation computes with is bf16, fp16, fp32 or fp64, each tensor of its own
+(the parts of attention of one); the result has the dtype of the first, the image or state, and a gradient that of what it is
+of. Inside it is float32 (in PyTorch fp64 too). autocast changes nothing: the tensors are taken as they are given.
 """
 
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from threading import local
 from typing import Literal
 
 import torch
@@ -25,16 +31,20 @@ from pdfast_kernels.layout import in_vmap
 Mode = Literal["auto", "triton", "reference"]
 MODES = ("auto", "triton", "reference")
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (*KERNEL_DTYPES, torch.float64)
+EXPECTED_DTYPE = "expected a floating-point type of 16, 32 or 64 bits"
 OLDEST_CAPABILITY = (8, 0)
 
 _warned: set[str] = set()
 
-_mode = os.environ.get("PDFAST_KERNELS", "auto")
-if _mode not in MODES:
-    raise ValueError(f"PDFAST_KERNELS is {_mode!r}: say one of {', '.join(MODES)}")
+_default = os.environ.get("PDFAST_KERNELS", "auto")
+if _default not in MODES:
+    raise ValueError(f"PDFAST_KERNELS is {_default!r}: say one of {', '.join(MODES)}")
+_mode: ContextVar[str] = ContextVar("pdfast_kernels.mode", default=_default)
+_traced = local()  # the same for torch.compile, which guards what it reads of a thread but cannot read context variables
 
 
-def _constant_when_compiled(function: Callable) -> Callable:
+def constant_when_compiled(function: Callable) -> Callable:
     """`torch.compiler.assume_constant_result`, which imports the whole compiler (a second) to set this one attribute."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -42,33 +52,51 @@ def _constant_when_compiled(function: Callable) -> Callable:
 
 @contextmanager
 def use(mode: Mode) -> Iterator[None]:
-    """Within it, PDFAST_KERNELS is `mode`. ValueError for an unknown one."""
-    global _mode
+    """Within it, PDFAST_KERNELS is `mode`, for the calls of this thread (or asyncio task) and their gradients, in whichever
+    thread those are computed. ValueError for an unknown one."""
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}: say one of {', '.join(MODES)}")
-    before, _mode = _mode, mode
+    token, before = _mode.set(mode), getattr(_traced, "mode", _default)
+    _traced.mode = mode
     try:
         yield
     finally:
-        _mode = before
+        _mode.reset(token)
+        _traced.mode = before
+
+
+def _current_mode() -> str:
+    return getattr(_traced, "mode", _default) if torch.compiler.is_compiling() else _mode.get()
+
+
+def as_given(device: torch.device) -> AbstractContextManager:
+    """Within it, PyTorch computes in the dtypes of its tensors, also under autocast, as the kernels do."""
+    on = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """What is computed in: float64 if one of them is, else float32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
 def triton_runs(op: str, device: torch.device, unsupported: str | None) -> bool:
     """Whether `op` runs in Triton for tensors on `device`; `unsupported` is why its kernels cannot take them, or None."""
-    if _mode == "reference" or (_mode == "auto" and device.type != "cuda"):
+    mode = _current_mode()
+    if mode == "reference" or (mode == "auto" and device.type != "cuda"):
         return False
     reason = _unavailable(device) or ("its kernels do not run under torch.func.vmap" if in_vmap() else unsupported)
     if forward_ad._current_level >= 0:  # private, but a custom operation would drop the tangents in silence
         reason = reason or "its kernels have no forward-mode derivative"
     if reason is None:
         return True
-    if _mode == "triton":
+    if mode == "triton":
         raise ValueError(f"{op}: {reason} (PDFAST_KERNELS=triton; `auto` would run it in PyTorch)")
     _warn_once(f"pdfast_kernels.{op} runs in PyTorch: {reason}")
     return False
 
 
-@_constant_when_compiled
+@constant_when_compiled
 def _unavailable(device: torch.device) -> str | None:
     if not available:
         return "Triton is not installed"
@@ -82,7 +110,7 @@ def _unavailable(device: torch.device) -> str | None:
     return None
 
 
-@_constant_when_compiled
+@constant_when_compiled
 def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
@@ -111,15 +139,7 @@ def check_device(op: str, device: torch.device, **tensors: Tensor | None) -> Non
 
 
 def check_floating(op: str, **tensors: Tensor | None) -> None:
-    """ValueError unless all of them are of a floating-point type."""
+    """ValueError unless all of them are of one of DTYPES."""
     for name, tensor in tensors.items():
-        if tensor is not None and not tensor.is_floating_point():
-            raise ValueError(f"{op}: {name} is {tensor.dtype}, expected a floating-point type")
-
-
-def check_index(op: str, index: Tensor | None, samples: int) -> None:
-    """ValueError unless it is None or int64 [samples]."""
-    if index is not None:
-        check_shape(op, "index", index, (samples,))
-        if index.dtype != torch.int64:
-            raise ValueError(f"{op}: index is {index.dtype}, expected torch.int64")
+        if tensor is not None and tensor.dtype not in DTYPES:
+            raise ValueError(f"{op}: {name} is {tensor.dtype}, {EXPECTED_DTYPE}")

@@ -34,7 +34,7 @@ from pdfast_kernels._group_norm_kernels import (
     parameter_gradients,
 )
 from pdfast_kernels.configs import ANY, UNBOUNDED, Table
-from pdfast_kernels.dispatch import check_device, check_floating, check_shape, triton_runs, unsupported_dtype
+from pdfast_kernels.dispatch import as_given, check_device, check_floating, check_shape, triton_runs, unsupported_dtype
 from pdfast_kernels.launch import arch_of, cdiv, launch, next_power_of_2
 
 
@@ -345,7 +345,10 @@ def group_norm(
     unsupported = unsupported_dtype(x=x, **parameters) or _unsupported_layout(x, **parameters)
     if x.numel() and triton_runs("group_norm", x.device, unsupported):
         return _group_norm(x, num_groups, weight, bias, scale, shift, eps, silu)[0]
-    return reference.group_norm(x, num_groups, weight, bias, eps, scale=scale, shift=shift, silu=silu)
+    with as_given(x.device):
+        y = reference.group_norm(x, num_groups, weight, bias, eps, scale=scale, shift=shift, silu=silu)
+    # PyTorch's own norm forgets the layout of channels-last images on a GPU, and of other channels-last tensors everywhere.
+    return y.movedim(1, -1).contiguous().movedim(-1, 1) if x.movedim(1, -1).is_contiguous() else y
 
 
 def _unsupported_layout(x: Tensor, **parameters: Tensor | None) -> str | None:

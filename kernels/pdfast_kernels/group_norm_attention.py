@@ -21,7 +21,7 @@ from pdfast_kernels import reference
 from pdfast_kernels.attention import backward as attention_backward
 from pdfast_kernels.attention import forward as attention_forward
 from pdfast_kernels.attention import unsupported_dim
-from pdfast_kernels.dispatch import check_device, check_floating, check_shape, triton_runs, unsupported_dtype
+from pdfast_kernels.dispatch import as_given, check_device, check_floating, check_shape, triton_runs, unsupported_dtype
 from pdfast_kernels.group_norm import backward as group_norm_backward
 from pdfast_kernels.group_norm import forward as group_norm_forward
 from pdfast_kernels.layout import is_channels_last, with_layout
@@ -179,7 +179,8 @@ def group_norm_attention(
     unsupported = unsupported_dtype(x=x, **tensors) or _unsupported(x, c // num_heads, norm_weight, norm_bias)
     if x.numel() and triton_runs(op, x.device, unsupported):
         return _group_norm_attention(x, num_groups, *tensors.values(), num_heads, eps)[0]
-    return reference.group_norm_attention(x, num_groups, **tensors, num_heads=num_heads, eps=eps)
+    with as_given(x.device):
+        return reference.group_norm_attention(x, num_groups, **tensors, num_heads=num_heads, eps=eps)
 
 
 def _unsupported(x: Tensor, dim: int, norm_weight: Tensor, norm_bias: Tensor) -> str | None:

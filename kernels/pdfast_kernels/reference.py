@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from pdfast_kernels import philox
+from pdfast_kernels.dispatch import compute_dtype
+from pdfast_kernels.index import rows_of
 from pdfast_kernels.layout import is_channels_last
 
 
@@ -40,23 +42,20 @@ def diffuse(
     flip: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    # In float32; in float64 for that dtype.
+    # In float32; in float64 for that dtype. `diffuse` has asked the indices where it can.
     n, height, width, channels = images.shape
     noise = philox.normals_from_key(key, index, height * width * channels)
     noise = noise.view(n, height, width, channels).permute(0, 3, 1, 2)
     inside = torch.float64 if dtype == torch.float64 else torch.float32
+    phi = torch.where((index >= 0) & (index < 1 << 32), phi, torch.nan)
     z = mix(images, phi.to(inside), noise.to(inside), flip)
     return z.to(dtype, memory_format=torch.channels_last)
-
-
-def _rows(coefficient: Tensor, index: Tensor | None) -> Tensor:
-    return coefficient if index is None else coefficient[index]
 
 
 def ddim_step(
     z: Tensor, output: Tensor, z_coefficient: Tensor, output_coefficient: Tensor, index: Tensor | None = None
 ) -> Tensor:
-    a, b = _rows(z_coefficient, index), _rows(output_coefficient, index)
+    a, b = rows_of(z_coefficient, index), rows_of(output_coefficient, index)
     return (_like(a, z) * z + _combine(output, b)).to(z.dtype)
 
 
@@ -79,8 +78,8 @@ def ddim_step_weighted_loss(
     index: Tensor | None = None,
 ) -> Tensor:
     target = ddim_step(z, teacher_output, target_z, target_output, index)
-    target = target + _combine(teacher_output_mid, _rows(target_output_mid, index))
-    return weighted_loss(output, target, _rows(output_coefficient, index), _rows(weight, index))
+    target = target + _combine(teacher_output_mid, rows_of(target_output_mid, index))
+    return weighted_loss(output, target, rows_of(output_coefficient, index), rows_of(weight, index))
 
 
 def ddim_step_weighted_loss_and_grad(
@@ -98,7 +97,7 @@ def ddim_step_weighted_loss_and_grad(
     grad_scale: float,
 ) -> tuple[Tensor, Tensor]:
     columns = (target_z, target_output, target_output_mid, output_coefficient, weight)
-    a, b, d, c, weight = (_rows(column, index) for column in columns)
+    a, b, d, c, weight = (rows_of(column, index) for column in columns)
     target = ddim_step(z, teacher_output, a, b) + _combine(teacher_output_mid, d)
     error = _combine(output, c) - target
     slope = c * (2 * grad_scale / max(z[:1].numel(), 1) * weight)[:, None]
@@ -107,6 +106,16 @@ def ddim_step_weighted_loss_and_grad(
 
 
 def _normalise(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    if any(p is not None and p.dtype != x.dtype for p in (weight, bias)):
+        # PyTorch's takes float32 parameters of half-precision images, on a CPU alone.
+        inside = compute_dtype(x)
+        weight, bias = (None if p is None else p.to(inside) for p in (weight, bias))
+        wide = x if x.device.type == "cpu" else x.to(inside)
+        return _normalise_alike(wide, num_groups, weight, bias, eps).to(x.dtype)
+    return _normalise_alike(x, num_groups, weight, bias, eps)
+
+
+def _normalise_alike(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     wanted = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (weight, bias))
     if wanted and not x.requires_grad and x.device.type == "cpu" and is_channels_last(x):
         # PyTorch's channels-last backward on a CPU ends the process where dx is not asked for (seen in 2.13).
@@ -126,6 +135,7 @@ def group_norm(
     shift: Tensor | None = None,
     silu: bool = False,
 ) -> Tensor:
+    # In PyTorch's own dtypes where all are one.
     y = _normalise(x, num_groups, weight, bias, eps)
     if scale is not None and shift is not None:
         y = torch.addcmul(_like_channels(shift, x), y, 1 + _like_channels(scale, x))
@@ -133,7 +143,7 @@ def group_norm(
         y = y * (1 + _like_channels(scale, x))
     elif shift is not None:
         y = y + _like_channels(shift, x)
-    return F.silu(y) if silu else y
+    return (F.silu(y) if silu else y).to(x.dtype)
 
 
 def _like_channels(film: Tensor, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pdfast.diffusion import Model, StepTable, check_cond, prediction_of
 from pdfast_kernels import ddim_step, ddim_step_weighted_loss
+from pdfast_kernels.index import in_range, rows_of
 
 
 def as_it_is(function: Callable) -> Callable:
@@ -47,7 +48,7 @@ def teacher_steps(
     with torch.no_grad():
         first = teacher(z, phi.float(), cond)
         z_mid = run(ddim_step)(z, first, table.ddim_z, table.ddim_output, index)
-        return first, teacher(z_mid, table.phi_mid[index].float(), cond)
+        return first, teacher(z_mid, rows_of(table.phi_mid, index).float(), cond)
 
 
 def student_losses(
@@ -91,7 +92,7 @@ def distillation_loss(
     1..steps, int64 [N], and eps: noise like x; both drawn, with the generator, where not given. student and teacher: of one
     prediction, that of the table. cond: handed to both; a tensor begins with N. z and the target are float32, or float64 where x
     is, whatever the dtypes of x, eps and the outputs are. TypeError for a wrong dtype, ValueError for a wrong shape, device or
-    prediction.
+    prediction, and for a k out of range (on a GPU, where asking would be a wait, the losses of those images are NaN).
     """
     if not x.is_floating_point():
         raise TypeError(f"images of dtype {x.dtype}: make them floats in [-1, 1], as x.float() / 127.5 - 1")
@@ -112,8 +113,8 @@ def distillation_loss(
         k = torch.randint(1, steps + 1, (len(x),), device=x.device, generator=generator)
     if eps is None:
         eps = torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)
-    index = k - 1
-    phi = table.phi[index]
+    index = in_range("distillation_loss", "k", k, 1, steps + 1) - 1
+    phi = rows_of(table.phi, index)
     column = (-1, *(1,) * (x.dim() - 1))
     z = torch.cos(phi).view(column) * x + torch.sin(phi).view(column) * eps
     first, second = teacher_steps(teacher, z, phi, table, index, cond)

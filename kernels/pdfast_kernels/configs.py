@@ -34,7 +34,7 @@ class Lookup(NamedTuple):
     row: Row
 
 
-_lookups: list[Lookup] | None = None
+_listening: list[list[Lookup]] = []
 
 
 class Table:
@@ -45,32 +45,38 @@ class Table:
 
     def __init__(self, name: str, rows: Mapping[int, tuple[Row, ...]]) -> None:
         self.name, self.rows = name, dict(rows)
-        self._first: tuple[Row, ...] = ()
+        self._overrides: list[tuple[Row, ...]] = []
 
     def row(self, arch: int, *sizes: int) -> Row:
         """The row for a launch of these sizes on sm_`arch`."""
-        rows = self._first + self.rows.get(arch, self.rows[ANY])
-        row = next(row for row in rows if all(size <= most for size, most in zip(sizes, row, strict=False)))
-        if _lookups is not None:
-            _lookups.append(Lookup(self, arch, sizes, row))
+        tables = *reversed(self._overrides), self.rows.get(arch, self.rows[ANY])
+        row = next(
+            row for rows in tables for row in rows if all(size <= most for size, most in zip(sizes, row, strict=False))
+        )
+        for lookups in _listening:
+            lookups.append(Lookup(self, arch, sizes, row))
         return row
 
     @contextmanager
     def overridden(self, *rows: Row) -> Iterator[None]:
-        """Within it, these rows come before the table's own, on every architecture."""
-        before, self._first = self._first, rows
-        try:
+        """Within it, these rows come before the table's own, on every architecture, in all threads: autograd's look there too."""
+        with _added(self._overrides, rows):
             yield
-        finally:
-            self._first = before
 
 
 @contextmanager
 def looked_up() -> Iterator[list[Lookup]]:
-    """Within it, what launches ask the tables for is listed."""
-    global _lookups
-    before, _lookups = _lookups, []
+    """Within it, what the launches of all threads ask the tables for is listed."""
+    lookups: list[Lookup] = []
+    with _added(_listening, lookups):
+        yield lookups
+
+
+@contextmanager
+def _added(entries: list, entry: Any) -> Iterator[None]:
+    """Within it `entry` is among the entries; it alone leaves at the end, in whichever order threads come and go."""
+    entries.append(entry)
     try:
-        yield _lookups
+        yield
     finally:
-        _lookups = before
+        del entries[next(i for i, other in enumerate(entries) if other is entry)]

@@ -36,6 +36,8 @@ from pdfast_kernels.launch import arch_of, cdiv, launch
 from pdfast_kernels.layout import run_length
 
 OP = "ddim_step_weighted_loss"
+_Images = tuple[Tensor, Tensor, Tensor, Tensor]
+_Columns = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 # By the elements of a sample: 16 bytes or more a thread and load.
 TABLE = Table(OP, {ANY: (Blocks((1 << 14) - 1, 1024, 4), Blocks(UNBOUNDED, 2048, 8))})
@@ -69,7 +71,9 @@ def _forward(
     inside = e < M
     row = tl.load(index_ptr + n) if INDEXED else n
     there = (row >= 0) & (row < R)
-    error = -tl.load(target_z_ptr + row, mask=there, other=float("nan")) * tl.load(z_ptr + n * M + e, mask=inside, other=0.0).to(tl.float32)
+    error = -tl.load(target_z_ptr + row, mask=there, other=float("nan")) * tl.load(
+        z_ptr + n * M + e, mask=inside, other=0.0
+    ).to(tl.float32)
     for p in tl.static_range(P):
         place = n * M * P + (e if P == 1 else (e // RUN) * (P * RUN) + p * RUN + e % RUN)
         output = tl.load(output_ptr + place, mask=inside, other=0.0).to(tl.float32)
@@ -289,15 +293,14 @@ def ddim_step_weighted_loss_and_grad(
         return reference.ddim_step_weighted_loss_and_grad(*tensors, *columns, index, grad_scale=grad_scale)
 
 
-def _checked(
-    op: str, tensors: tuple[Tensor, ...], columns: tuple[Tensor, ...], index: Tensor | None
-) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+def _checked(op: str, tensors: _Images, columns: _Columns, index: Tensor | None) -> tuple[Tensor | None, _Columns]:
     """The index, and the columns in the dtype that is computed in. ValueError where something does not fit."""
     _check(op, *tensors, *columns, index)
     if index is not None:
         index = in_range(op, "index", index, 0, len(columns[0]))
     inside = compute_dtype(*tensors)
-    return index, tuple(column.to(inside) for column in columns)
+    a, b, d, c, weight = (column.to(inside) for column in columns)
+    return index, (a, b, d, c, weight)
 
 
 def _dense(index: Tensor | None, *columns: Tensor) -> list[Tensor | None]:

@@ -142,9 +142,8 @@ def _forward(
         flipped = tl.load(flip_ptr + n)
 
     index = tl.load(index_ptr + n)
-    phi = tl.where((index >= 0) & (index < 4294967296), tl.load(phi_ptr + n), float("nan"))
-    cos, sin = _cos_sin_of_angle(phi)
-    cos /= 255.0
+    cos, sin = _cos_sin_of_angle(tl.load(phi_ptr + n))
+    cos = tl.where((index >= 0) & (index < 4294967296), cos / 255.0, float("nan"))
 
     sample = index.to(tl.uint32)
     key0, key1 = tl.load(key_ptr).to(tl.uint32), tl.load(key_ptr + 1).to(tl.uint32)

@@ -41,7 +41,9 @@ _default = os.environ.get("PDFAST_KERNELS", "auto")
 if _default not in MODES:
     raise ValueError(f"PDFAST_KERNELS is {_default!r}: say one of {', '.join(MODES)}")
 _mode: ContextVar[str] = ContextVar("pdfast_kernels.mode", default=_default)
-_traced = local()  # the same for torch.compile, which guards what it reads of a thread but cannot read context variables
+_traced = (
+    local()
+)  # the same for torch.compile, which guards what it reads of a thread but cannot read context variables
 
 
 def constant_when_compiled(function: Callable) -> Callable:

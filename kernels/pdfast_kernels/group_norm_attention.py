@@ -14,6 +14,10 @@ backward: x, the parameters, qkv, attended [N, H W, heads, head_dim], and small 
 again. Other layouts, dtypes and head sizes run in PyTorch.
 """
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,6 +29,17 @@ from pdfast_kernels.dispatch import as_given, check_device, check_floating, chec
 from pdfast_kernels.group_norm import backward as group_norm_backward
 from pdfast_kernels.group_norm import forward as group_norm_forward
 from pdfast_kernels.layout import is_channels_last, with_layout
+
+
+def _as_given(function: Callable) -> Callable:
+    """Its matrix products are of the dtypes of its tensors, whatever autocast says where it is called."""
+
+    @wraps(function)
+    def as_it_is(x: Tensor, *arguments: Any) -> Any:
+        with as_given(x.device):
+            return function(x, *arguments)
+
+    return as_it_is
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -42,6 +57,7 @@ def _linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("pdfast_kernels::group_norm_attention", mutates_args=())
+@_as_given
 def _group_norm_attention(
     x: Tensor,
     num_groups: int,
@@ -75,6 +91,7 @@ def _(x, num_groups, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, 
 
 
 @torch.library.custom_op("pdfast_kernels::group_norm_attention_backward", mutates_args=())
+@_as_given
 def _group_norm_attention_backward(
     dy: Tensor,
     x: Tensor,

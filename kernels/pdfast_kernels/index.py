@@ -54,7 +54,9 @@ def _asked(index: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling():
         return True
-    of_itself = type(index) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(index)
+    of_itself = type(index) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(
+        index
+    )
     return of_itself and not torch.jit.is_tracing()
 
 

@@ -3,14 +3,14 @@ its configuration, and compiled for a GPU that is not there: `recorded`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_record: "list[Launch] | None" = None
-_recorded_arch = 90
+_recording: "ContextVar[tuple[list[Launch] | None, int]]" = ContextVar("pdfast_kernels.recording", default=(None, 90))
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *, num_warps: int, num_stages: in
     """Run `kernel` on the GPU of its tensors (or in the interpreter). A grid with a zero in it does nothing."""
     if 0 in grid:
         return
-    if _record is not None:
-        _record.append(Launch(kernel, grid, arguments, num_warps, num_stages))
+    record, _ = _recording.get()
+    if record is not None:
+        record.append(Launch(kernel, grid, arguments, num_warps, num_stages))
         return
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
@@ -41,20 +42,19 @@ def launch(kernel: Any, grid: tuple[int, ...], *, num_warps: int, num_stages: in
 
 @contextmanager
 def recorded(arch: int) -> Iterator[list[Launch]]:
-    """Within it, launches (on meta tensors, say) are listed and not run, with the configurations for sm_`arch`."""
-    global _record, _recorded_arch
-    before = _record, _recorded_arch
-    _record, _recorded_arch = [], arch
+    """Within it, this thread's launches (on meta tensors, say) are listed and not run, configured for sm_`arch`."""
+    launches: list[Launch] = []
+    token = _recording.set((launches, arch))
     try:
-        yield _record
+        yield launches
     finally:
-        _record, _recorded_arch = before
+        _recording.reset(token)
 
 
 def arch_of(device: torch.device) -> int:
     """80, 90, 100 ...: what the configuration tables are indexed by."""
     if device.type != "cuda":
-        return _recorded_arch
+        return _recording.get()[1]
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 

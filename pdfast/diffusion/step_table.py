@@ -26,6 +26,7 @@ from pdfast.diffusion.parameterization import (
     output_coefficient,
 )
 from pdfast.diffusion.schedules import Schedule
+from pdfast_kernels.index import in_range, rows_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +54,9 @@ class StepTable:
         return StepTable(self.prediction, *map(function, self.columns()))
 
     def rows(self, k: Tensor) -> "StepTable":
-        """The rows of step indices k in 1..N, int64 [n]."""
-        return self._map(lambda column: column[k - 1])
+        """The rows of step indices k in 1..N, int64 [n]. ValueError for another k (on a GPU a row of NaN)."""
+        index = in_range("StepTable.rows", "k", k, 1, len(self.phi) + 1) - 1
+        return self._map(lambda column: rows_of(column, index))
 
     def to(self, device: torch.device | str) -> "StepTable":
         """The same table on another device."""

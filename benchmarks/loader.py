@@ -55,6 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     parser.check_writable(options.json)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda, but there is no GPU: say --device cpu")
     options.workers = max(spare_cores(), 0) if options.workers is None else options.workers
     options.device = open_device(options.device or "auto")
     try:

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 from pdfast.errors import RunError, UsageError
+from pdfast.flags import reader
 
 INTERRUPTED = 130
 STOPPED_EARLY = "pdfast: stopped before there was anything to save"
@@ -44,8 +45,7 @@ def stop_while_importing() -> None:
 
 def parse(arguments: type[T], *, prog: str, description: str, default: T | None = None) -> T:
     """The command line as an `arguments` dataclass, by tyro. UsageError, in one line, where it does not parse."""
-    import tyro
-
+    tyro = reader()
     options: dict[str, Any] = {} if default is None else {"default": default}
     with parsing(prog):
         return tyro.cli(arguments, prog=prog, description=description, **options)

@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import tyro
-
 from pdfast.checks import check_values
 from pdfast.cli import parse
 from pdfast.config import (
@@ -21,6 +19,7 @@ from pdfast.config import (
     to_plain,
 )
 from pdfast.errors import UsageError
+from pdfast.flags import FlagCreatePairsOff
 from pdfast.presets import preset
 from pdfast.reading import load_yaml
 
@@ -33,7 +32,7 @@ class Extra:
 
     config: OptionalPath = None
     """A saved config.yaml to start from instead of the preset; flags override it."""
-    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    dry_run: Annotated[bool, FlagCreatePairsOff] = False
     """Print the plan (rounds, updates, network evaluations, memory, time) and stop. What a run would refuse is refused, but
     for what is wrong with the data, which are not read."""
 

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 
 import numpy as np
 import torch
-import tyro
 import yaml
 
 from pdfast import diffusion
@@ -17,12 +16,13 @@ from pdfast.bounds import MOST_STEPS
 from pdfast.data import LoaderName
 from pdfast.diffusion import Weighting
 from pdfast.errors import UsageError
+from pdfast.flags import Suppress, arg
 from pdfast.networks import NetworkConfig
 from pdfast.reading import read_array, shown
 
-OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT")]
-OptionalString = Annotated[str | None, tyro.conf.arg(metavar="STR")]
-OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
+OptionalInt = Annotated[int | None, arg(metavar="INT")]
+OptionalString = Annotated[str | None, arg(metavar="STR")]
+OptionalPath = Annotated[Path | None, arg(metavar="PATH")]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class ScheduleConfig:
     """linear_beta: rate at u = 1."""
     alpha_bars: OptionalPath = None
     """alpha_bars: a .npy file of strictly decreasing values in [0, 1), entry i at u = (i + 1) / T."""
-    diffusers: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None
+    diffusers: Annotated[dict[str, Any] | None, Suppress] = None
     """diffusers: of a scheduler_config.json, what its table is made from."""
 
     def build(self) -> diffusion.Schedule:
@@ -181,7 +181,7 @@ class RunConfig:
     dali where it is installed."""
     max_bad: float = 0.001
     """Fraction of the images in files that may be damaged; each is replaced by the next one."""
-    run: Annotated[Path, tyro.conf.arg(aliases=["--run-dir"])] = Path("runs/digits")
+    run: Annotated[Path, arg(aliases=["--run-dir"])] = Path("runs/digits")
     """Folder of the run; the same command resumes what it finds there. (Under torchrun say --run-dir: it takes --run for an
     abbreviation of an option of its own.)"""
     seed: int = 0
@@ -212,7 +212,7 @@ class DistillConfig(RunConfig):
     teacher: OptionalPath = None
     """Folder of a trained teacher (or student), of a diffusers pipeline, or of a network of EDM's authors; without one the
     preset's teacher is trained first."""
-    convert: Annotated[Literal["v"] | None, tyro.conf.arg(metavar="v")] = None
+    convert: Annotated[Literal["v"] | None, arg(metavar="v")] = None
     """v: distil a copy of the teacher that predicts v. For one that predicts eps, which cannot be distilled to one step."""
     convert_updates: int = 2000
     """Updates that the copy is trained for, at the rounds' batch size and learning rate."""

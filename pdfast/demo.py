@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import tyro
 
 from pdfast import sample
 from pdfast.bounds import require, whole
@@ -31,6 +30,7 @@ from pdfast.engine.log import count_steps
 from pdfast.engine.model_folder import SavedModel, load_model
 from pdfast.engine.run import students_of
 from pdfast.errors import UsageError
+from pdfast.flags import Positional
 from pdfast.reading import load_yaml
 from pdfast.report.grids import write_png
 
@@ -53,7 +53,7 @@ CSS = """
 class Arguments:
     """Try a run's students in a browser, beside their teacher from the same noise."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, Positional]
     """A run's folder, with students."""
     count: int = 16
     """Images in each picture."""

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import tyro
 
 from pdfast.bounds import SAMPLES, SEED, STEPS, require
 from pdfast.cli import parse, run_command
@@ -34,6 +33,7 @@ from pdfast.engine.model_folder import SavedModel, is_model, load_model
 from pdfast.engine.run import same_images, students_of
 from pdfast.engine.world import World
 from pdfast.errors import UsageError
+from pdfast.flags import Positional, arg
 from pdfast.reading import load_yaml
 from pdfast.report.evaluator import Evaluator
 from pdfast.report.metrics import in_words
@@ -43,7 +43,7 @@ from pdfast.report.metrics import in_words
 class Arguments:
     """Judge a run's models, or one model's folder, at given step counts."""
 
-    model: Annotated[Path, tyro.conf.Positional]
+    model: Annotated[Path, Positional]
     """A run's folder (its teacher and its students are judged), or a teacher's or student's folder."""
     steps: tuple[int, ...] = ()
     """Step counts; unless said those of the run's students, or the student's own."""
@@ -53,7 +53,7 @@ class Arguments:
     """digits, mobilenet or a path to Inception weights; unless said as in the run."""
     num_samples: OptionalInt = None
     """Images to draw; unless said as in the run."""
-    reference: Annotated[Reference | None, tyro.conf.arg(metavar="{half,all}")] = None
+    reference: Annotated[Reference | None, arg(metavar="{half,all}")] = None
     """Real images to compare with: half, as many as are drawn, and as many others for a floor; all, as for the FIDs that papers
     report, without a floor; unless said as in the run."""
     clip: bool | None = None

@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-import tyro
 
 from pdfast.bounds import STEPS, require
 from pdfast.cli import parse, run_command
@@ -25,6 +24,7 @@ from pdfast.engine.files import write_folder
 from pdfast.engine.log import count_steps
 from pdfast.engine.model_folder import SavedModel
 from pdfast.errors import RunError, UsageError
+from pdfast.flags import Positional
 from pdfast.reading import read_json
 from pdfast.report.evaluator import to_uint8
 from pdfast.report.grids import image_grid, write_png
@@ -42,9 +42,9 @@ SEED = 0
 class Arguments:
     """Write a model as a pipeline of diffusers, and compare what both sample."""
 
-    model: Annotated[Path, tyro.conf.Positional]
+    model: Annotated[Path, Positional]
     """A run's folder (then --steps chooses the student; without it the one of fewest steps), or a teacher's or student's."""
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, Positional]
     """The folder to write; it must not exist."""
     steps: OptionalInt = None
     """Sampling steps; a student takes its own unless said, a teacher 256."""

@@ -13,7 +13,6 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-import tyro
 
 from pdfast.bounds import BATCH, SEED, STEPS, between, require, whole
 from pdfast.cli import parse, run_command
@@ -26,6 +25,7 @@ from pdfast.engine.files import writing
 from pdfast.engine.model_folder import SavedModel, is_model, load_model
 from pdfast.engine.run import students_of
 from pdfast.errors import UsageError
+from pdfast.flags import Positional
 from pdfast.report.evaluator import to_uint8
 from pdfast.report.grids import image_grid, write_png
 
@@ -34,7 +34,7 @@ from pdfast.report.grids import image_grid, write_png
 class Arguments:
     """Draw images from a run, one of its rounds, or a model's folder."""
 
-    model: Annotated[Path, tyro.conf.Positional]
+    model: Annotated[Path, Positional]
     """A run's folder (then --steps chooses the student; without it the one of fewest steps), or a teacher's or student's."""
     steps: OptionalInt = None
     """Sampling steps; a student takes its own unless said."""

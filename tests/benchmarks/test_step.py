@@ -1,14 +1,16 @@
 """`python -m benchmarks.step`, `.safety` and `.resume` on the CPU, with a network that trains in milliseconds."""
 
+import gzip
 import json
 import sys
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import clocks, resume, rivals, safety, step, updates
+from benchmarks import clocks, first, resume, rivals, safety, step, updates
 from pdfast.presets import PRESETS
 from tests.commands import TINY_NETWORK
 
@@ -167,6 +169,24 @@ def test_settings_of_pdfast_are_flags(tmp_path):
     rows = run(tmp_path, *flags.split())["rows"]
     assert [row["variant"] for row in rows] == ["compile off", "compile on"]
     assert all(row["dtype"] == "bf16" and 1e-6 < row["error"] < 0.1 for row in rows)
+
+
+def test_first_things_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(first, "ENDS", {"digits": 2, "imagenet64": 2})
+    file = tmp_path / "first.json"
+    flags = f"--device cpu --preset digits --batch 4 --seconds 0.01 --json {file}"
+    assert first.main(flags.split()) == 0
+    report = json.loads(file.read_text())
+    assert report["installed"]["numpy"] == np.__version__ and report["installed"]["pytest"]
+    kinds = [
+        (row["end"], row["of"]) for row in report["convolutions"] if row["network"] == "digits" and row["tf32"] == "on"
+    ]
+    of_in, of_out = (["forward", "weight gradient"], ["forward", "input gradient", "weight gradient"])
+    assert kinds == [*[("conv_in", of) for of in of_in], *[("conv_out", of) for of in of_out]]
+    assert len(report["convolutions"]) == 20 and all(row["ms"] > 0 for row in report["convolutions"])
+    assert report["update"]["median_ms"] > 0 and report["update"]["kernels"][0]["ms"] > 0
+    assert json.load(gzip.open(tmp_path / "first.trace.json.gz"))["traceEvents"]
+    assert "ms an update" in capsys.readouterr().out
 
 
 def test_list(capsys):

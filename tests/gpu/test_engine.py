@@ -100,6 +100,7 @@ def test_a_network_of_diffusers(tmp_path, compiled):
 @pytest.mark.filterwarnings("ignore")
 def test_the_command(tmp_path):
     """Compiled, in bf16, as one CUDA graph: what a GPU runs unless said."""
+    pytest.importorskip("tyro", reason="needs tyro, which reads command lines")
     flags = [*TINY_DISTILL[2:], "--device", "cuda", "--run", str(tmp_path / "run")]
     assert EngineConfig().graph and call("distill", *flags) == 0
     assert (tmp_path / "run/report.html").exists()

@@ -21,7 +21,7 @@ def results(function, tensors, gradient):
     return [y, *torch.autograd.grad(y, tensors, gradient.to(y.dtype), allow_unused=True)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_within_twice_the_error_of_pytorch(draw, name, dtype):
     operation = OPERATIONS[name]
     tensors = operation.tensors(draw)
@@ -36,7 +36,7 @@ def test_within_twice_the_error_of_pytorch(draw, name, dtype):
             assert error <= 2 * allowed + FLOOR[dtype] * reference.abs().max(), f"{error:.2e}, PyTorch {allowed:.2e}"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_same_bits_in_every_run(draw, name, dtype):
     operation = OPERATIONS[name]
     tensors = leaves(operation.tensors(draw), dtype)

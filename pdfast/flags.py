@@ -1,0 +1,32 @@
+"""How fields become flags: marks of tyro, which reads command lines. Where it is not installed they mark nothing, and what needs
+no command line runs: benchmarks, tests on a GPU, configurations in somebody's own program."""
+
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from pdfast.errors import UsageError
+
+if TYPE_CHECKING:
+    from tyro.conf import FlagCreatePairsOff, Positional, Suppress, arg
+else:
+    try:
+        from tyro.conf import FlagCreatePairsOff, Positional, Suppress, arg
+    except ImportError:
+        FlagCreatePairsOff = Positional = Suppress = None
+
+        def arg(**options: Any) -> None:
+            pass
+
+
+__all__ = ["FlagCreatePairsOff", "Positional", "Suppress", "arg", "reader"]
+
+
+def reader() -> ModuleType:
+    """tyro. UsageError where it, or what it needs, is not installed."""
+    try:
+        import tyro
+    except ImportError as error:
+        raise UsageError(
+            f"command lines are read by tyro, which cannot be imported ({error}): pip install tyro"
+        ) from None
+    return tyro

@@ -18,6 +18,13 @@ def hidden(name: str) -> bool:
     return HIDDEN.search(name) is not None
 
 
+def sample_of(name: str) -> tuple[tuple[str, str], str]:
+    """Of a tar's member, the folder and name up to the first dot, which make a sample, and what follows."""
+    folder, _, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return (folder, stem), extension
+
+
 def is_array(path: Path) -> bool:
     return path.suffix.lower() in ARRAYS
 

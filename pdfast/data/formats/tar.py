@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pdfast.data.encoded import EncodedImages, label_from
-from pdfast.data.formats.names import hidden
+from pdfast.data.formats.names import hidden, sample_of
 from pdfast.data.formats.shards import scan_shards
 from pdfast.data.formats.tar_index import Unfit, indexed
 from pdfast.data.pictures import SUFFIXES
@@ -57,11 +57,10 @@ def _scan(shard: Path, found: EncodedImages, unfit: dict[Path, str]) -> None:
     with open(shard, "rb") as content:
         try:
             for name, offset, size in members or _members(shard):
-                folder, _, base = name.rpartition("/")
-                stem, _, extension = base.partition(".")
+                key, extension = sample_of(name)
                 extension = extension.lower()
                 if not hidden(name) and (extension == LABEL or f".{extension.rpartition('.')[2]}" in SUFFIXES):
-                    samples.setdefault((folder, stem), []).append(_Member(name, extension, offset, size))
+                    samples.setdefault(key, []).append(_Member(name, extension, offset, size))
         except Exception:
             if samples:
                 samples.popitem()  # of a sample at the damage it is not known what it lacks

@@ -5,7 +5,7 @@ import re
 import tarfile
 from pathlib import Path
 
-from pdfast.data.formats.names import hidden
+from pdfast.data.formats.names import hidden, sample_of
 
 MEMBER = {"v1.1": r"(\S+) (\d{1,18}) (\d{1,18})", "v1.2": r"(\S+) (\d{1,18}) (\d{1,18}) (\S+)"}
 """By the version in the first line: a member's extension, offset, size and, lately, name."""
@@ -64,8 +64,13 @@ def _lines(index: Path) -> list[tuple[str | None, int, int]]:
     for line in lines:
         if not re.fullmatch(f"{member}( {member})*", line) or "\\" in line:
             raise Unfit(f"of a name with a blank or \\, or for another reason, this is not understood: {line[:60]!r}")
-        for _, offset, size, *name in re.findall(member, line):
+        samples: set[tuple[str, str] | None] = set()
+        for extension, offset, size, *name in re.findall(member, line):
             members.append((name[0] if name else None, int(offset), int(size)))
+            for sample, its_extension in map(sample_of, name):
+                samples.add(sample if its_extension == extension else None)
+        if len(samples) > 1 or None in samples:
+            raise Unfit(f"these are not the members of one sample: {line[:60]!r}")
     return members
 
 

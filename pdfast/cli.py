@@ -91,6 +91,9 @@ def _format_warning(
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Run a command's main function and exit with its code: 0, 1 (failed in the middle), 2 (bad input), 130 (stopped)."""
     warnings.formatwarning = _format_warning
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a console may lack letters that a name has
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

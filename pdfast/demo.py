@@ -31,6 +31,7 @@ from pdfast.engine.model_folder import SavedModel, load_model
 from pdfast.engine.run import students_of
 from pdfast.errors import UsageError
 from pdfast.flags import Positional
+from pdfast.names import printable
 from pdfast.reading import load_yaml
 from pdfast.report.grids import write_png
 
@@ -117,7 +118,7 @@ def build_page(models: Models, draw: Callable[..., tuple[bytes, float]]) -> Any:
         import gradio as gr
     except ImportError:
         raise UsageError("the demo needs gradio: pip install 'pdfast[demo]'") from None
-    name, num_classes = models.run.resolve().name, models.teacher.network.config.num_classes
+    name, num_classes = printable(models.run.resolve().name), models.teacher.network.config.num_classes
 
     def show(n: int, seed: int | None, label: int | str = ALL_CLASSES) -> Iterator[str]:
         """The pictures, again after each that was drawn."""

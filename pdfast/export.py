@@ -25,6 +25,7 @@ from pdfast.engine.log import count_steps
 from pdfast.engine.model_folder import SavedModel
 from pdfast.errors import RunError, UsageError
 from pdfast.flags import Positional
+from pdfast.names import printable, utf8_path
 from pdfast.reading import read_json
 from pdfast.report.evaluator import to_uint8
 from pdfast.report.grids import image_grid, write_png
@@ -163,15 +164,16 @@ def export_pipeline(saved: SavedModel, steps: int, out: Path, device: torch.devi
 
     def fill(folder: Path) -> None:
         nonlocal changed
-        model_file = write_pipeline(folder, saved.network.cpu().float(), saved.schedule.build(), steps)
-        images, changed = compare(folder, model_file is not None, saved, steps, device)
+        with utf8_path(folder) as named:
+            model_file = write_pipeline(named, saved.network.cpu().float(), saved.schedule.build(), steps)
+            images, changed = compare(named, model_file is not None, saved, steps, device)
         if changed > MOST_CHANGED:
             raise RunError(
                 f"diffusers draws other images than pdfast: {changed:.2%} of the values differ; nothing was written: this is a "
                 "bug, report it"
             )
         write_png(folder / "grid.png", image_grid(images[:SHOWN], columns=4, scale=max(1, 64 // images.shape[1])))
-        (folder / "README.md").write_text(model_card(saved, steps, model_file, changed))
+        (folder / "README.md").write_text(printable(model_card(saved, steps, model_file, changed)), encoding="utf-8")
 
     write_folder(out, fill)
     return changed

@@ -6,7 +6,6 @@ The same command run again resumes. The result, runs/my-teacher/teacher, is what
 """
 
 import functools
-import shlex
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -29,6 +28,7 @@ from pdfast.engine.model_folder import fill_model_folder
 from pdfast.engine.optimizer import linear_decay, linear_warmup
 from pdfast.engine.run import open_run
 from pdfast.engine.step import Draws, teacher_gradient
+from pdfast.names import shell_word
 from pdfast.networks import Network
 from pdfast.report.evaluator import Evaluator, shown
 from pdfast.report.grids import image_grid, write_png
@@ -252,7 +252,7 @@ def main() -> None:
             flags = ["--preset", config.preset, "--data", config.data, "--teacher", str(teacher)]
             flags += ["--evaluation.features", config.evaluation.features]
             flags += ["--evaluation.num-samples", str(config.evaluation.num_samples)]
-            log.say(f"wrote {teacher}; distill it with: {shlex.join(['python', '-m', 'pdfast.distill', *flags])}")
+            log.say(f"wrote {teacher}; distill it with: python -m pdfast.distill {' '.join(map(shell_word, flags))}")
 
 
 if __name__ == "__main__":

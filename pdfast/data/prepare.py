@@ -9,7 +9,6 @@ The files of the first two have `images`, `labels`, `test_images` and `test_labe
 
 import functools
 import os
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, ParamSpec
@@ -25,6 +24,7 @@ from pdfast.data.split import Split, channel_statistics
 from pdfast.engine.files import writing
 from pdfast.errors import UsageError
 from pdfast.flags import Positional, arg, reader
+from pdfast.names import shell_word
 from pdfast.report.grids import image_grid, write_png
 
 P = ParamSpec("P")
@@ -100,7 +100,12 @@ def images(
     _say(done.classes, done.mean, done.std, out)
     print(f"contact sheet {sheet}")
     network = f"--network.image-size {size} --network.image-channels {channels}"
-    print(f"next          python -m pdfast.distill --preset cifar10-fast {network} --data {shlex.quote(str(out))}")
+    print(f"next          python -m pdfast.distill --preset cifar10-fast {network} --data {shell_word(_as_data(out))}")
+
+
+def _as_data(out: Path) -> str:
+    """What --data takes for it: `digits` alone would be those that are built in."""
+    return f"./{out}" if str(out) == "digits" else str(out)
 
 
 def _say(classes: int, mean: np.ndarray, std: np.ndarray, out: Path) -> None:
@@ -126,7 +131,7 @@ def _save(out: Path, train: Split, test: Split, options: str) -> None:
     shape = "x".join(map(str, train.images.shape[1:]))
     print(f"images        {len(train.images)} of {shape}, and {len(test.images)} test images")
     _say(int(train.labels.max()) + 1, mean, std, out)
-    print(f"next          python -m pdfast.distill {options} --data {shlex.quote(str(out))}")
+    print(f"next          python -m pdfast.distill {options} --data {shell_word(_as_data(out))}")
 
 
 def _later(function: Callable[P, None]) -> Callable[P, Callable[[], None]]:

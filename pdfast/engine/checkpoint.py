@@ -27,6 +27,7 @@ from pdfast.engine.files import SEAL, check_seal, commit_folder, sealed, sha256,
 from pdfast.engine.layout import rows
 from pdfast.engine.world import World
 from pdfast.errors import RunError, UsageError
+from pdfast.names import utf8_path
 from pdfast.reading import read_json
 
 KEEP = 2
@@ -121,7 +122,8 @@ class Checkpoints:
         try:
             if tensors is not None:
                 with writing(file):
-                    save_file(tensors, file)
+                    with utf8_path(file.parent) as folder:
+                        save_file(tensors, folder / file.name)
                     sync(file)
                     write_json(file.with_suffix(".json"), {"sha256": sha256(file)})
             self._writing.failure = None
@@ -195,14 +197,15 @@ class Checkpoints:
         for file in files:
             if sha256(file) != read_json(file.with_suffix(".json"))["sha256"]:
                 raise ValueError(f"the hash of {file.name} differs")
-        with safe_open(files[0], framework="pt") as first:
+        with utf8_path(files[0]) as named, safe_open(named, framework="pt") as first:
             if not set(meta["common"]) <= set(first.keys()):
                 raise ValueError("its state.json was changed")
         return meta["update"]
 
     def _load(self, folder: Path) -> Checkpoint:
         meta = _read_state(folder)
-        files = [safe_open(file, framework="pt") for file in _files(folder, meta["parts"])]
+        with utf8_path(folder) as named:
+            files = [safe_open(file, framework="pt") for file in _files(named, meta["parts"])]
         tensors = {}
         for name in files[0].keys():  # it is not a dict
             if name in meta["common"]:

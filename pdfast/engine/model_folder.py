@@ -17,6 +17,7 @@ from pdfast.config import ScheduleConfig, from_plain, to_plain
 from pdfast.diffusion.parameterization import SMALLEST_COS_TO_SAMPLE, check_start
 from pdfast.engine.files import sha256, write_json
 from pdfast.errors import UsageError
+from pdfast.names import utf8_path
 from pdfast.networks import Network
 from pdfast.reading import read_json
 from pdfast.teachers import AnyNetworkConfig, edm, is_pipeline, load_edm, load_pipeline, network_config
@@ -58,7 +59,8 @@ def fill_model_folder(
     """Write the weights and config.json into an existing (temporary) folder."""
     kind = "teacher" if steps is None else "student"
     file = folder / f"{kind}.safetensors"
-    save_file({name: t.contiguous().cpu() for name, t in weights.items()}, file)
+    with utf8_path(folder) as named:
+        save_file({name: t.contiguous().cpu() for name, t in weights.items()}, named / file.name)
     write_json(
         folder / "config.json",
         {
@@ -119,7 +121,8 @@ def load_model(folder: Path, device: torch.device) -> SavedModel:
     config = network_config(meta["network"], str(folder / "config.json"))
     schedule = from_plain(ScheduleConfig, meta["schedule"], str(folder / "config.json"))
     try:
-        weights = load_file(file, device=str(device))
+        with utf8_path(file) as named:
+            weights = load_file(named, device=str(device))
         with torch.device("meta"):
             network = config.build()
         network.load_state_dict(weights, assign=True)

@@ -5,7 +5,6 @@ runs/NAME/{config.yaml, log.jsonl, tb/, checkpoints/, teacher/, students/NNNN/, 
 
 import fcntl
 import re
-import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,6 +21,7 @@ from pdfast.engine.files import sha256, write_file, writing
 from pdfast.engine.model_folder import SavedModel
 from pdfast.engine.world import World
 from pdfast.errors import UsageError
+from pdfast.names import shell_word
 from pdfast.reading import load_yaml
 
 MAY_CHANGE = {"run", "device", "loader", "max_bad", "log_every", "checkpoint_every", "engine", "guard"}
@@ -103,7 +103,8 @@ def _begin_or_resume(config: RunConfig, source: ImageSource, facts: dict[str, st
 def _command() -> str:
     """The command line as a person would type it."""
     main = sys.modules["__main__"].__spec__
-    return shlex.join(["python", "-m", main.name, *sys.argv[1:]] if main else ["python", *sys.argv])
+    words = ["python", "-m", main.name, *sys.argv[1:]] if main else ["python", *sys.argv]
+    return " ".join(map(shell_word, words))
 
 
 def _refuse_changes(before: dict, now: dict, run: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from pdfast.engine.files import write_file
 from pdfast.engine.log import count_steps, read_log
 from pdfast.engine.run import students_of
+from pdfast.names import printable
 from pdfast.report.grids import steps_grid
 from pdfast.report.metrics import in_words
 from pdfast.report.plots import loss_by_step_plot, loss_plot, quality_plot
@@ -229,5 +230,5 @@ def build_report(run: Path) -> Path:
         rate=_rate,
     )
     path = run / "report.html"
-    write_file(path, page)
+    write_file(path, printable(page))
     return path

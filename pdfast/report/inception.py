@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pdfast.engine.files import sha256
 from pdfast.errors import UsageError
+from pdfast.names import utf8_path
 
 # Of https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -223,10 +224,11 @@ def _read_weights(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
     if not path.is_file():
         raise UsageError(f"there are no Inception weights at {path}: give pytorch-fid's pt_inception-2015-12-05 file")
     try:
-        if path.suffix == ".safetensors":
-            found = load_file(path)
-        else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+        with utf8_path(path) as named:
+            if path.suffix == ".safetensors":
+                found = load_file(named)
+            else:
+                found = torch.load(named, map_location="cpu", weights_only=True)
         # A count of training batches, which some copies of the file lack, plays no part in evaluation.
         counts = {key: value for key, value in expected.items() if key.endswith("num_batches_tracked")}
         shapes = {key: tuple(value.shape) for key, value in found.items() if not key.endswith("num_batches_tracked")}

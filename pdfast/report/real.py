@@ -19,6 +19,7 @@ from pdfast.data.source import of_tensors
 from pdfast.engine.files import write_file
 from pdfast.engine.world import World
 from pdfast.errors import RunError, UsageError
+from pdfast.names import utf8_path
 from pdfast.report.metrics import Comparison, Figures, channel_statistics, features_of, split_real
 
 FORMAT = 3  # of what is kept; another one where features, figures or the split come to mean something else
@@ -134,7 +135,7 @@ class _Kept:
         try:
             if not self._path.exists():
                 return None
-            with safe_open(self._path, framework="pt") as file:
+            with utf8_path(self._path) as named, safe_open(named, framework="pt") as file:
                 features, metadata = file.get_tensor("features"), file.metadata()
             whole = metadata["sha256"] == self._checksum(features, metadata["facts"])
         except Exception:  # the reader raises many kinds

@@ -21,6 +21,7 @@ from pdfast.config import ScheduleConfig
 from pdfast.diffusion import Prediction
 from pdfast.diffusion.schedules import AlphaBars, Schedule
 from pdfast.errors import UsageError
+from pdfast.names import utf8_path
 from pdfast.networks import Network
 from pdfast.networks.layers import upsample
 from pdfast.reading import read_json
@@ -205,13 +206,14 @@ def load_pipeline(folder: Path) -> tuple[DiffusersNetwork, ScheduleConfig]:
         )
     try:
         # Not load_state_dict: older files have other names for the attention's weights.
-        unet = library().UNet2DModel.from_pretrained(
-            folder / "unet",
-            use_safetensors=True,
-            local_files_only=True,
-            torch_dtype=torch.float32,
-            low_cpu_mem_usage=False,
-        )
+        with utf8_path(folder / "unet") as named:
+            unet = library().UNet2DModel.from_pretrained(
+                named,
+                use_safetensors=True,
+                local_files_only=True,
+                torch_dtype=torch.float32,
+                low_cpu_mem_usage=False,
+            )
     except UsageError:
         raise
     except Exception as error:  # of many kinds, for a configuration or weights that do not fit

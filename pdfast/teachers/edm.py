@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pdfast.config import ScheduleConfig, from_plain
 from pdfast.diffusion import Prediction
 from pdfast.errors import UsageError
+from pdfast.names import utf8_path
 from pdfast.networks import Network
 from pdfast.networks.network import Around
 from pdfast.teachers import preconditioning
@@ -165,7 +166,8 @@ def load_edm(folder: Path, meta: dict[str, Any]) -> tuple[EDMNetwork, ScheduleCo
     if not file.is_file():
         raise UsageError(f"{file} is missing: write the folder again with {SCRIPT}")
     try:
-        weights = {name: weight.float() for name, weight in load_file(file).items()}
+        with utf8_path(file) as named:
+            weights = {name: weight.float() for name, weight in load_file(named).items()}
         fourier = kwargs.embedding_type == "fourier"
         config = kwargs.config(tuple(weights[FREQUENCIES].tolist()) if fourier else ())
         with torch.device("meta"):

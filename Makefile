@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@touch $@
 
 distill: $(STAMP)
-	$(VENV)/bin/torchrun --standalone -m pdfast.distill --rounds 8 $(ARGS)
+	$(VENV)/bin/python -m pdfast.launch --standalone -m pdfast.distill --rounds 8 $(ARGS)
 
 test: $(STAMP)
 	$(PYTEST) $(ARGS)

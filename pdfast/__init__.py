@@ -13,7 +13,7 @@ from importlib import import_module
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from pdfast.cli import stop_while_importing
+from pdfast.cli import let_threads_sleep, stop_while_importing
 
 if TYPE_CHECKING:
     from pdfast.diffusion import AlphaBars, ClippedCosine, Cosine, LinearBeta, StartingAt, StepTable, build_step_table
@@ -50,6 +50,7 @@ __all__ = [
 # Python says "-m" here while it looks for the module that it was started with.
 if sys.argv[:1] == ["-m"] and any(a == "-m" and b.startswith("pdfast.") for a, b in pairwise(sys.orig_argv)):
     stop_while_importing()
+    let_threads_sleep()
 
 
 def __getattr__(name: str) -> Any:

@@ -18,6 +18,10 @@ from pdfast.errors import RunError, UsageError
 from pdfast.flags import reader
 
 INTERRUPTED = 130
+WAITING = {"GOMP_SPINCOUNT": "1000"}
+"""How OpenMP's threads wait for each other: they look a thousand times, then sleep. GNU's look 300,000
+times as they come, which takes cores from whatever else runs there, and from an update many times what it saves."""
+WAITING_POLICIES = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"
 STOPPED_EARLY = "pdfast: stopped before there was anything to save"
 _FORMAT_WARNING = warnings.formatwarning
 _LOST = r"Connection (closed|reset)|Broken pipe|Read error|Timed out|NCCL|gloo"  # how a collective ends without a peer
@@ -30,6 +34,12 @@ class Interrupted(Exception):
 
 
 T = TypeVar("T")
+
+
+def let_threads_sleep() -> None:
+    """Set how OpenMP's threads wait, unless the user has: before torch is imported, which loads it."""
+    if not any(name in os.environ for name in WAITING_POLICIES):
+        os.environ.update(WAITING)
 
 
 def stop_while_importing() -> None:

@@ -192,8 +192,11 @@ class Reader:
 
 def module_of(words: list[str], patch: pytest.MonkeyPatch) -> list[str]:
     """The module that a command runs and its arguments, under torchrun with the number of processes in WORLD_SIZE."""
-    if words[0] == "torchrun":
-        options = get_args_parser().parse_args(words[1:])
+    launched = words[:3] == ["python", "-m", "pdfast.launch"]
+    if words[0] == "torchrun" or launched:
+        parser = get_args_parser()
+        parser.allow_abbrev = not launched
+        options = parser.parse_args(words[3:] if launched else words[1:])
         assert options.module, "torchrun -m MODULE"
         patch.setenv("WORLD_SIZE", str(int(options.nnodes.rpartition(":")[2]) * int(options.nproc_per_node)))
         return [options.training_script, *options.training_script_args]

@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM set a flag that the loops look at between updates; a second one stops at once."""
 
+import os
 import signal
 import sys
 from types import FrameType
@@ -19,7 +20,8 @@ def _handle(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
     _stop_requested = True
-    print("\npdfast: stopping after this update (once more to stop at once)", file=sys.stderr, flush=True)
+    if os.environ.get("RANK", "0") == "0":
+        print("\npdfast: stopping after this update (once more to stop at once)", file=sys.stderr, flush=True)
 
 
 def requested() -> bool:

@@ -1,0 +1,132 @@
+"""`python -m pdfast.launch` and `make distill`: how they end, by exit code and last line."""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from pdfast import launch
+from pdfast.cli import _tell_torchrun, run_command
+from tests.commands import ROOT, TINY_DISTILL, environment
+
+SAVED = "and saved it; the same command goes on from here"
+
+
+def ended(monkeypatch, capsys, failure, processes="1"):
+    """The exit code and the lines of a launch whose processes end so."""
+
+    def run(options):
+        assert (options.nproc_per_node, options.training_script) == (processes, "pdfast.distill")
+        assert options.training_script_args == ["--run", "runs/a"]
+        raise failure
+
+    monkeypatch.setattr(launch, "run", run)
+    flags = ["--standalone", "--nproc-per-node", processes, "-m", "pdfast.distill", "--run", "runs/a"]
+    monkeypatch.setattr(sys, "argv", ["pdfast.launch", *flags])
+    with pytest.raises(SystemExit) as end:
+        run_command(launch.main)
+    return end.value.code, capsys.readouterr().err.splitlines()
+
+
+def failed(tmp_path, monkeypatch, failures):
+    """What torchrun raises when processes end with these exit codes and last lines, by rank."""
+    found = {}
+    for rank, (code, line) in failures.items():
+        file = tmp_path / f"error-{rank}.json"
+        if line:
+            monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+            _tell_torchrun(line)
+            monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")
+        found[rank] = ProcessFailure(local_rank=rank, pid=1, exitcode=code, error_file=str(file))
+    return ChildFailedError("pdfast.distill", found)
+
+
+@pytest.mark.parametrize(
+    "processes, failures, code, lines",
+    [
+        ("1", {0: (2, "pdfast: error: no such file")}, 2, []),  # the process has printed it
+        ("2", {0: (2, "pdfast: error: no such file")}, 2, ["pdfast: error: rank 0: no such file"]),
+        ("2", {1: (1, "pdfast: error: the disk is full")}, 1, ["pdfast: error: rank 1: the disk is full"]),
+        ("2", {1: (-9, None)}, 1, ["pdfast: error: rank 1: it was killed by SIGKILL"]),
+        ("1", {0: (-11, None)}, 1, ["pdfast: error: rank 0: it was killed by SIGSEGV"]),
+        ("2", {1: (130, "pdfast: stopped at update 3")}, 130, ["pdfast: rank 1: stopped at update 3"]),
+        ("1", {0: (1, None)}, 1, ["pdfast: error: rank 0: it ended with exit code 1; see what it said above"]),
+        ("1", {0: (7, None)}, 1, ["pdfast: error: rank 0: it ended with exit code 7; see what it said above"]),
+    ],
+)
+def test_a_failure_is_one_line_and_the_code_of_the_process(
+    processes, failures, code, lines, tmp_path, monkeypatch, capsys
+):
+    assert ended(monkeypatch, capsys, failed(tmp_path, monkeypatch, failures), processes) == (code, lines)
+
+
+def test_a_signal_is_130_and_no_traceback(monkeypatch, capsys):
+    assert ended(monkeypatch, capsys, SignalException("got it", signal.SIGINT)) == (130, [])
+
+
+def start(command):
+    """As a shell in a terminal starts it: in a group of its own, which heeds Ctrl-C."""
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        process_group=0,
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def make_distill(folder, *flags):
+    """`make distill` with this interpreter in the place of the environment's."""
+    venv = folder / "venv"
+    (venv / "bin").mkdir(parents=True)
+    python = venv / "bin/python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    (venv / "installed").touch()
+    arguments = " ".join([*TINY_DISTILL, *flags, "--run", str(folder / "run")])
+    return start(["make", "-s", "-o", str(venv / "installed"), f"VENV={venv}", "distill", f"ARGS={arguments}"])
+
+
+def test_ctrl_c_of_make_distill_in_training(tmp_path):
+    process = make_distill(tmp_path, "--train.updates", "100000", "--log-every", "1")
+    log = tmp_path / "run/log.jsonl"
+    while not (log.exists() and log.read_text().count("\n") > 3):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    text, _ = process.communicate(timeout=120)
+    said = [line for line in text.splitlines() if line and not line.startswith("make")]
+    assert said[-1].endswith(SAVED) and "Traceback" not in text and "elastic" not in text, text
+    assert process.returncode != 0 and "130" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.5, 2.0, 4.0, 6.0])
+def test_ctrl_c_of_make_distill_while_it_starts(seconds, tmp_path):
+    process = make_distill(tmp_path, "--train.updates", "100000")
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    text, _ = process.communicate(timeout=120)
+    said = [line for line in text.splitlines() if line and not line.startswith("make")]
+    assert said[-1].endswith(("pdfast: stopped before there was anything to save", SAVED)), text
+    assert "Traceback" not in text and process.returncode != 0
+
+
+@pytest.mark.slow
+def test_bad_input_in_two_processes(tmp_path):
+    flags = [*TINY_DISTILL, "--batch-size", "15", "--run", str(tmp_path / "run")]
+    command = ["-m", "pdfast.launch", "--standalone", "--nproc-per-node", "2", "-m", "pdfast.distill", *flags]
+    process = start([sys.executable, *command])
+    text, _ = process.communicate(timeout=120)
+    lines = text.splitlines()
+    assert lines[-1].startswith("pdfast: error: rank 0: --batch-size 15 must be a multiple of 2") and len(lines) == 2
+    assert process.returncode == 2

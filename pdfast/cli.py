@@ -130,6 +130,13 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         print(message, file=sys.stderr, flush=True)
         _tell_torchrun(message)
         sys.exit(1)
+    except OSError as error:  # a place that cannot be read or written, which nothing expected
+        if error.filename is None:
+            raise
+        message = f"pdfast: error: cannot use {error.filename} ({error.strerror})"
+        print(message, file=sys.stderr, flush=True)
+        _tell_torchrun(message)
+        sys.exit(1)
     except KeyboardInterrupt:
         print(STOPPED_EARLY, file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED)

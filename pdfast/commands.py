@@ -48,7 +48,7 @@ def _defaults(cls: type[C], arguments: list[str]) -> C:
     """The preset, or the saved configuration, that flags override. Fields of the other command are passed over."""
     file, name = _peek("--config", arguments), _peek("--preset", arguments)
     plain = load_yaml(Path(file)) if file else {}
-    if "kind" in (plain.get("network") or {}):  # it comes with the teacher
+    if isinstance(plain.get("network"), dict) and "kind" in plain["network"]:  # it comes with the teacher
         del plain["network"]
     base = to_plain(preset(name or plain.get("preset", "digits"))) | plain
     known, other = _names(cls), _names(DistillConfig) | _names(TrainConfig) | FACTS

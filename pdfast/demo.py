@@ -22,8 +22,9 @@ from typing import Annotated, Any
 import torch
 
 from pdfast import sample
-from pdfast.bounds import require, whole
+from pdfast.bounds import STEPS, require, whole
 from pdfast.cli import parse, run_command
+from pdfast.config import DistillConfig, fields_of
 from pdfast.engine import layout
 from pdfast.engine.device import open_device
 from pdfast.engine.log import count_steps
@@ -81,7 +82,10 @@ class Models:
         self.run, self.count, self.device = run, count, device
         self.students = {steps: load_model(folder, device) for steps, folder in folders.items()}
         self.teacher = load_model(run / "teacher", device)
-        self.start = load_yaml(run / "config.yaml").get("start_steps") or 2 * max(self.students)
+        file = run / "config.yaml"
+        saved_start = fields_of(DistillConfig, load_yaml(file), ("start_steps",), str(file)).get("start_steps")
+        require("start-steps", saved_start, STEPS)
+        self.start = saved_start or 2 * max(self.students)
         for saved in (self.teacher, *self.students.values()):
             layout.for_sampling(saved.network, device, "auto", "auto")
 

@@ -23,7 +23,7 @@ from pdfast.diffusion import build_step_table
 from pdfast.engine import interrupt, layout
 from pdfast.engine.checkpoint import Checkpoints
 from pdfast.engine.device import open_device
-from pdfast.engine.files import write_folder, write_json
+from pdfast.engine.files import sealed, write_folder, write_json
 from pdfast.engine.log import Progress, RunLog, clock, count_steps
 from pdfast.engine.machine import Machine, open_machine
 from pdfast.engine.metrics import Losses
@@ -39,6 +39,7 @@ from pdfast.report.grids import image_grid, write_png
 from pdfast.report.guard import complaints
 from pdfast.report.html import build_report
 from pdfast.report.plan import print_distillation_plan
+from pdfast.report.stored import read_metrics, read_reference
 from pdfast.teachers import ConvertedConfig
 from pdfast.teachers.convert import regular_angles
 from pdfast.train import (
@@ -193,16 +194,16 @@ def write_student(rounds: Rounds, training: dict, evaluator: Evaluator, steps: i
     images, seconds = evaluator.draw(rounds.student.eval(), steps)
     row = evaluator.measure(images, steps, seconds)
     samples = shown(images)
-    teacher_rows = read_json(config.run / "teacher" / "metrics.json")["evaluation"]
-    before = config.run / "students" / f"{2 * steps:04d}" / "metrics.json"
-    row_before = read_json(before)["evaluation"][0] if before.exists() else teacher_rows[0]
+    teacher_rows = read_metrics(config.run / "teacher")["evaluation"]
+    before = config.run / "students" / f"{2 * steps:04d}"
+    row_before = read_metrics(before)["evaluation"][0] if before.exists() else teacher_rows[0]
     for complaint in complaints(row, row_before, teacher_rows, config.guard):
         log.warn(complaint, steps)
     weights = machine.whole_weights(rounds.student)
 
     def fill(folder):
         fill_model_folder(folder, weights, config.network, config.schedule, steps)
-        write_json(folder / "metrics.json", evaluator.metrics([row], training))
+        write_json(folder / "metrics.json", sealed(evaluator.metrics([row], training)))
         np.save(folder / "samples.npy", samples)
         write_png(folder / "grid.png", image_grid(samples, columns=4, scale=4))
 
@@ -283,12 +284,25 @@ def convert_teacher(
     return network, training, {"from": original.config.prediction, **judged}
 
 
+def check_finished(config: DistillConfig, shape: tuple[int, ...]) -> None:
+    """UsageError where the figures or images of a finished stage, which later ones are compared with, are not what was
+    written."""
+    teacher, last = config.run / "teacher", config.run / "students" / f"{config.end_steps:04d}"
+    for folder in (teacher, *(config.run / "students" / f"{steps:04d}" for steps in config.round_steps)):
+        if folder.exists():
+            read_metrics(folder)
+    if teacher.exists() and not last.exists():
+        read_reference(teacher, shape)
+
+
 def distill(
     config: DistillConfig, machine: Machine, given_teacher: SavedModel | None, source: ImageSource, log: RunLog
 ) -> None:
     """All of a run: the teacher, then round after round, each stage skipped where its folder is already there."""
     world = machine.world
     teacher_folder = config.run / "teacher"
+    shape = (config.evaluation.num_samples, *config.network.image_shape)
+    world.on_first(lambda: check_finished(config, shape))
     evaluator: Evaluator | None = None
     training = conversion = None
     if not world.on_first(teacher_folder.exists):
@@ -316,7 +330,7 @@ def distill(
             training = rounds.train(round_index, steps)
             if evaluator is None:
                 evaluator = open_evaluator(config, machine, source)
-                evaluator.set_reference(torch.from_numpy(np.load(teacher_folder / "reference.npy")))
+                evaluator.set_reference(torch.from_numpy(read_reference(teacher_folder, shape)))
             write_student(rounds, training, evaluator, steps)
             if steps != config.end_steps:
                 machine.finish(lambda: build_report(config.run))
@@ -329,7 +343,7 @@ def distill(
 def total_seconds(config: DistillConfig) -> float:
     """Seconds of training in all stages of the run, over all resumes."""
     folders = [config.run / "teacher", *(config.run / "students" / f"{n:04d}" for n in config.round_steps)]
-    trainings = [read_json(folder / "metrics.json")["training"] for folder in folders]
+    trainings = [read_metrics(folder)["training"] for folder in folders]
     return sum(training["seconds"] for training in trainings if training)
 
 

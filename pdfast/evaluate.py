@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from pdfast.bounds import SAMPLES, SEED, STEPS, require
+from pdfast.bounds import BATCH, SAMPLES, SEED, STEPS, require
 from pdfast.cli import parse, run_command
 from pdfast.config import (
     EvaluationConfig,
@@ -23,6 +23,7 @@ from pdfast.config import (
     OptionalString,
     Reference,
     RunConfig,
+    fields_of,
     from_plain,
 )
 from pdfast.data import load_source
@@ -34,7 +35,7 @@ from pdfast.engine.run import same_images, students_of
 from pdfast.engine.world import World
 from pdfast.errors import UsageError
 from pdfast.flags import Positional, arg
-from pdfast.reading import load_yaml
+from pdfast.reading import load_yaml, shown
 from pdfast.report.evaluator import Evaluator
 from pdfast.report.metrics import in_words
 
@@ -73,16 +74,23 @@ class Arguments:
 def run_of(folder: Path) -> dict[str, Any]:
     """The saved configuration of the run that `folder` is or lies in, {} where there is none."""
     for candidate in (folder, *folder.resolve().parents[:2]):
-        if (candidate / "config.yaml").exists():
-            return load_yaml(candidate / "config.yaml")
+        file = candidate / "config.yaml"
+        if file.exists():
+            saved = load_yaml(file)
+            return saved | fields_of(RunConfig, saved, ("data", "loader", "max_bad", "seed"), str(file))
     return {}
 
 
 def evaluation_settings(arguments: Arguments, run: dict[str, Any]) -> EvaluationConfig:
     """The run's settings, overridden by flags. UsageError where neither says what features to use."""
     saved = run.get("evaluation", {})
+    if not isinstance(saved, dict):
+        raise UsageError(f"evaluation: expected fields, found {shown(saved)}")
     flags = {name: getattr(arguments, name) for name in ("features", "num_samples", "reference", "clip")}
-    return from_plain(EvaluationConfig, saved | {k: v for k, v in flags.items() if v is not None}, "evaluation")
+    settings = from_plain(EvaluationConfig, saved | {k: v for k, v in flags.items() if v is not None}, "evaluation")
+    require("evaluation.batch-size", settings.batch_size, BATCH)
+    require("evaluation.num-samples", settings.num_samples, SAMPLES)
+    return settings
 
 
 def models_to_judge(arguments: Arguments, device: torch.device) -> list[tuple[str, SavedModel, int]]:
@@ -125,11 +133,12 @@ def main() -> None:
     for steps in arguments.steps:
         require("steps", steps, STEPS)
     require("num-samples", arguments.num_samples, SAMPLES)
-    require("seed", arguments.seed, SEED)
     device = open_device(arguments.device)
     wanted = models_to_judge(arguments, device)
     run = run_of(arguments.model)
     data = arguments.data or run.get("data")
+    seed = run.get("seed", 0) if arguments.seed is None else arguments.seed
+    require("seed", seed, SEED)
     if data is None:
         raise UsageError(f"{arguments.model} is not in a run's folder: say what to compare with, --data and --features")
     first = wanted[0][1]
@@ -156,7 +165,7 @@ def main() -> None:
         evaluation_settings(arguments, run),
         source,
         first.schedule.build(),
-        seed=run.get("seed", 0) if arguments.seed is None else arguments.seed,
+        seed=seed,
         num_classes=config.num_classes,
         world=World(device),
     )

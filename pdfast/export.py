@@ -26,9 +26,9 @@ from pdfast.engine.model_folder import SavedModel
 from pdfast.errors import RunError, UsageError
 from pdfast.flags import Positional
 from pdfast.names import printable, utf8_path
-from pdfast.reading import read_json
 from pdfast.report.evaluator import to_uint8
 from pdfast.report.grids import image_grid, write_png
+from pdfast.report.stored import read_metrics
 from pdfast.sample import find_model
 from pdfast.teachers.diffusers import library
 from pdfast.teachers.pipeline import write_pipeline
@@ -132,10 +132,9 @@ def model_card(saved: SavedModel, steps: int, model_file: str | None, changed: f
 
 
 def _facts(saved: SavedModel) -> list[str]:
-    file = saved.folder / "metrics.json"
-    if not file.exists():
+    if not (saved.folder / "metrics.json").exists():
         return []
-    metrics = read_json(file)
+    metrics = read_metrics(saved.folder)
     space, training, data = metrics["feature_space"], metrics["training"], metrics["data"]
     lines = ["", "| steps (DDIM) | " + space + " |", "|---:|---:|"]
     lines += [f"| {row['steps']} | {row['fd']:.3f} |" for row in metrics["evaluation"]]

@@ -7,6 +7,7 @@ from pathlib import Path
 from pdfast.config import DistillConfig, EvaluationConfig, TeacherConfig
 from pdfast.errors import UsageError
 from pdfast.networks import NetworkConfig
+from pdfast.reading import shown
 
 DIGITS = DistillConfig(
     # torchrun --standalone -m pdfast.distill --rounds 8
@@ -156,6 +157,6 @@ PRESETS = {config.preset: config for config in (DIGITS, CIFAR10_FAST, CIFAR10, I
 
 def preset(name: str) -> DistillConfig:
     """The preset of that name. UsageError for an unknown one."""
-    if name not in PRESETS:
-        raise UsageError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise UsageError(f"unknown preset {shown(name)}; choose from {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -7,6 +7,7 @@ that is not finite.
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -94,10 +95,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _check_brackets(text: str) -> None:
+    """ValueError where so many are open at once that YAML's reader, whose time grows with their square, would seem to hang."""
+    depth = 0
+    for bracket in re.finditer(r"[][{}]", text):
+        depth = max(depth + (1 if bracket[0] in "[{" else -1), 0)
+        if depth > 4 * DEEPEST:
+            raise ValueError(f"its values are nested more than {DEEPEST} deep")
+
+
 def load_yaml(path: Path) -> dict[str, Any]:
     """A saved configuration, as plain data. UsageError where the file is missing or not YAML."""
     text = read_text(path)
     try:
+        _check_brackets(text)
         plain = checked(yaml.safe_load(text))
     except Exception as error:  # what stands for numbers and dates is parsed by readers that raise many kinds
         reason = "its values are nested too deep" if isinstance(error, RecursionError) else error

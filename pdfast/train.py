@@ -20,7 +20,7 @@ from pdfast.data import ImageSource, load_source
 from pdfast.engine import interrupt
 from pdfast.engine.checkpoint import Checkpoints
 from pdfast.engine.device import open_device
-from pdfast.engine.files import write_folder, write_json
+from pdfast.engine.files import sealed, write_folder, write_json
 from pdfast.engine.log import Progress, RunLog, count_steps
 from pdfast.engine.machine import Machine, open_machine
 from pdfast.engine.metrics import BUCKETS, Losses
@@ -171,7 +171,7 @@ def write_teacher(
     def fill(folder):
         fill_model_folder(folder, weights, config.network, config.schedule, None)
         made = {} if conversion is None else {"conversion": conversion}
-        write_json(folder / "metrics.json", evaluator.metrics(rows, training) | made)
+        write_json(folder / "metrics.json", sealed(evaluator.metrics(rows, training) | made))
         np.save(folder / "samples.npy", samples)
         np.save(folder / "real.npy", evaluator.real_samples())
         np.save(folder / "reference.npy", reference.numpy())

@@ -64,7 +64,7 @@ def _entry(line: bytes) -> dict[str, Any] | None:
     losses = entry.get("loss_by_step") or []
     numbers = [entry.get(name) for name in (*SCALARS, "seconds", "images")]
     numbers += losses if isinstance(losses, list) else [losses]
-    whole = isinstance(losses, list) and entry.get("update") is not None and _is_number(entry["update"], int)
+    whole = isinstance(losses, list) and "steps" in entry and type(entry.get("update")) is int
     return entry if whole and all(_is_number(number, float) for number in numbers) else None
 
 

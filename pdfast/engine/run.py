@@ -53,12 +53,24 @@ def open_run(config: RunConfig, source: ImageSource, world: World, teacher: Save
         def open_folder() -> None:
             with writing(config.run):
                 config.run.mkdir(parents=True, exist_ok=True)
+                _check_places(config.run)
                 lock = until_the_end.enter_context(open(config.run / ".lock", "w"))
             _begin_or_resume(config, source, _facts(config, source, teacher), lock)
             clear_finished(config.run)
 
         world.on_first(open_folder)
         yield
+
+
+def _check_places(run: Path) -> None:
+    """UsageError where something else has the name of one of the run's files or folders: a pipe would be waited for."""
+    for name in (".lock", "config.yaml", "log.jsonl", "report.html", "grid.png"):
+        if (run / name).exists() and not (run / name).is_file():
+            raise UsageError(f"{run / name} is no regular file: move it away")
+    for name in ("teacher", "students", "checkpoints"):
+        if (run / name).is_symlink() or (run / name).exists():
+            if not (run / name).is_dir():
+                raise UsageError(f"{run / name} is no folder: move it away")
 
 
 def _facts(config: RunConfig, source: ImageSource, teacher: SavedModel | None) -> dict[str, str]:

@@ -2,21 +2,25 @@
 
 import base64
 import io
-import json
 import statistics
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pdfast.config import DistillConfig, fields_of
 from pdfast.engine.files import write_file
 from pdfast.engine.log import count_steps, read_log
 from pdfast.engine.run import students_of
+from pdfast.errors import UsageError
 from pdfast.names import printable
+from pdfast.reading import load_yaml, read_text
 from pdfast.report.grids import steps_grid
 from pdfast.report.metrics import in_words
 from pdfast.report.plots import loss_by_step_plot, loss_plot, quality_plot
+from pdfast.report.stored import read_images, read_metrics
 
 
 @dataclass(frozen=True)
@@ -29,18 +33,37 @@ class Stage:
 
 
 def _read_stage(folder: Path, steps: int | None) -> Stage | None:
-    try:
-        metrics = json.loads((folder / "metrics.json").read_text())
-    except (OSError, ValueError):
+    """A stage, None where it is not finished, or, after a warning, where its figures are damaged."""
+    if not folder.exists():
         return None
-    return Stage(steps, metrics, _read_images(folder / "samples.npy"))
+    try:
+        return Stage(steps, read_metrics(folder), _read_images(folder / "samples.npy"))
+    except UsageError as error:
+        warnings.warn(f"left out of the report: {error}", stacklevel=2)
+        return None
 
 
 def _read_images(path: Path) -> np.ndarray | None:
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError):
+    """Images for the grid, None where there are none, or, after a warning, where they are damaged."""
+    if not path.exists():
         return None
+    try:
+        return read_images(path)
+    except UsageError as error:
+        warnings.warn(f"left out of the report: {error}", stacklevel=2)
+        return None
+
+
+def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
+    """The text of a run's configuration and what it says; nothing where there is none or, after a warning, a damaged one."""
+    if not path.exists():
+        return "", {}
+    try:
+        config = load_yaml(path)
+        return read_text(path), config | fields_of(DistillConfig, config, ("rounds", "data"), str(path))
+    except UsageError as error:
+        warnings.warn(f"left out of the report: {error}", stacklevel=2)
+        return "", {}
 
 
 def _loss_curves(log: list[dict[str, Any]], phase: str) -> list[tuple[str, list[int], list[float]]]:
@@ -187,13 +210,11 @@ def _headline(teacher: Stage | None, students: list[Stage], rounds: int | None) 
 def build_report(run: Path) -> Path:
     """Write run/report.html, and run/grid.png, from what the run's folder holds so far; returns the report's path."""
     import jinja2
-    import yaml
 
     teacher = _read_stage(run / "teacher", None)
     students = [stage for steps, folder in students_of(run).items() if (stage := _read_stage(folder, steps))]
     log = [entry for _, entry in read_log(run / "log.jsonl")]
-    config_text = (run / "config.yaml").read_text() if (run / "config.yaml").exists() else ""
-    config = yaml.safe_load(config_text) or {}
+    config_text, config = _read_config(run / "config.yaml")
 
     quality = None
     if teacher:

@@ -86,7 +86,7 @@ def images(
         raise UsageError(f"cannot write {out}: name a file that ends in .npz, or a new folder for tar shards")
     if size < 1 or jobs < 0:
         raise UsageError("--size is at least 1, --jobs at least 0")
-    encoded = find_images(source) if source.exists() else None
+    encoded = find_images(source)
     if encoded is None:
         raise UsageError(
             f"there are no image files, tar shards or TFRecord at {source}: give a folder or a file of them"

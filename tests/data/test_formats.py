@@ -1,5 +1,6 @@
 """Where encoded images lie: folders, tar shards with and without an index, TFRecord files, and what each bad one is told."""
 
+import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pdfast.data import load_source
 from pdfast.data.formats import find_images
 from pdfast.data.pictures import BadImage, decode
 from tests.data.archives import write_tar
@@ -218,6 +220,22 @@ def test_an_empty_class_is_refused_by_name(tmp_path):
 def test_what_is_no_such_data(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     assert find_images(tmp_path / "notes.txt") is None
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a" * 5000 + ".tar", "a" * 5000 + ".npz"])
+def test_a_name_that_no_file_can_have(name):
+    message = refusal(load_source, name, image_size=8, channels=1, names=name)
+    assert "(File name too long): allow it, or give other data" in message
+    assert "File name too long" in refusal(find_images, Path(name), names=name)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    for name in ("a.tar", "a.tfrecord", "a.npz", "a.png"):
+        os.mkfifo(tmp_path / name)
+        assert "not data that pdfast reads" in refusal(
+            load_source, str(tmp_path / name), image_size=8, channels=1, names=name
+        )
+    assert "only 1 .npz, 1 .png, 1 .tar, 1 .tfrecord" in refusal(find_images, tmp_path, names=tmp_path)
 
 
 def test_a_file_that_disappears_or_shrinks(tmp_path):

@@ -37,9 +37,9 @@ def find_images(path: Path) -> EncodedImages | None:
 
 def _from_any(folder: Path) -> EncodedImages:
     """Of the one kind of data that a folder holds. What is hidden, or none of these kinds, is passed over."""
-    files = sorted(f for f in folder.iterdir() if not names.hidden(f.name) and f.is_file())
-    tars, tfrecords = filter(names.is_tar, files), filter(names.is_tfrecord, files)
-    kinds = {SHARDS: list(tars), TFRECORDS: list(tfrecords), ".npy or .npz arrays": list(filter(names.is_array, files))}
+    everything = sorted(child for child in folder.iterdir() if not names.hidden(child.name))
+    of_suffix = {SHARDS: names.is_tar, TFRECORDS: names.is_tfrecord, ".npy or .npz arrays": names.is_array}
+    kinds = {kind: [f for f in filter(named, everything) if f.is_file()] for kind, named in of_suffix.items()}
     top, classes = look_into(folder)
     kinds[FILES] = [*top, *(file for images in classes.values() for file in images)]
     there = {kind: found for kind, found in kinds.items() if found}
@@ -56,7 +56,7 @@ def _from_any(folder: Path) -> EncodedImages:
     if kind is not None:
         example = there[kind][0]
         raise UsageError(f"{folder} holds arrays, which are given one at a time: name one, such as {example}")
-    for file in filter(names.is_compressed, files):
+    for file in filter(names.is_compressed, everything):
         refuse_compressed(file)
     suffixes = ", ".join(sorted(SUFFIXES))
     raise UsageError(

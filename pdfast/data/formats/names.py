@@ -46,5 +46,7 @@ def is_compressed(path: Path) -> bool:
 def in_words(paths: Iterable[Path]) -> str:
     """How many there are with which suffix: `40 .webm, 3 .txt`."""
     counts = Counter("folders" if path.is_dir() else path.suffix.lower() or "without suffix" for path in paths)
-    words = [f"{count} {suffix}" for suffix, count in counts.most_common(SHOWN)]
+    words = [
+        f"{count} {suffix}" for suffix, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:SHOWN]
+    ]
     return ", ".join([*words, "..."] if len(counts) > SHOWN else words) or "nothing"

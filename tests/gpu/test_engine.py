@@ -67,6 +67,55 @@ def test_a_graph_does_what_its_function_does_over_two_rounds(dtype, optimizer):
     assert all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_host_never_waits_for_an_update(monkeypatch, compiled):
+    """Nor do two compiled updates differ in a bit, upsampling and all."""
+    torch.backends.cudnn.deterministic = True
+    load, step, calls = Draws.load, Optimizer.step, []
+
+    def watched_load(*arguments):
+        calls.append(arguments)
+        torch.cuda.set_sync_debug_mode("error" if len(calls) > 2 else "default")  # the first ones compile
+        load(*arguments)
+
+    def watched_step(*arguments):
+        step(*arguments)
+        torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Draws, "load", watched_load)
+    monkeypatch.setattr(Optimizer, "step", watched_step)
+    try:
+        first = course(False, torch.bfloat16, compiled=compiled)
+        calls.clear()
+        second = course(False, torch.bfloat16, compiled=compiled)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(first[0], second[0]) and all(map(torch.equal, first[1], second[1]))
+
+
+def test_a_recording_that_fails_is_survived():
+    count = torch.zeros(1000, device="cuda")
+
+    def update():
+        count.add_(1)
+        if torch.cuda.is_current_stream_capturing():
+            count.sum().item()
+
+    run, stream = Replayed(update, ALONE), torch.cuda.current_stream()
+    for _ in range(2):
+        run()
+    with pytest.warns(UserWarning, match="without a CUDA graph: it cannot be recorded"):
+        run()
+    run()
+    assert count.tolist() == [4.0] * 1000 and torch.cuda.current_stream() == stream
+    torch.randn(10, device="cuda")
+    another = Replayed(lambda: count.add_(1), ALONE)
+    for _ in range(4):
+        another()
+    assert another._graph is not None and float(count[0]) == 8
+
+
 def test_optimizers_are_equal_in_results():
     (losses, _), (expected, _) = (course(False, optimizer=name) for name in ("pdfast", "torch"))
     torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-5)

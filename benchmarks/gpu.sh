@@ -2,7 +2,7 @@
 # What there is to run on a GPU, in order of value: benchmarks/gpu.sh OUT_DIR [PART ...]
 #
 # Part         seconds  what
-# first            300  versions, the float32 convolutions of the networks' ends, one profiled update of cifar10
+# first            400  versions, the float32 convolutions of the networks' ends, one profiled update of cifar10
 # tests            520  tests/gpu: values, gradients, determinism, CUDA graphs, torch.compile, more than 2^31 elements
 # norm             160  group_norm of the cifar10 network, forward and backward, next to everybody else's
 # attention        160  attention with every SDPA backend, and the attention block
@@ -85,7 +85,7 @@ pytest() { # part seconds command...: those before pytest's own arguments
 }
 for part in $parts; do
     case $part in
-    first) run first 300 "$python" -m benchmarks.first --device cuda --json "$out/first.json" ;;
+    first) run first 400 "$python" -m benchmarks.first --device cuda --json "$out/first.json" ;;
     tests)
         parallel=$("$python" -c 'import os, xdist; print("-n", min(os.cpu_count(), 16))' 2>/dev/null)
         pytest tests 520 "$python" -m pytest tests/gpu $parallel ;;

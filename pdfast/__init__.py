@@ -5,7 +5,8 @@ Beside the commands (`python -m pdfast.distill` and the rest), what another trai
     table = pdfast.build_step_table(pdfast.Cosine(), steps=4, prediction="v", weighting="truncated_snr")
     loss = pdfast.distillation_loss(student, teacher, x, table).mean()
 
-`pdfast.adapt(unet, scheduler)` gives a UNet2DModel of diffusers the call that is asked for, `pdfast.sample` draws.
+`pdfast.adapt(unet, scheduler)` gives a UNet2DModel of diffusers the call that is asked for, `pdfast.sample(model, noise, schedule, steps)`
+draws; angles come from sigma, log-SNR, discrete times and flow matching's by `pdfast.phi_from_...`. docs/diffusers.md lists all names.
 """
 
 import sys
@@ -16,35 +17,77 @@ from typing import TYPE_CHECKING, Any
 from pdfast.cli import let_threads_sleep, stop_while_importing
 
 if TYPE_CHECKING:
-    from pdfast.diffusion import AlphaBars, ClippedCosine, Cosine, LinearBeta, StartingAt, StepTable, build_step_table
+    from pdfast.diffusion import (
+        AlphaBars,
+        ClippedCosine,
+        Cosine,
+        Flow,
+        Karras,
+        LinearBeta,
+        StartingAt,
+        StepTable,
+        alpha_bar_from_phi,
+        ancestral,
+        angles,
+        build_step_table,
+        ddim,
+        flow_time_from_phi,
+        logsnr,
+        phi_from_alpha_bar,
+        phi_from_flow_time,
+        phi_from_logsnr,
+        phi_from_sigma,
+        phi_from_time,
+        sample,
+        sigma_from_phi,
+        time_from_phi,
+        to_v,
+        to_x,
+    )
     from pdfast.loss import distillation_loss
     from pdfast.teachers import adapt
 
 __version__ = "0.1.0"
 
 # Imported when they are used: `import pdfast` alone costs nothing.
-_HOMES = {
-    "AlphaBars": "pdfast.diffusion",
-    "ClippedCosine": "pdfast.diffusion",
-    "Cosine": "pdfast.diffusion",
-    "LinearBeta": "pdfast.diffusion",
-    "StartingAt": "pdfast.diffusion",
-    "StepTable": "pdfast.diffusion",
-    "adapt": "pdfast.teachers",
-    "build_step_table": "pdfast.diffusion",
-    "distillation_loss": "pdfast.loss",
-}
+_DIFFUSION = """
+    AlphaBars ClippedCosine Cosine Flow Karras LinearBeta
+    StartingAt StepTable alpha_bar_from_phi ancestral angles build_step_table
+    ddim flow_time_from_phi logsnr phi_from_alpha_bar phi_from_flow_time phi_from_logsnr
+    phi_from_sigma phi_from_time sample sigma_from_phi time_from_phi to_v
+    to_x
+"""
+_HOMES = {"adapt": "pdfast.teachers", "distillation_loss": "pdfast.loss"}
+_HOMES |= dict.fromkeys(_DIFFUSION.split(), "pdfast.diffusion")
 
 __all__ = [
     "AlphaBars",
     "ClippedCosine",
     "Cosine",
+    "Flow",
+    "Karras",
     "LinearBeta",
     "StartingAt",
     "StepTable",
     "adapt",
+    "alpha_bar_from_phi",
+    "ancestral",
+    "angles",
     "build_step_table",
+    "ddim",
     "distillation_loss",
+    "flow_time_from_phi",
+    "logsnr",
+    "phi_from_alpha_bar",
+    "phi_from_flow_time",
+    "phi_from_logsnr",
+    "phi_from_sigma",
+    "phi_from_time",
+    "sample",
+    "sigma_from_phi",
+    "time_from_phi",
+    "to_v",
+    "to_x",
 ]
 
 # Python says "-m" here while it looks for the module that it was started with.

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 import torch
 
-from pdfast import sample
+import pdfast.sample as sample
 from pdfast.bounds import STEPS, require, whole
 from pdfast.cli import parse, run_command
 from pdfast.config import DistillConfig, fields_of

@@ -6,9 +6,11 @@
 Image i depends on (seed, i) alone, whatever the batch size.
 """
 
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Literal
 
 import numpy as np
@@ -28,6 +30,16 @@ from pdfast.errors import UsageError
 from pdfast.flags import Positional
 from pdfast.report.evaluator import to_uint8
 from pdfast.report.grids import image_grid, write_png
+
+
+class _Callable(ModuleType):
+    """This module: `pdfast.sample(...)` is the sampler of `pdfast.diffusion` also where the command's module was imported, which
+    has the same name."""
+
+    __call__ = staticmethod(sample)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 
 @dataclass(frozen=True)

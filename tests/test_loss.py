@@ -1,6 +1,7 @@
 """`pdfast.distillation_loss` and what goes with it, as another training loop uses them."""
 
 import math
+import re
 import subprocess
 import sys
 
@@ -97,7 +98,28 @@ def test_an_import_costs_nothing():
     assert subprocess.run([sys.executable, "-c", code], env=environment(), check=False).returncode == 0
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = pdfast.nothing
-    assert all(getattr(pdfast, name) is not None for name in pdfast.__all__)
+    assert all(callable(getattr(pdfast, name)) for name in pdfast.__all__)
+
+
+@pytest.mark.parametrize("first", ["", "import pdfast.sample", "from pdfast import sample"])
+def test_sample_is_a_function_whatever_was_imported(first):
+    code = f"""
+import torch, pdfast
+{first}
+z = torch.ones(2, 1, 4, 4)
+images = pdfast.sample(lambda z, phi, cond: 0 * z, z, pdfast.Cosine(), 4, prediction="x")
+assert images.abs().max() == 0
+assert {bool(first)} or "tyro" not in __import__("sys").modules
+from pdfast.sample import find_model
+"""
+    subprocess.run([sys.executable, "-c", code], env=environment(), check=True)
+
+
+def test_every_public_name_is_on_the_page():
+    page = (ROOT / "docs" / "diffusers.md").read_text().partition("## The names")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`[^|]*`) \|", page, re.MULTILINE)
+    names = [name for row in rows for name in re.findall(r"`(\w+)", row)]
+    assert sorted(names) == pdfast.__all__
 
 
 class Constant(torch.nn.Module):
@@ -162,6 +184,18 @@ def test_the_loss_of_bfloat16_images_is_that_of_their_values():
     assert torch.equal(ours, pdfast.distillation_loss(student, teacher, x.float(), table, k=k, eps=eps.float()))
     float64 = pdfast.build_step_table(pdfast.Cosine(), 4, "v", "snr", dtype=torch.float64)
     assert pdfast.distillation_loss(Constant(), Constant(), x, float64).dtype == torch.float64
+
+
+def test_the_library_names_arguments_not_flags():
+    package = ROOT / "pdfast"
+    files = [
+        package / "loss.py",
+        *(file for part in ("diffusion", "networks", "teachers") for file in (package / part).glob("*.py")),
+    ]
+    assert len(files) > 15
+    assert not [file.name for file in files if re.search(r"(?<!\w)--[a-z]", file.read_text())]
+    with pytest.raises(ValueError, match="eps-prediction is singular.*start below, e.g. with StartingAt"):
+        pdfast.build_step_table(pdfast.Cosine(), 4, "eps", "snr")
 
 
 def test_what_makes_no_sense_is_refused():

@@ -1,5 +1,17 @@
 """The mathematics of diffusion and of Progressive Distillation: pure functions of tensors."""
 
+from pdfast.diffusion.noise_levels import (
+    alpha_bar_from_phi,
+    flow_time_from_phi,
+    logsnr,
+    phi_from_alpha_bar,
+    phi_from_flow_time,
+    phi_from_logsnr,
+    phi_from_sigma,
+    phi_from_time,
+    sigma_from_phi,
+    time_from_phi,
+)
 from pdfast.diffusion.parameterization import (
     PREDICTIONS,
     WEIGHTINGS,
@@ -15,7 +27,7 @@ from pdfast.diffusion.parameterization import (
     to_x,
 )
 from pdfast.diffusion.samplers import Model, ancestral, check_cond, ddim, prediction_of, sample
-from pdfast.diffusion.schedules import AlphaBars, ClippedCosine, Cosine, LinearBeta, Schedule, StartingAt, logsnr
+from pdfast.diffusion.schedules import AlphaBars, ClippedCosine, Cosine, Flow, Karras, LinearBeta, Schedule, StartingAt
 from pdfast.diffusion.step_table import StepTable, angles, build_step_table, ddim_coefficients
 
 __all__ = [
@@ -24,6 +36,8 @@ __all__ = [
     "AlphaBars",
     "ClippedCosine",
     "Cosine",
+    "Flow",
+    "Karras",
     "LinearBeta",
     "Model",
     "Prediction",
@@ -31,6 +45,7 @@ __all__ = [
     "StartingAt",
     "StepTable",
     "Weighting",
+    "alpha_bar_from_phi",
     "ancestral",
     "angles",
     "build_step_table",
@@ -39,13 +54,21 @@ __all__ = [
     "check_start",
     "ddim",
     "ddim_coefficients",
+    "flow_time_from_phi",
     "logsnr",
     "natural_angle",
     "natural_weight",
     "output_coefficient",
     "outputs_per_channel",
+    "phi_from_alpha_bar",
+    "phi_from_flow_time",
+    "phi_from_logsnr",
+    "phi_from_sigma",
+    "phi_from_time",
     "prediction_of",
     "sample",
+    "sigma_from_phi",
+    "time_from_phi",
     "to_v",
     "to_x",
 ]

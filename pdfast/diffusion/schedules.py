@@ -90,7 +90,7 @@ class AlphaBars:
     """
 
     def __init__(self, alpha_bars: Tensor) -> None:
-        table = torch.as_tensor(alpha_bars, dtype=torch.float64).flatten()
+        table = torch.as_tensor(alpha_bars, dtype=torch.float64).flatten().cpu()
         table = torch.cat([torch.ones(1, dtype=torch.float64), table])
         if len(table) < 2 or not bool((table[1:] < table[:-1]).all()) or not bool(table[-1] >= 0):
             raise ValueError("alpha_bars must be at least one value in [0, 1), strictly decreasing")
@@ -128,6 +128,55 @@ class AlphaBars:
 
 
 @dataclass(frozen=True)
+class Flow:
+    """The straight path of flow matching (Lipman et al. 2022), shifted as for large images (Esser et al. 2024): at u the state is
+    (1 - t) x + t eps, up to a factor, with t = shift u / (1 + (shift - 1) u). So tan(phi) = shift u / (1 - u)."""
+
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"shift must be positive, got {self.shift}")
+
+    def phi(self, u: Tensor) -> Tensor:
+        return torch.atan2(self.shift * u, 1 - u)
+
+    def delta(self, u: Tensor, du: Tensor) -> Tensor:
+        # Between the vectors (1 - u, shift u) and (1 - w, shift w), w = u - du: their cross product is shift du.
+        w = u - du
+        return torch.atan2((self.shift * du).expand_as(w), (1 - u) * (1 - w) + self.shift**2 * u * w)
+
+
+@dataclass(frozen=True)
+class Karras:
+    """The noise levels of EDM's sampler (Karras et al. 2022, eq. 5), phi = atan(sigma): sigma^(1/rho) is linear in u, from sigma_min at
+    u = 0 to sigma_max at u = 1."""
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max < math.inf or not 0 < self.rho < math.inf:
+            raise ValueError(
+                f"need 0 < sigma_min < sigma_max and rho > 0, got {self.sigma_min}, {self.sigma_max} and {self.rho}"
+            )
+
+    def _root(self, u: Tensor) -> tuple[Tensor, float]:
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return low + (high - low) * u, high - low
+
+    def phi(self, u: Tensor) -> Tensor:
+        return torch.atan(self._root(u)[0] ** self.rho)
+
+    def delta(self, u: Tensor, du: Tensor) -> Tensor:
+        lower, slope = self._root(u - du)
+        sigma = lower**self.rho
+        rise = sigma * torch.expm1(self.rho * torch.log1p(slope * du / lower))
+        return torch.atan2(rise, 1 + sigma * (sigma + rise))
+
+
+@dataclass(frozen=True)
 class StartingAt:
     """`schedule` on u in [0, u_start], stretched to [0, 1]: sampling starts there instead of at the end."""
 
@@ -143,8 +192,3 @@ class StartingAt:
 
     def delta(self, u: Tensor, du: Tensor) -> Tensor:
         return self.schedule.delta(u * self.u_start, du * self.u_start)
-
-
-def logsnr(phi: Tensor) -> Tensor:
-    """-2 log tan(phi) = log(alpha^2 / sigma^2)."""
-    return 2 * (torch.log(torch.cos(phi)) - torch.log(torch.sin(phi)))

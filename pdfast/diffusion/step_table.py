@@ -65,8 +65,8 @@ class StepTable:
 
 def angles(schedule: Schedule, steps: int) -> Tensor:
     """The angles of a sampler with that many steps, from phi(1) down to exactly 0: float64 [steps + 1]."""
-    if steps < 1:
-        raise ValueError(f"the number of steps must be at least 1, got {steps}")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"the number of steps must be a whole number, at least 1, got {steps}")
     phi = schedule.phi(torch.arange(steps, -1, -1, dtype=torch.float64) / steps)
     phi[-1] = 0
     return phi

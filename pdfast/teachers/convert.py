@@ -33,7 +33,7 @@ class ConvertedConfig(Around):
 
     def __post_init__(self) -> None:
         if self.network.prediction == "v":
-            raise UsageError("this teacher predicts v already: leave out --convert")
+            raise UsageError("this teacher predicts v already: there is nothing to convert")
 
     @property
     def inside(self) -> Any:

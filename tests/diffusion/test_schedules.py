@@ -4,16 +4,31 @@ import mpmath as mp
 import pytest
 import torch
 
-from pdfast.diffusion import AlphaBars, ClippedCosine, Cosine, LinearBeta, StartingAt, angles, logsnr
+from pdfast.diffusion import AlphaBars, ClippedCosine, Cosine, Flow, Karras, LinearBeta, StartingAt, angles, logsnr
 
 from .test_golden import SCHEDULES
 
 
+def flow(u):
+    t = 3 * u / (1 + 2 * u)
+    norm = mp.sqrt((1 - t) ** 2 + t**2)
+    return (1 - t) / norm, t / norm
+
+
+def karras(u):
+    low, high = (mp.mpf(sigma) ** (mp.mpf(1) / 7) for sigma in (0.002, 80))
+    sigma = (low + u * (high - low)) ** 7
+    return 1 / mp.sqrt(1 + sigma**2), sigma / mp.sqrt(1 + sigma**2)
+
+
+ALL = SCHEDULES | {"flow": (Flow(3.0), flow), "karras": (Karras(), karras)}
+
+
 @pytest.mark.parametrize("N", [1000, 4096])
 @pytest.mark.parametrize("u_start", [1.0, 0.9])
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", ALL)
 def test_angles_and_their_differences(name, u_start, N):
-    ours, theirs = SCHEDULES[name]
+    ours, theirs = ALL[name]
     ours = StartingAt(ours, u_start)
     k = torch.tensor([1, 2, 3, N // 3, N // 2, N - 1, N], dtype=torch.float64)
     du = torch.tensor(1 / N, dtype=torch.float64)
@@ -59,6 +74,12 @@ def test_a_sampler_ends_at_exactly_zero():
         lambda: AlphaBars(torch.tensor([1.0, 0.5])),
         lambda: AlphaBars(torch.tensor([0.5, -0.1])),
         lambda: AlphaBars(torch.tensor([float("nan")])),
+        lambda: Flow(0.0),
+        lambda: Flow(float("inf")),
+        lambda: Karras(sigma_min=0.0),
+        lambda: Karras(sigma_min=3.0, sigma_max=2.0),
+        lambda: Karras(rho=0.0),
+        lambda: angles(Cosine(), 2.5),
         lambda: StartingAt(Cosine(), 0.0),
         lambda: StartingAt(Cosine(), 1.1),
         lambda: angles(Cosine(), 0),

@@ -15,7 +15,6 @@ from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 from pdfast.errors import RunError, UsageError
-from pdfast.flags import reader
 
 INTERRUPTED = 130
 WAITING = {"GOMP_SPINCOUNT": "1000"}
@@ -55,6 +54,8 @@ def stop_while_importing() -> None:
 
 def parse(arguments: type[T], *, prog: str, description: str, default: T | None = None) -> T:
     """The command line as an `arguments` dataclass, by tyro. UsageError, in one line, where it does not parse."""
+    from pdfast.flags import reader  # here, since `import pdfast` imports this module, and tyro takes time
+
     tyro = reader()
     options: dict[str, Any] = {} if default is None else {"default": default}
     with parsing(prog):

@@ -15,6 +15,7 @@ from pdfast.data.source import LARGEST_LABEL
 from pdfast.errors import UsageError
 
 FILES = "image files"
+SHOWN = 12  # sorts of other things that are counted in a line
 
 
 def label_from(text: str) -> int | None:
@@ -56,8 +57,10 @@ class EncodedImages:
 
     @property
     def description(self) -> str:
-        """How many images in what, for people."""
-        return f"{len(self)} {FILES}" if self.kind == FILES else f"{len(self)} images in {len(self.files)} {self.kind}"
+        """How many images in what, and how much else lies there, for people."""
+        found = f"{len(self)} {FILES}" if self.kind == FILES else f"{len(self)} images in {len(self.files)} {self.kind}"
+        others = [f"{count} {what}" for what, count in self.passed_over.most_common(SHOWN)]
+        return f"{found} (passed over: {', '.join(others)})" if others else found
 
     def __len__(self) -> int:
         return len(self.names)

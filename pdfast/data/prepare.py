@@ -84,13 +84,14 @@ def images(
         _check_out(out, sheet)
     elif out.suffix or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise UsageError(f"cannot write {out}: name a file that ends in .npz, or a new folder for tar shards")
-    if size < 1 or jobs < 0:
-        raise UsageError("--size is at least 1, --jobs at least 0")
+    if size < 2 or jobs < 0:  # an image of one pixel a side is none that --data takes
+        raise UsageError("--size is at least 2, --jobs at least 0")
     encoded = find_images(source)
     if encoded is None:
         raise UsageError(
             f"there are no image files, tar shards or TFRecord at {source}: give a folder or a file of them"
         )
+    print(f"found         {encoded.description}", flush=True)
     done = convert(encoded, out, size, channels, jobs=jobs or os.cpu_count() or 1, max_bad=max_bad)
     with writing(sheet, "choose another OUT"):
         write_png(sheet, image_grid(done.shown, columns=8, scale=max(1, 64 // size)))

@@ -3,11 +3,13 @@
 Nothing is unpacked: a name inside a tar is a name, never a path.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from pdfast.data.encoded import FILES, EncodedImages
 from pdfast.data.formats import names
 from pdfast.data.formats.folder import found_in, from_folder, look_into
+from pdfast.data.formats.label_file import LABEL_FILE
 from pdfast.data.formats.shards import refuse_compressed
 from pdfast.data.formats.tar import SHARDS, from_tars
 from pdfast.data.formats.tfrecord import TFRECORDS, from_tfrecords
@@ -23,7 +25,9 @@ def find_images(path: Path) -> EncodedImages | None:
     """
     try:
         if path.is_dir():
-            return _from_any(path)
+            found = _from_any(path)
+            found.passed_over.update(_others(path, found))
+            return found
         if not path.is_file():
             return None
         if names.is_compressed(path):
@@ -33,6 +37,18 @@ def find_images(path: Path) -> EncodedImages | None:
         return from_tfrecords([path]) if names.is_tfrecord(path) else None
     except OSError as error:
         raise UsageError(f"cannot read {error.filename} ({error.strerror}): allow it, or give other data") from None
+
+
+def _others(folder: Path, found: EncodedImages) -> Iterator[str]:
+    """What each thing is that lies in the folders of the images and was not taken."""
+    taken, parents = {*found.files, folder / LABEL_FILE}, {file.parent for file in found.files}
+    if found.kind == SHARDS:
+        taken |= {shard.with_suffix(".idx") for shard in found.files}
+    for place in sorted({folder, *parents}):
+        for child in sorted(place.iterdir()):
+            if child not in taken and child not in parents:
+                what = names.what_is(child)
+                yield f"deeper {what}" if what == "folders" and place != folder else what
 
 
 def _from_any(folder: Path) -> EncodedImages:

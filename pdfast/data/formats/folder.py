@@ -50,7 +50,11 @@ def _refuse_empty(classes: dict[Path, list[Path]]) -> None:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not hidden(f.name) and f.is_file())
+    return sorted(child for child in folder.iterdir() if _is_image(child))
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not hidden(path.name) and path.is_file()
 
 
 def found_in(folder: Path) -> str:

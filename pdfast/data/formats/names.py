@@ -9,6 +9,7 @@ HIDDEN = re.compile(r"(^|/)(\.(?!\.?(/|$))|(__MACOSX|PaxHeaders?(\.\d+)?)(/|$))"
 ARRAYS = {".npy", ".npz"}
 TFRECORD = r"\.(tfrecords?|tfrec)(-\d+-of-\d+)?"
 COMPRESSED = re.compile(rf"(\.(tgz|tbz2?|txz|tzst)|(\.tar|{TFRECORD})\.(gz|bz2|xz|zst|lz4|zip|z))$", re.IGNORECASE)
+OTHER_IMAGES = {".avif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl", ".pgm", ".ppm", ".tif", ".tiff"}
 SHOWN = 5  # suffixes that `in_words` names
 
 
@@ -43,10 +44,21 @@ def is_compressed(path: Path) -> bool:
     return COMPRESSED.search(path.name) is not None
 
 
+def what_is(path: Path) -> str:
+    """What a file or folder that is passed over is, for people."""
+    if hidden(path.name):
+        return "hidden"
+    if path.is_dir():
+        return "folders"
+    if path.is_symlink() and not path.exists():
+        return "dangling links"
+    return path.suffix.lower() or "without suffix"
+
+
 def in_words(paths: Iterable[Path]) -> str:
     """How many there are with which suffix: `40 .webm, 3 .txt`."""
-    counts = Counter("folders" if path.is_dir() else path.suffix.lower() or "without suffix" for path in paths)
+    counts = Counter(map(what_is, paths))
     words = [
-        f"{count} {suffix}" for suffix, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:SHOWN]
+        f"{count} {what}" for what, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:SHOWN]
     ]
     return ", ".join([*words, "..."] if len(counts) > SHOWN else words) or "nothing"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pdfast.data.encoded import EncodedImages, label_from
-from pdfast.data.formats.names import hidden, sample_of
+from pdfast.data.formats.names import OTHER_IMAGES, hidden, sample_of
 from pdfast.data.formats.shards import scan_shards
 from pdfast.data.formats.tar_index import Unfit, indexed
 from pdfast.data.pictures import SUFFIXES
@@ -59,7 +59,10 @@ def _scan(shard: Path, found: EncodedImages, unfit: dict[Path, str]) -> None:
             for name, offset, size in members or _members(shard):
                 key, extension = sample_of(name)
                 extension = extension.lower()
-                if not hidden(name) and (extension == LABEL or f".{extension.rpartition('.')[2]}" in SUFFIXES):
+                suffix = f".{extension.rpartition('.')[2]}"
+                if hidden(name) or suffix in OTHER_IMAGES:
+                    found.passed_over["hidden" if hidden(name) else suffix] += 1
+                elif extension == LABEL or suffix in SUFFIXES:
                     samples.setdefault(key, []).append(_Member(name, extension, offset, size))
         except Exception:
             if samples:

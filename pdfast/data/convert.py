@@ -85,7 +85,8 @@ def convert(encoded: EncodedImages, out: Path, size: int, channels: int, *, jobs
     if len(bad) == len(encoded):
         shutil.rmtree(parts)
         raise UsageError(f"none of {len(encoded)} images can be used")
-    shown = np.load(parts / "000000/shown.npy")
+    arrays = (np.load(parts / f"{i:06}" / "shown.npy") for i in range(len(starts)))
+    shown = next(array for array in arrays if len(array))
     with writing(out, REMEDY):
         _join(parts, len(starts), out, labelled=encoded.labels is not None)
         shutil.rmtree(parts)

@@ -65,6 +65,16 @@ def test_the_bad_are_left_out_and_named(folder, tmp_path):
         assert arrays["labels"].tolist() == [0] * 5 + [1] * 4 and len(arrays["images"]) == 9
 
 
+@pytest.mark.parametrize("out", ["out.npz", "out"])
+def test_a_part_of_bad_images_alone(folder, tmp_path, out):
+    for i in range(4):
+        (folder / f"a/{i}.png").write_bytes(b"")
+    done = convert(find_images(folder), tmp_path / out, 8, 3, jobs=1, max_bad=0.4)
+    assert (done.images, len(done.shown)) == (6, 4)
+    batch = load_source(str(tmp_path / out), image_size=8, channels=3, num_classes=2).take(torch.arange(6))
+    assert batch.labels.tolist() == [0, 0, 1, 1, 1, 1]
+
+
 def test_stopped_while_the_shards_are_put_together(folder, tmp_path, monkeypatch):
     arguments = find_images(folder), tmp_path / "out", 8, 3
     moves, rename = [], module.os.rename

@@ -58,7 +58,5 @@ def what_is(path: Path) -> str:
 def in_words(paths: Iterable[Path]) -> str:
     """How many there are with which suffix: `40 .webm, 3 .txt`."""
     counts = Counter(map(what_is, paths))
-    words = [
-        f"{count} {what}" for what, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:SHOWN]
-    ]
+    words = [f"{count} {what}" for what, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:SHOWN]]
     return ", ".join([*words, "..."] if len(counts) > SHOWN else words) or "nothing"

@@ -18,6 +18,7 @@ from pdfast.engine.board import Board
 from pdfast.engine.files import write_file, writing
 from pdfast.engine.metrics import Losses, Speed, peak_memory_mib
 from pdfast.engine.optimizer import Optimizer
+from pdfast.engine.pace import Pace, Slowness, likely_cause
 from pdfast.engine.step import Draws
 from pdfast.engine.world import World
 from pdfast.errors import UsageError
@@ -80,6 +81,8 @@ class RunLog:
         self.path, self.first, self._world = run / "log.jsonl", world.first, world
         self._source: ImageSource | None = None
         self._exchanged: set[str] = set()
+        self._paces: dict[str, Pace] = {}
+        self._slowness_said = False
         self._recorded: set[str] = set()
         """Names of the bad images that have a line."""
         if self.first:
@@ -138,6 +141,17 @@ class RunLog:
         """A warning on the console and in the log, from where the report takes it; steps: of which stage it is."""
         self.say(f"warning: {message}")
         self.record({"event": "warning", "steps": steps, "message": message})
+
+    def pace(self, phase: str) -> Pace:
+        """That of all stages of a phase: their updates cost the same."""
+        return self._paces.setdefault(phase, Pace())
+
+    def warn_of_slowness(self, slowness: Slowness, steps: int | None) -> None:
+        """Once a run."""
+        if not self._slowness_said:
+            cause = likely_cause(slowness, self._world.device)
+            self.warn(f"for a minute an update has taken {slowness.times:.1f} times as long as before: {cause}", steps)
+        self._slowness_said = True
 
     def scalars(self, tag: str, values: dict[str, float | None], update: int) -> None:
         """Numbers for TensorBoard."""
@@ -208,6 +222,8 @@ class Progress:
         self._seconds_before, self._began, self._start = seconds, time.perf_counter(), start
         self._last_line = self._began
         speed.start(start, draws.waited)
+        self._pace = log.pace(phase)
+        self._pace.start(draws.waited)
         self.name = "teacher" if steps is None else count_steps(steps)
         silent = not (log.first and sys.stderr.isatty())
         self._bar = tqdm(
@@ -222,6 +238,8 @@ class Progress:
     def update(self, done: int, learning_rate: float) -> None:
         """Report that `done` updates are done; writes a log line now and then, and after the last."""
         self._bar.update(1)
+        if slowness := self._pace.update(self._draws.waited):
+            self._log.warn_of_slowness(slowness, self._steps)
         if done % self._every and done != self._updates:
             return
         loss, by_step = self._losses.read()

@@ -172,27 +172,30 @@ def merge_moments(
 ):
     n = (tl.program_id(0) // (C // CPG)).to(tl.int64)
     g = tl.program_id(0) % (C // CPG)
-    lane = tl.arange(0, BLOCK_CPG)
     partial_ptr += n * chunks * 2 * C + g * CPG
     origin = tl.load(partial_ptr)
     total = tl.zeros((BLOCK_K, BLOCK_CPG), tl.float32)
-    for start in range(0, chunks, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        inside = (k < chunks)[:, None] & (lane < CPG)[None, :]
-        count = tl.minimum(rows - k * CHUNK_ROWS, CHUNK_ROWS).to(tl.float32)
-        mean = tl.load(partial_ptr + k[:, None] * 2 * C + lane[None, :], mask=inside, other=0.0)
-        total += tl.where(inside, (mean - origin) * count[:, None], 0.0)
-    values = rows.to(tl.float32) * CPG
+    for first in range(0, CPG, BLOCK_CPG):
+        lane = first + tl.arange(0, BLOCK_CPG)
+        for start in range(0, chunks, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            inside = (k < chunks)[:, None] & (lane < CPG)[None, :]
+            count = tl.minimum(rows - k * CHUNK_ROWS, CHUNK_ROWS).to(tl.float32)
+            mean = tl.load(partial_ptr + k[:, None] * 2 * C + lane[None, :], mask=inside, other=0.0)
+            total += tl.where(inside, (mean - origin) * count[:, None], 0.0)
+    values = tl.cast(rows, tl.float32) * CPG  # of an int or, since 1 is compiled in, of a constant
     shift = tl.sum(tl.sum(total, axis=1), axis=0) / values
     squares = tl.zeros((BLOCK_K, BLOCK_CPG), tl.float32)
-    for start in range(0, chunks, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        inside = (k < chunks)[:, None] & (lane < CPG)[None, :]
-        count = tl.minimum(rows - k * CHUNK_ROWS, CHUNK_ROWS).to(tl.float32)
-        place = k[:, None] * 2 * C + lane[None, :]
-        deviation = tl.load(partial_ptr + place, mask=inside, other=0.0) - origin - shift
-        own = tl.load(partial_ptr + place + C, mask=inside, other=0.0)
-        squares += tl.where(inside, own + deviation * deviation * count[:, None], 0.0)
+    for first in range(0, CPG, BLOCK_CPG):
+        lane = first + tl.arange(0, BLOCK_CPG)
+        for start in range(0, chunks, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            inside = (k < chunks)[:, None] & (lane < CPG)[None, :]
+            count = tl.minimum(rows - k * CHUNK_ROWS, CHUNK_ROWS).to(tl.float32)
+            place = k[:, None] * 2 * C + lane[None, :]
+            deviation = tl.load(partial_ptr + place, mask=inside, other=0.0) - origin - shift
+            own = tl.load(partial_ptr + place + C, mask=inside, other=0.0)
+            squares += tl.where(inside, own + deviation * deviation * count[:, None], 0.0)
     variance = tl.sum(tl.sum(squares, axis=1), axis=0) / values
     tl.store(mean_ptr + n * (C // CPG) + g, origin + shift)
     tl.store(rstd_ptr + n * (C // CPG) + g, tl.rsqrt(variance + EPS))
@@ -352,23 +355,28 @@ def merge_gradient_sums(
 ):
     n = (tl.program_id(0) // (C // CPG)).to(tl.int64)
     g = tl.program_id(0) % (C // CPG)
-    lane = tl.arange(0, BLOCK_CPG)
-    c = g * CPG + lane
-    inside_c = lane < CPG
-    total = tl.zeros((BLOCK_K, BLOCK_CPG), tl.float32)
-    products = tl.zeros((BLOCK_K, BLOCK_CPG), tl.float32)
-    for start in range(0, chunks, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        inside = (k < chunks)[:, None] & inside_c[None, :]
-        place = (n * chunks + k)[:, None] * 2 * C + c[None, :]
-        total += tl.load(partial_ptr + place, mask=inside, other=0.0)
-        products += tl.load(partial_ptr + place + C, mask=inside, other=0.0)
-    sum_c, product_c = tl.sum(total, axis=0), tl.sum(products, axis=0)
-    tl.store(sums_ptr + n * 2 * C + c, sum_c, mask=inside_c)
-    tl.store(sums_ptr + n * 2 * C + C + c, product_c, mask=inside_c)
-    gain, _ = _gain_and_offset(weight_ptr, None, scale_ptr, None, scale_stride, 0, n, c, inside_c)
-    tl.store(group_sums_ptr + n * 2 * (C // CPG) + g, tl.sum(gain * sum_c, axis=0))
-    tl.store(group_sums_ptr + (n * 2 + 1) * (C // CPG) + g, tl.sum(gain * product_c, axis=0))
+    sum_g = tl.zeros((BLOCK_CPG,), tl.float32)
+    product_g = tl.zeros((BLOCK_CPG,), tl.float32)
+    for first in range(0, CPG, BLOCK_CPG):
+        lane = first + tl.arange(0, BLOCK_CPG)
+        c = g * CPG + lane
+        inside_c = lane < CPG
+        total = tl.zeros((BLOCK_K, BLOCK_CPG), tl.float32)
+        products = tl.zeros((BLOCK_K, BLOCK_CPG), tl.float32)
+        for start in range(0, chunks, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            inside = (k < chunks)[:, None] & inside_c[None, :]
+            place = (n * chunks + k)[:, None] * 2 * C + c[None, :]
+            total += tl.load(partial_ptr + place, mask=inside, other=0.0)
+            products += tl.load(partial_ptr + place + C, mask=inside, other=0.0)
+        sum_c, product_c = tl.sum(total, axis=0), tl.sum(products, axis=0)
+        tl.store(sums_ptr + n * 2 * C + c, sum_c, mask=inside_c)
+        tl.store(sums_ptr + n * 2 * C + C + c, product_c, mask=inside_c)
+        gain, _ = _gain_and_offset(weight_ptr, None, scale_ptr, None, scale_stride, 0, n, c, inside_c)
+        sum_g += gain * sum_c
+        product_g += gain * product_c
+    tl.store(group_sums_ptr + n * 2 * (C // CPG) + g, tl.sum(sum_g, axis=0))
+    tl.store(group_sums_ptr + (n * 2 + 1) * (C // CPG) + g, tl.sum(product_g, axis=0))
 
 
 @jit
@@ -399,7 +407,7 @@ def apply_gradient(
     group = n * (C // CPG) + c // CPG
     mean = tl.load(mean_ptr + group, mask=inside_c, other=0.0)
     rstd = tl.load(rstd_ptr + group, mask=inside_c, other=0.0)
-    values = rows.to(tl.float32) * CPG
+    values = tl.cast(rows, tl.float32) * CPG
     group_sums_ptr += n * 2 * (C // CPG) + c // CPG
     sum_of_c = tl.load(group_sums_ptr, mask=inside_c, other=0.0) / values
     product_of_c = tl.load(group_sums_ptr + C // CPG, mask=inside_c, other=0.0) / values

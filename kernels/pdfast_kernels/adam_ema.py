@@ -5,18 +5,20 @@
     v = beta2 v + (1 - beta2) g^2   v_hat = v / (1 - beta2^step)         average = average + average_rate (p - average)
 
 p, m, v, average   float32 of any shapes, all four in one memory order (contiguous, or channels-last)
-gradients          bf16, fp16 or fp32, all of one dtype; those in another memory order are copied first
+gradients          bf16, fp16 or fp32, all of one dtype; those in another memory order are copied first. None is refused
 scalars            float32 or float64 [5] on the device, see `Scalar`: a CUDA graph replays with what is written there.
                    The kernel computes with them in float32, PyTorch with what they are. Where the skip flag is not 0 (NaN
                    is not), nothing changes at all
 
 This is torch.optim.AdamW in float32. Each tensor is read and written once. The kernel finds its place in a table of
 chunks and its tensors in a table of addresses, so that thousands of tensors are one launch; a chunk's accesses are of 4
-elements where its addresses and size allow it. Other dtypes and orders run in PyTorch, where the host waits for the
-scalars. Not for `torch.compile`, which cannot see the addresses.
+elements where its addresses and size allow it. A tensor whose `.data` was replaced is followed: before each step the addresses
+are compared (a CUDA graph, once captured, goes on with those it has). Other dtypes and orders run in PyTorch, where the host waits
+for the scalars. Not for `torch.compile`, which cannot see the addresses. `FusedAdamW` is the same as a torch.optim.Optimizer.
 """
 
 import math
+import operator
 from collections.abc import Sequence
 from enum import IntEnum
 
@@ -35,6 +37,7 @@ OP = "adam_ema"
 # By the elements of all parameters: the chunk of a program.
 TABLE = Table(OP, {ANY: (Blocks(UNBOUNDED, 2048, 8),)})
 WIDE_BYTES = 16
+PLAIN = (Tensor, torch.nn.Parameter)  # what lies at the address of another is not known
 
 
 class Scalar(IntEnum):
@@ -77,10 +80,10 @@ def _update(
     step_size,
     root_scale,
     average_rate,
+    one_minus_beta1,
+    one_minus_beta2,
+    eps,
     GRADIENT: tl.constexpr,
-    BETA1: tl.constexpr,
-    BETA2: tl.constexpr,
-    EPS: tl.constexpr,
     AVERAGED: tl.constexpr,
     WIDE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -99,10 +102,10 @@ def _update(
     exp_avg = tl.load(exp_avg_ptr + e, mask=inside)
     exp_avg_sq = tl.load(exp_avg_sq_ptr + e, mask=inside)
     parameter = tl.load(parameter_ptr + e, mask=inside)
-    exp_avg += (1.0 - BETA1) * (gradient - exp_avg)
-    exp_avg_sq += (1.0 - BETA2) * (gradient * gradient - exp_avg_sq)
+    exp_avg += one_minus_beta1 * (gradient - exp_avg)
+    exp_avg_sq += one_minus_beta2 * (gradient * gradient - exp_avg_sq)
     parameter -= decay * parameter
-    parameter -= step_size * exp_avg / (root_scale * tl.sqrt(exp_avg_sq) + EPS)
+    parameter -= step_size * exp_avg / (root_scale * tl.sqrt(exp_avg_sq) + eps)
     tl.store(exp_avg_ptr + e, exp_avg, mask=inside)
     tl.store(exp_avg_sq_ptr + e, exp_avg_sq, mask=inside)
     tl.store(parameter_ptr + e, parameter, mask=inside)
@@ -118,13 +121,13 @@ def _step(
     addresses_ptr,  # [T, 4]: of parameter, exp_avg, exp_avg_sq, average
     gradients_ptr,  # [T]: addresses
     scalars_ptr,  # [5]
+    one_minus_beta1,  # floats, which a learning rate's schedule may change: nothing is compiled again
+    one_minus_beta2,
+    log_beta1,
+    log_beta2,
+    eps,
+    weight_decay,
     GRADIENT: tl.constexpr,
-    BETA1: tl.constexpr,
-    BETA2: tl.constexpr,
-    LOG_BETA1: tl.constexpr,
-    LOG_BETA2: tl.constexpr,
-    EPS: tl.constexpr,
-    WEIGHT_DECAY: tl.constexpr,
     AVERAGED: tl.constexpr,
     ALL_WIDE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -133,9 +136,9 @@ def _step(
         return
     learning_rate, step, clip = tl.load(scalars_ptr), tl.load(scalars_ptr + 1), tl.load(scalars_ptr + 2)
     average_rate = tl.load(scalars_ptr + 3)
-    decay = learning_rate * WEIGHT_DECAY
-    step_size = learning_rate / _one_minus_exp(step * LOG_BETA1)
-    root_scale = tl.rsqrt(_one_minus_exp(step * LOG_BETA2))
+    decay = learning_rate * weight_decay
+    step_size = learning_rate / _one_minus_exp(step * log_beta1)
+    root_scale = tl.rsqrt(_one_minus_exp(step * log_beta2))
 
     tensor = tl.load(chunks_ptr + 2 * tl.program_id(0))
     first = tl.load(chunks_ptr + 2 * tl.program_id(0) + 1).to(tl.int64) * CHUNK
@@ -151,21 +154,29 @@ def _step(
     if wide:
         _update(
             parameter, exp_avg, exp_avg_sq, average, gradient, first, remaining,
-            clip, decay, step_size, root_scale, average_rate, GRADIENT, BETA1, BETA2, EPS, AVERAGED, True, CHUNK,
+            clip, decay, step_size, root_scale, average_rate, one_minus_beta1, one_minus_beta2, eps,
+            GRADIENT, AVERAGED, True, CHUNK,
         )  # fmt: skip
     else:
         _update(
             parameter, exp_avg, exp_avg_sq, average, gradient, first, remaining,
-            clip, decay, step_size, root_scale, average_rate, GRADIENT, BETA1, BETA2, EPS, AVERAGED, False, CHUNK,
+            clip, decay, step_size, root_scale, average_rate, one_minus_beta1, one_minus_beta2, eps,
+            GRADIENT, AVERAGED, False, CHUNK,
         )  # fmt: skip
+
+
+def check_settings(op: str, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    """ValueError for values out of range."""
+    if not (all(0 <= beta < 1 for beta in betas) and eps >= 0 and weight_decay >= 0):
+        raise ValueError(f"{op}: betas {betas}, eps {eps} or weight_decay {weight_decay} is out of range")
 
 
 class AdamEma:
     """Adam over `parameters`, in place, with state tensors that the caller made and keeps.
 
-    parameters, exp_avgs, exp_avg_sqs, averages: tensors of the same shapes on one device, which must stay where they
-    are in memory. Without averages there is none. betas in [0, 1), eps and weight_decay at least 0. ValueError where
-    something does not fit.
+    parameters, exp_avgs, exp_avg_sqs, averages: tensors of the same shapes and dtypes on one device. Without averages there
+    is none. betas in [0, 1), eps and weight_decay at least 0. ValueError where something does not fit, in a step too: where
+    one of the tensors has become another shape or has moved to another device than the others.
     """
 
     _page: Tensor | None
@@ -182,44 +193,75 @@ class AdamEma:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        if not (all(0 <= beta < 1 for beta in betas) and eps >= 0 and weight_decay >= 0):
-            raise ValueError(f"{OP}: betas {betas}, eps {eps} or weight_decay {weight_decay} is out of range")
         self._parameters, self._exp_avgs, self._exp_avg_sqs = list(parameters), list(exp_avgs), list(exp_avg_sqs)
         self._averages = None if averages is None else list(averages)
-        self._betas, self._eps, self._weight_decay = betas, eps, weight_decay
-        self._device = self._parameters[0].device if self._parameters else torch.device("cpu")
-        self._shapes, self._strides = [p.shape for p in self._parameters], [p.stride() for p in self._parameters]
-        names = {"parameters": self._parameters, "exp_avgs": self._exp_avgs, "exp_avg_sqs": self._exp_avg_sqs}
-        if self._averages is not None:
-            names["averages"] = self._averages
-        for name, tensors in names.items():
-            self._check(name, tensors)
-        self._unsupported = next(
-            (reason for name, tensors in names.items() if (reason := self._why_not(name, tensors))), None
-        )
-        self._gradient_addresses: list[int] | None = None
+        self.configure(betas, eps, weight_decay)
         self._captured: list[tuple[Tensor, Tensor]] = []
-        if self._unsupported is None:
-            self._build_tables()
+        self._look()
+
+    def configure(self, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+        """What the next steps use. ValueError for values out of range."""
+        check_settings(OP, betas, eps, weight_decay)
+        self._betas, self._eps, self._weight_decay = betas, eps, weight_decay
 
     def step(self, gradients: Sequence[Tensor], scalars: Tensor) -> None:
         """One step. gradients: of the parameters' shapes; scalars: [5], in the order of `Scalar`."""
+        if self._seen() != self._addresses_seen:
+            self._look()
         check_shape(OP, "scalars", scalars, (len(Scalar),))
         check_device(OP, self._device, scalars=scalars)
         if scalars.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{OP}: scalars is {scalars.dtype}, expected torch.float32 or torch.float64")
         if len(gradients) != len(self._parameters):
             raise ValueError(f"{OP}: {len(gradients)} gradients for {len(self._parameters)} parameters")
-        dtypes = {g.dtype for g in gradients}
-        unsupported = self._unsupported
-        if not dtypes <= set(KERNEL_DTYPES) or len(dtypes) > 1:
-            unsupported = f"gradients are of {' and '.join(sorted(map(str, dtypes)))}"
-        if not triton_runs(OP, self._device, unsupported):
+        for i, gradient in enumerate(gradients):
+            if gradient is None or gradient.layout is not torch.strided:
+                what = "None" if gradient is None else str(gradient.layout)
+                raise ValueError(f"{OP}: gradients[{i}] is {what}: leave the parameter out, or give a dense gradient")
+        if not triton_runs(OP, self._device, self._unsupported or _why_not_gradients(gradients)):
             self._check("gradients", gradients)
             states = self._parameters, self._exp_avgs, self._exp_avg_sqs, self._averages
             reference.adam_ema(*states, gradients, scalars, self._betas, self._eps, self._weight_decay)
         elif gradients:
             self._launch(gradients, scalars.float().contiguous())
+
+    def holds(self, *lists: list[Tensor]) -> bool:
+        """Whether it is over these very tensors: parameters, exp_avgs, exp_avg_sqs and, if there are any, averages."""
+        own = [tensors for _, tensors in self._lists()]
+        return len(own) == len(lists) and all(
+            len(a) == len(b) and all(map(operator.is_, a, b)) for a, b in zip(own, lists, strict=True)
+        )
+
+    def _lists(self) -> list[tuple[str, list[Tensor]]]:
+        names = [("parameters", self._parameters), ("exp_avgs", self._exp_avgs), ("exp_avg_sqs", self._exp_avg_sqs)]
+        return names if self._averages is None else [*names, ("averages", self._averages)]
+
+    def _seen(self) -> list[tuple[int, torch.Size]]:
+        return [(_address(t), t.shape) for _, tensors in self._lists() for t in tensors]
+
+    def _look(self) -> None:
+        """Check the tensors and where they are: at first, and when one has been exchanged."""
+        self._device = self._parameters[0].device if self._parameters else torch.device("cpu")
+        self._shapes, self._strides = [p.shape for p in self._parameters], [p.stride() for p in self._parameters]
+        for name, tensors in self._lists():
+            self._check(name, tensors)
+            for i, (tensor, parameter) in enumerate(zip(tensors, self._parameters, strict=True)):
+                if tensor.dtype != parameter.dtype:
+                    expected = f"that of its parameter, {parameter.dtype}"
+                    raise ValueError(f"{OP}: {name}[{i}] is {tensor.dtype}, expected {expected}")
+        reasons = (self._why_not(name, tensors) for name, tensors in self._lists())
+        self._unsupported = next((reason for reason in reasons if reason), None)
+        self._gradient_addresses: list[int] | None = None
+        if self._unsupported is None:
+            if self._capturing():
+                raise ValueError(
+                    f"{OP}: a tensor was exchanged before a CUDA graph is captured: take a step outside of it first"
+                )
+            self._build_tables()
+        self._addresses_seen = self._seen()
+
+    def _capturing(self) -> bool:
+        return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _launch(self, gradients: Sequence[Tensor], scalars: Tensor) -> None:
         if any(g.stride() != stride for g, stride in zip(gradients, self._strides, strict=True)):
@@ -240,12 +282,12 @@ class AdamEma:
             gradients_ptr=table,
             scalars_ptr=scalars,
             GRADIENT=getattr(tl, str(gradients[0].dtype).removeprefix("torch.")),
-            BETA1=self._betas[0],
-            BETA2=self._betas[1],
-            LOG_BETA1=math.log(max(self._betas[0], 1e-30)),
-            LOG_BETA2=math.log(max(self._betas[1], 1e-30)),
-            EPS=self._eps,
-            WEIGHT_DECAY=self._weight_decay,
+            one_minus_beta1=1.0 - self._betas[0],
+            one_minus_beta2=1.0 - self._betas[1],
+            log_beta1=math.log(max(self._betas[0], 1e-30)),
+            log_beta2=math.log(max(self._betas[1], 1e-30)),
+            eps=float(self._eps),
+            weight_decay=float(self._weight_decay),
             AVERAGED=self._averages is not None,
             ALL_WIDE=self._wide and not any(a % WIDE_BYTES for a in addresses),
             CHUNK=self._config.block,
@@ -254,7 +296,7 @@ class AdamEma:
 
     def _table(self, gradients: Sequence[Tensor], addresses: list[int]) -> Tensor:
         """The gradients' addresses, on the device."""
-        capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        capturing = self._capturing()
         if addresses == self._gradient_addresses and not capturing:
             return self._gradient_table
         self._check("gradients", gradients)
@@ -299,10 +341,23 @@ class AdamEma:
 
     def _why_not(self, name: str, tensors: list[Tensor]) -> str | None:
         for i, (tensor, parameter) in enumerate(zip(tensors, self._parameters, strict=True)):
-            if type(tensor) not in (Tensor, torch.nn.Parameter):
+            if type(tensor) not in PLAIN:
                 return f"{name}[{i}] is a {type(tensor).__name__}, not a plain tensor"
             if tensor.dtype != torch.float32:
                 return f"{name}[{i}] is {tensor.dtype}, not float32"
             if not (tensor.is_contiguous() or is_channels_last(tensor)) or tensor.stride() != parameter.stride():
                 return f"{name}[{i}] is neither contiguous nor channels-last, or not as its parameter"
         return None
+
+
+def _address(tensor: Tensor) -> int:
+    """Of a tensor that may have none of its own: a DTensor, say, which PyTorch takes."""
+    return tensor.data_ptr() if type(tensor) in PLAIN else id(tensor)
+
+
+def _why_not_gradients(gradients: Sequence[Tensor]) -> str | None:
+    dtypes = {g.dtype for g in gradients}
+    if not dtypes <= set(KERNEL_DTYPES) or len(dtypes) > 1:
+        return f"gradients are of {' and '.join(sorted(map(str, dtypes)))}"
+    other = next((i for i, g in enumerate(gradients) if type(g) not in PLAIN), None)
+    return None if other is None else f"gradients[{other}] is a {type(gradients[other]).__name__}, not a plain tensor"

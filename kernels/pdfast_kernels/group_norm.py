@@ -57,7 +57,8 @@ FORWARD = Table("group_norm forward", {ANY: (_SHIPPED,), 80: (_SHIPPED._replace(
 BACKWARD = Table("group_norm backward", {ANY: (Tiles(UNBOUNDED, 4096, 8192, 1024, 4096, 4, 4),)})
 RESIDENT_CHANNELS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 STREAM_CHANNELS = (256, 128, 64, 32)
-MERGED_ROWS, PARAMETER_CHANNELS = 32, 32
+MERGED_ROWS, MERGED_CHANNELS, PARAMETER_CHANNELS = 32, 128, 32
+MOST_MEMBERS = 4096  # of the table of channels and groups that a resident tile sums by: 32 a thread
 
 
 class _Shape(NamedTuple):
@@ -80,20 +81,23 @@ class _Shape(NamedTuple):
 def _resident(shape: _Shape, tiles: Tiles) -> dict[str, int] | None:
     """The constants of a resident launch; None where no tile holds whole groups.
 
-    The narrowest tile of enough elements, whose rows are of whole groups and, where the channels allow, of whole 16-byte
-    words; between tiles of one width the one that leaves fewest lanes idle.
+    The narrowest tile of enough elements (else the widest), whose rows are of whole groups and, where the channels allow, of
+    whole 16-byte words; before that the one that leaves fewest lanes idle. Of so few groups that their table stays small.
     """
     unit = lcm(shape.cpg, 8) if shape.channels % 8 == 0 else shape.cpg
     block_r = next_power_of_2(shape.rows)
     fitting = []
     for block_c in RESIDENT_CHANNELS:
         channels = min(block_c // unit * unit, shape.channels)
-        if channels and block_r * block_c <= tiles.most:
+        members = block_c * next_power_of_2(channels // shape.cpg)
+        if channels and block_r * block_c <= tiles.most and members <= MOST_MEMBERS:
             lanes = cdiv(shape.channels, channels) * block_c
-            fitting.append((block_r * block_c < tiles.resident and channels < shape.channels, lanes, block_c, channels))
+            few = block_r * block_c < tiles.resident and channels < shape.channels
+            fitting.append((few, lanes, -block_c if few else block_c, channels))
     if not fitting:
         return None
-    _, _, block_c, channels = min(fitting)
+    *_, signed, channels = min(fitting)
+    block_c = abs(signed)
     return {
         "ROWS": shape.rows,
         "C": shape.channels,
@@ -122,7 +126,7 @@ def _merge(shape: _Shape, chunks: int) -> dict[str, int]:
         "C": shape.channels,
         "CPG": shape.cpg,
         "BLOCK_K": MERGED_ROWS,
-        "BLOCK_CPG": next_power_of_2(shape.cpg),
+        "BLOCK_CPG": min(next_power_of_2(shape.cpg), MERGED_CHANNELS),
         "num_warps": 4,
     }
 

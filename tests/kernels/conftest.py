@@ -25,6 +25,6 @@ def draw():
     generator = torch.Generator().manual_seed(0)
 
     def normals(*shape, dtype=torch.float32):
-        return torch.randn(*shape, dtype=torch.float64, generator=generator).to(dtype)
+        return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
 
     return normals

@@ -11,9 +11,18 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from pdfast_kernels import AdamEma, attention, ddim_step_weighted_loss, group_norm, group_norm_attention, use
+from pdfast_kernels import (
+    AdamEma,
+    FusedAdamW,
+    attention,
+    ddim_step_weighted_loss,
+    group_norm,
+    group_norm_attention,
+    use,
+)
 from tests.kernels.compare import assert_relative, channels_last
 
 C, POSITIONS = 16, 16
@@ -172,6 +181,15 @@ def sharded(rank: int, mode: str, store: str) -> None:
             for (name, p), other in zip(network.named_parameters(), whole.parameters(), strict=True):
                 assert torch.allclose(p.grad.full_tensor(), other.grad, rtol=1e-6, atol=1e-8), name
             step(network, [p.grad for p in whole.parameters()], whole)
+            for optimizer in (
+                FusedAdamW(network.parameters(), lr=0.125, ema_decay=0.5),
+                torch.optim.AdamW(whole.parameters(), lr=0.125),
+            ):
+                optimizer.step()
+                if isinstance(optimizer, FusedAdamW):
+                    assert all(type(average) is DTensor for average in optimizer.ema())
+            for p, other in zip(network.parameters(), whole.parameters(), strict=True):
+                assert torch.allclose(p.full_tensor(), other, rtol=1e-5, atol=1e-6)
     finally:
         dist.destroy_process_group()
 

@@ -132,7 +132,7 @@ def test_ddim_step(triton_kernels, draw, z, output):
 @pytest.mark.parametrize("output", DTYPES)
 @pytest.mark.parametrize("z", DTYPES)
 def test_the_loss(triton_kernels, draw, output, z):
-    for column, teacher in itertools.product(DTYPES, DTYPES):
+    for column, teacher in zip(DTYPES, (*DTYPES[1:], DTYPES[0]), strict=True):
         arguments = {"output": leaf(draw(N, C, 3, dtype=output)), "z": draw(N, C, 3, dtype=z)}
         arguments |= {name: draw(N, C, 3, dtype=teacher) for name in ("teacher_output", "teacher_output_mid")}
         arguments |= {name: draw(N, dtype=column).abs() for name in ("target_z", "weight")}

@@ -25,8 +25,8 @@ def _plain_values(config: Any, place: str = "") -> Iterator[tuple[str, Any]]:
     """The numbers and texts of a configuration, each with its place."""
     for field in dataclasses.fields(config):
         value, here = getattr(config, field.name), place + field.name
-        if isinstance(value, NetworkConfig):
-            continue  # which checks itself
+        if isinstance(value, NetworkConfig) or here == "schedule.table":
+            continue  # which check themselves
         if dataclasses.is_dataclass(value):
             yield from _plain_values(value, f"{here}.")
         else:

@@ -84,6 +84,8 @@ def distill_arguments() -> tuple[DistillConfig, Extra]:
     )
     fields = {name: getattr(parsed, name) for name in _names(DistillConfig)}
     config = DistillConfig(**fields | {"rounds": rounds, "start_steps": start, "end_steps": end})
+    if config.teacher is None:
+        config = dataclasses.replace(config, schedule=config.schedule.with_table())
     check_values(config)
     if config.teacher is not None:
         _refuse_what_the_teacher_brings(config, sys.argv[1:])
@@ -125,5 +127,6 @@ def train_arguments() -> tuple[TrainConfig, Extra]:
         description="Train a teacher (Algorithm 1 of Salimans & Ho 2022). The same command run again resumes.",
     )
     config = TrainConfig(**{name: getattr(parsed, name) for name in _names(TrainConfig)})
+    config = dataclasses.replace(config, schedule=config.schedule.with_table())
     check_values(config)
     return config, Extra(parsed.config, parsed.dry_run)

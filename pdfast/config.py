@@ -24,6 +24,8 @@ OptionalInt = Annotated[int | None, arg(metavar="INT")]
 OptionalString = Annotated[str | None, arg(metavar="STR")]
 OptionalPath = Annotated[Path | None, arg(metavar="PATH")]
 
+MOST_ALPHA_BARS = 1 << 16
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
@@ -46,6 +48,20 @@ class ScheduleConfig:
     """alpha_bars: a .npy file of strictly decreasing values in [0, 1), entry i at u = (i + 1) / T."""
     diffusers: Annotated[dict[str, Any] | None, Suppress] = None
     """diffusers: of a scheduler_config.json, what its table is made from."""
+    table: Annotated[tuple[float, ...] | None, Suppress] = None
+    """alpha_bars: the values of that file, which stand in its place once it was read (see `with_table`)."""
+
+    def with_table(self) -> "ScheduleConfig":
+        """With the values of the file `alpha_bars` in the place of its path, so that a model is whole without it. UsageError for
+        an unreadable file, or one that is of no use."""
+        if self.alpha_bars is None:
+            return self if self.name == "alpha_bars" else dataclasses.replace(self, table=None)
+        if self.name != "alpha_bars":
+            raise UsageError(f"--schedule.alpha-bars is for --schedule.name alpha_bars, not {self.name}: leave it out")
+        values = read_array(self.alpha_bars)
+        if values.ndim != 1 or len(values) > MOST_ALPHA_BARS:
+            raise UsageError(f"{self.alpha_bars} has shape {values.shape}: need [T] with T up to {MOST_ALPHA_BARS}")
+        return dataclasses.replace(self, alpha_bars=None, table=tuple(values.astype(np.float64).tolist()))
 
     def build(self) -> diffusion.Schedule:
         """The schedule. UsageError for bad values or an unreadable table."""
@@ -58,11 +74,12 @@ class ScheduleConfig:
                 case "linear_beta":
                     schedule = diffusion.LinearBeta(self.beta_min, self.beta_max)
                 case "alpha_bars":
-                    if self.alpha_bars is None:
+                    table = self.with_table().table
+                    if table is None:
                         raise UsageError("--schedule.name alpha_bars needs --schedule.alpha-bars FILE.npy")
-                    schedule = diffusion.AlphaBars(torch.from_numpy(read_array(self.alpha_bars).astype(np.float64)))
+                    schedule = diffusion.AlphaBars(torch.tensor(table, dtype=torch.float64))
                 case "diffusers":
-                    from pdfast.teachers.diffusers import alpha_bars
+                    from pdfast.teachers.schedulers import alpha_bars
 
                     if self.diffusers is None:
                         raise UsageError("--schedule.name diffusers comes with a teacher of diffusers: say --teacher")

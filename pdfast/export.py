@@ -17,21 +17,22 @@ import torch
 
 from pdfast.bounds import STEPS, require
 from pdfast.cli import parse, run_command
-from pdfast.config import OptionalInt
+from pdfast.config import OptionalInt, to_plain
 from pdfast.diffusion import sample
 from pdfast.engine.device import open_device
-from pdfast.engine.files import write_folder
+from pdfast.engine.files import write_folder, write_json
 from pdfast.engine.log import count_steps
 from pdfast.engine.model_folder import SavedModel
 from pdfast.errors import RunError, UsageError
 from pdfast.flags import Positional
 from pdfast.names import printable, utf8_path
-from pdfast.report.evaluator import to_uint8
+from pdfast.reading import read_json
+from pdfast.report.evaluator import check_finite, to_uint8
 from pdfast.report.grids import image_grid, write_png
 from pdfast.report.stored import read_metrics
 from pdfast.sample import find_model
-from pdfast.teachers.diffusers import library
 from pdfast.teachers.pipeline import write_pipeline
+from pdfast.teachers.schedulers import library
 
 SHOWN = 16  # images in the grid, at least as many are compared
 COMPARED = 1 << 15  # uint8 values, about
@@ -71,7 +72,8 @@ def load_again(folder: Path, custom: bool) -> Any:
 def compare(
     folder: Path, custom: bool, saved: SavedModel, steps: int, device: torch.device
 ) -> tuple[np.ndarray, float]:
-    """Images uint8 [n, H, W, C] of the pipeline in `folder`, and the fraction of their values that are not ours."""
+    """Images uint8 [n, H, W, C] of the pipeline in `folder`, and the fraction of their values that are not ours. RunError where
+    images are not finite."""
     config = saved.config
     count = max(SHOWN, COMPARED // math.prod(config.image_shape))
     generator = torch.Generator().manual_seed(SEED)
@@ -79,7 +81,9 @@ def compare(
     classes = [i % config.num_classes for i in range(count)] if config.num_classes else None
     cond = None if classes is None else torch.tensor(classes, device=device)
     network = saved.network.to(device)
-    ours = to_uint8(sample(network, z, saved.schedule.build(), steps, cond=cond)).permute(0, 2, 3, 1).cpu().numpy()
+    x = sample(network, z, saved.schedule.build(), steps, cond=cond)
+    check_finite(bool(torch.isfinite(x).all()), steps)
+    ours = to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
     pipeline = load_again(folder, custom).to(device)
     labels = {} if classes is None else {"class_labels": classes}
     drawn = pipeline(
@@ -89,6 +93,7 @@ def compare(
         output_type="np",
         **labels,
     ).images
+    check_finite(bool(np.isfinite(drawn).all()), steps)
     theirs = np.round(drawn * 255).astype(np.uint8).reshape(ours.shape)
     return theirs, float((theirs != ours).mean())
 
@@ -187,6 +192,9 @@ def export_plain(saved: SavedModel, out: Path) -> None:
         for pattern in ("*.safetensors", "*.json", "grid.png"):
             for file in saved.folder.glob(pattern):
                 shutil.copy(file, folder / file.name)
+        meta = read_json(folder / "config.json", infinite=True)
+        if "schedule" in meta:  # whole, also where an earlier version named its table by a path
+            write_json(folder / "config.json", meta | {"schedule": to_plain(saved.schedule)})
 
     write_folder(out, fill)
 

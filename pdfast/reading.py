@@ -9,7 +9,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import yaml
@@ -41,19 +41,21 @@ def read_text(path: Path) -> str:
         raise UsageError(f"cannot read {path}: {error}") from None
 
 
-def parse_json(text: str) -> Any:
-    """JSON as plain data. ValueError, in one line, for anything else, NaN and infinities among it."""
+def parse_json(text: str, *, infinite: bool = False) -> Any:
+    """JSON as plain data. ValueError, in one line, for anything else, NaN and (unless `infinite`) infinities among it."""
 
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is no number")
+    def constant(name: str) -> float:
+        if infinite and name != "NaN":
+            return float(name)
+        raise ValueError(f"{name} is no number")
 
     try:
-        return checked(json.loads(text, parse_constant=refuse))
+        return checked(json.loads(text, parse_constant=constant), infinite=infinite)
     except RecursionError:
         raise ValueError(f"its values are nested more than {DEEPEST} deep") from None
 
 
-def checked(value: Any) -> Any:
+def checked(value: Any, *, infinite: bool = False) -> Any:
     """The value, where it is plain data as JSON knows it. ValueError where it is not, is nested too deep or too large."""
     left, level, depth = MOST, [value], 0
     while level:
@@ -71,7 +73,7 @@ def checked(value: Any) -> Any:
                 below.extend(item.values())
             elif isinstance(item, list):
                 below.extend(item)
-            elif isinstance(item, float) and not math.isfinite(item):
+            elif isinstance(item, float) and not (math.isfinite(item) or (infinite and math.isinf(item))):
                 raise ValueError(f"{item} is no number")
             elif isinstance(item, int) and item.bit_length() > LONGEST:
                 raise ValueError(f"{shown(item)} is too large a number")
@@ -83,11 +85,11 @@ def checked(value: Any) -> Any:
     return value
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. UsageError where the file is missing or damaged."""
+def read_json(path: Path, *, infinite: bool = False) -> dict[str, Any]:
+    """A JSON object. UsageError where the file is missing or damaged. infinite: Infinity is a number, as Python writes it."""
     text = read_text(path)
     try:
-        value = parse_json(text)
+        value = parse_json(text, infinite=infinite)
     except ValueError as error:
         raise UsageError(f"cannot read {path}: {error}") from None
     if not isinstance(value, dict):

@@ -28,7 +28,7 @@ from pdfast.engine.model_folder import SavedModel, is_model, load_model
 from pdfast.engine.run import students_of
 from pdfast.errors import UsageError
 from pdfast.flags import Positional
-from pdfast.report.evaluator import to_uint8
+from pdfast.report.evaluator import check_finite, to_uint8
 from pdfast.report.grids import image_grid, write_png
 
 
@@ -98,7 +98,7 @@ def find_model(folder: Path, steps: int | None, device: torch.device) -> SavedMo
 
 
 def draw(arguments: Arguments, saved: SavedModel, device: torch.device) -> tuple[np.ndarray, np.ndarray | None, int]:
-    """Images uint8 [N, H, W, C], labels int64 [N] or None, and the number of steps."""
+    """Images uint8 [N, H, W, C], labels int64 [N] or None, and the number of steps. RunError where images are not finite."""
     config = saved.config
     steps = arguments.steps or saved.steps or 256
     for c in arguments.classes:
@@ -123,6 +123,7 @@ def draw(arguments: Arguments, saved: SavedModel, device: torch.device) -> tuple
             x = ancestral(
                 saved.network, z, phi, step_noise, variance=arguments.variance, cond=cond, clip=arguments.clip
             )
+        check_finite(bool(torch.isfinite(x).all()), steps)
         images.append(to_uint8(x).permute(0, 2, 3, 1).cpu().numpy())
         if cond is not None:
             labels.append(cond.cpu().numpy())

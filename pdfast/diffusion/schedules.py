@@ -83,20 +83,39 @@ class LinearBeta:
         return torch.asin(numerator / torch.sin(self.phi(u) + self.phi(u - du)))
 
 
+def _from_no_noise(alpha_bars: Tensor) -> Tensor:
+    """1, then the T alpha-bars: float64 [T + 1]. ValueError unless these are in [0, 1) and strictly decreasing, but that several
+    may be 1, no noise, at the beginning."""
+    table = torch.as_tensor(alpha_bars, dtype=torch.float64).flatten().cpu()
+    table = torch.cat([torch.ones(1, dtype=torch.float64), table])
+    falls = (table[1:] < table[:-1]) | (table[:-1] + table[1:] == 2)
+    if not bool(falls.all()) or not 0 <= float(table[-1]) < 1:
+        raise ValueError("alpha_bars must be at least one value in [0, 1), strictly decreasing")
+    return table
+
+
+def table_angles(alpha_bars: Tensor) -> Tensor:
+    """The angles at no noise and at each of T alpha-bars: float64 [T + 1], from 0. ValueError for what is no such table."""
+    table = _from_no_noise(alpha_bars)
+    return torch.atan2(torch.sqrt(1 - table), torch.sqrt(table))
+
+
 class AlphaBars:
     """A table of T alpha-bars (alpha^2), entry i at u = (i + 1) / T, angles linear between them and 0 at u = 0.
 
-    alpha_bars: T values, strictly decreasing, in [0, 1), as in `alphas_cumprod` of other codebases.
+    alpha_bars: T values, strictly decreasing, in [0, 1), as in `alphas_cumprod` of other codebases. Where betas begin with 0
+    the first are 1: between u = 0 and the first that is not, angles are linear too, so that no step has no length.
     """
 
     def __init__(self, alpha_bars: Tensor) -> None:
-        table = torch.as_tensor(alpha_bars, dtype=torch.float64).flatten().cpu()
-        table = torch.cat([torch.ones(1, dtype=torch.float64), table])
-        if len(table) < 2 or not bool((table[1:] < table[:-1]).all()) or not bool(table[-1] >= 0):
-            raise ValueError("alpha_bars must be at least one value in [0, 1), strictly decreasing")
-        self.knots = torch.atan2(torch.sqrt(1 - table), torch.sqrt(table))
+        table = _from_no_noise(alpha_bars)
+        self.knots = table_angles(alpha_bars)
         """The angles at u = 0, 1/T, ..., 1: float64 [T + 1]."""
         self._rises = torch.asin((table[:-1] - table[1:]) / torch.sin(self.knots[1:] + self.knots[:-1]))
+        flat = int((self.knots == 0).sum())  # one, where the betas do not begin with 0
+        if flat > 1:
+            self._rises[:flat] = self.knots[flat] / flat
+            self.knots[:flat] = self.knots[flat] * torch.arange(flat) / flat
         self._on = {self.knots.device: (self.knots, self._rises)}
 
     def _interval(self, u: Tensor) -> tuple[Tensor, Tensor]:

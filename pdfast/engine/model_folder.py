@@ -1,16 +1,16 @@
 """A model on disk: a folder with KIND.safetensors (teacher or student), config.json and what was measured of it.
 
-config.json holds the network, the schedule, the step count it was made for and the hash of the weights: no pickle, and a
+config.json holds the network, the schedule with its values, the step count it was made for and the hash of the weights: no pickle, and a
 changed file is noticed.
 """
 
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pdfast.config import ScheduleConfig, from_plain, to_plain
@@ -19,10 +19,12 @@ from pdfast.engine.files import sha256, write_json
 from pdfast.errors import UsageError
 from pdfast.names import utf8_path
 from pdfast.networks import Network
-from pdfast.reading import read_json
+from pdfast.reading import read_json, shown
 from pdfast.teachers import AnyNetworkConfig, edm, is_pipeline, load_edm, load_pipeline, network_config
+from pdfast.teachers.weights import build_with, read_weights
 
 FORMAT = "pdfast-1"
+MOST_STEPS = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,13 @@ def load_model(folder: Path, device: torch.device) -> SavedModel:
     if is_pipeline(folder):
         network, schedule = load_pipeline(folder)
         return SavedModel(network.to(device), schedule, None, folder)
-    if not (folder / "config.json").exists():
+    file = folder / "config.json"
+    if not file.exists():
         raise UsageError(
             f"{folder} holds no model: give a folder with config.json and *.safetensors, such as teacher or students/0004 of a "
             "run, or a diffusers pipeline's, with model_index.json"
         )
-    meta = read_json(folder / "config.json")
+    meta = read_json(file, infinite=True)
     if "_class_name" in meta:
         raise UsageError(
             f"{folder} is a part of a diffusers pipeline: give the folder above, with model_index.json and the scheduler"
@@ -110,22 +113,38 @@ def load_model(folder: Path, device: torch.device) -> SavedModel:
         network, schedule = load_edm(folder, meta)
         return SavedModel(network.to(device), schedule, None, folder)
     if meta.get("format") != FORMAT or not {"kind", "steps", "network", "schedule", "sha256"} <= meta.keys():
-        raise UsageError(f"{folder / 'config.json'} is not of a model that this version of pdfast wrote ({FORMAT})")
-    file = folder / f"{meta['kind']}.safetensors"
+        raise UsageError(f"{file} is not of a model that this version of pdfast wrote ({FORMAT})")
+    return _load_own(folder, read_json(file), device)  # in ours nothing is infinite
+
+
+def _load_own(folder: Path, meta: dict[str, Any], device: torch.device) -> SavedModel:
+    """The model of a folder whose config.json is `meta`."""
+    kind, steps, where = meta["kind"], meta["steps"], str(folder / "config.json")
+    if (kind, steps) != ("teacher", None) and not (
+        kind == "student" and type(steps) is int and 1 <= steps <= MOST_STEPS
+    ):
+        raise UsageError(f"{where} is of a {shown(kind)} of {shown(steps)} steps: it was damaged or changed")
+    file = folder / f"{kind}.safetensors"
     if not file.is_file():
         raise UsageError(f"{file} is missing; restore it, or delete {folder} to make it again")
     if sha256(file) != meta["sha256"]:
         raise UsageError(
             f"{file} is damaged or was changed (its hash differs from config.json): restore it, or delete {folder}"
         )
-    config = network_config(meta["network"], str(folder / "config.json"))
-    schedule = from_plain(ScheduleConfig, meta["schedule"], str(folder / "config.json"))
+    config = network_config(meta["network"], where)
+    schedule = _schedule(meta["schedule"], where)
+    network = build_with(config.build, read_weights([file], device), file)
+    return SavedModel(network.to(device), schedule, steps, folder)
+
+
+def _schedule(plain: Any, where: str) -> ScheduleConfig:
+    """The schedule in a config.json, whole: also of an earlier version, which named a table by its path."""
+    given = from_plain(ScheduleConfig, plain, where)
     try:
-        with utf8_path(file) as named:
-            weights = load_file(named, device=str(device))
-        with torch.device("meta"):
-            network = config.build()
-        network.load_state_dict(weights, assign=True)
-    except (SafetensorError, RuntimeError, OSError) as error:
-        raise UsageError(f"{file} does not fit its config.json: {str(error).splitlines()[0]}") from None
-    return SavedModel(network.to(device).eval().requires_grad_(False), schedule, meta["steps"], folder)
+        schedule = given.with_table()
+        schedule.build()
+    except UsageError as error:
+        if given.alpha_bars is None:
+            raise UsageError(f"{where}: {error}") from None
+        raise UsageError(f"the noise schedule of {where} is a file, which must be there again: {error}") from None
+    return schedule

@@ -4,6 +4,7 @@ runs/NAME/{config.yaml, log.jsonl, tb/, checkpoints/, teacher/, students/NNNN/, 
 """
 
 import fcntl
+import hashlib
 import re
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import IO, Any
 
 import yaml
 
-from pdfast.config import RunConfig, to_plain, to_yaml
+from pdfast.config import RunConfig, ScheduleConfig, from_plain, to_plain, to_yaml
 from pdfast.data import ImageSource
 from pdfast.engine.checkpoint import clear_finished
 from pdfast.engine.files import sha256, write_file, writing
@@ -31,6 +32,8 @@ KNOWN_BY = {
     "features_sha256": ("evaluation.features", "other features than those of"),
 }
 """Hashes in the saved configuration, each of the contents behind a setting, which may then be spelled otherwise."""
+
+LONG, SHOWN = 300, 60  # characters of a value in a message
 
 
 def students_of(run: Path) -> dict[int, Path]:
@@ -104,12 +107,24 @@ def _begin_or_resume(config: RunConfig, source: ImageSource, facts: dict[str, st
     before = {name: value for name, value in saved.items() if name not in ("command", "data_sha256")}
     if same_images(saved, source):
         before["images_sha256"] = facts["images_sha256"]  # also of a run that an earlier version began
+    before["schedule"] = _schedule_of(saved, path)
     _refuse_changes(before, now, config.run)
     # Whoever reads the configuration finds what it names where it is now.
-    spelled = {name: now[name] for name in ("run", "data", "teacher", "evaluation") if name in now} | facts
+    spelled = {name: now[name] for name in ("run", "data", "teacher", "evaluation", "schedule") if name in now} | facts
     current = {name: value for name, value in saved.items() if name != "data_sha256"} | spelled
     if current != saved:
         write_file(path, yaml.safe_dump(current, sort_keys=False, width=10_000))
+
+
+def _schedule_of(before: dict, saved: Path) -> Any:
+    """Of a saved configuration, with the values of a table that an earlier version named by its path."""
+    schedule = before.get("schedule")
+    if not isinstance(schedule, dict) or schedule.get("alpha_bars") is None:
+        return schedule
+    try:
+        return to_plain(from_plain(ScheduleConfig, schedule, "schedule").with_table())
+    except UsageError as error:
+        raise UsageError(f"the noise schedule of {saved} is a file, which must be there again: {error}") from None
 
 
 def _command() -> str:
@@ -132,7 +147,8 @@ def _refuse_changes(before: dict, now: dict, run: Path) -> None:
     for path, old, new in _changes(before, now):
         if path not in proven and path not in KNOWN_BY:
             raise UsageError(
-                f"{run} was begun with {path} = {old}, now it is {new}: give the same value, or choose another folder with --run"
+                f"{run} was begun with {path} = {_shown(old)}, now it is {_shown(new)}: give the same value, or choose another "
+                "folder with --run"
             )
 
 
@@ -146,3 +162,11 @@ def _changes(before: dict, now: dict, prefix: str = "") -> Iterator[tuple[str, A
             yield from _changes(old, new, f"{path}.")
         elif old != new:
             yield path, old, new
+
+
+def _shown(value: Any) -> str:
+    """In a message; of a long one the beginning, and a hash to tell it by."""
+    text = str(value)
+    return (
+        text if len(text) <= LONG else f"{text[:SHOWN]} ... (SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:12]})"
+    )

@@ -19,7 +19,9 @@ from pdfast.data import ImageSource
 from pdfast.diffusion import Prediction, Schedule, noise, sample
 from pdfast.diffusion.noise import Stream
 from pdfast.engine.device import commit, describe
+from pdfast.engine.log import count_steps
 from pdfast.engine.world import World
+from pdfast.errors import RunError
 from pdfast.networks import Network
 from pdfast.report.features import load_feature_space
 from pdfast.report.metrics import channel_statistics, mean_squared_distance, names_in, psnr
@@ -31,6 +33,15 @@ SHOWN = 16  # images kept for sample grids
 def to_uint8(x: Tensor) -> Tensor:
     """Images in [-1, 1] to uint8, clipped and rounded; same shape."""
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def check_finite(finite: bool, steps: int) -> None:
+    """RunError unless the images that were generated in that many steps are finite: as uint8, NaN is a colour like others."""
+    if not finite:
+        raise RunError(
+            f"images generated in {count_steps(steps)} are not finite (NaN or infinite): the network overflows or its training "
+            "diverged; nothing of them is shown or measured; try fp32 for its dtype, or another model"
+        )
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,7 @@ def draw(
     are of one size, since compiled code is for one: what is too many is dropped.
     """
     images = []
+    finite = torch.ones((), dtype=torch.bool, device=world.device)
     watched = _Watched(model, between)
     part = world.part(count).to(world.device)
     batch_size = -(-len(part) // -(-len(part) // batch_size))
@@ -77,7 +89,10 @@ def draw(
         index = part[0] + start + torch.arange(batch_size, device=world.device)
         z = noise.normal(noise.key(seed, Stream.SAMPLE), index, shape)
         labels = noise.integer(noise.key(seed, Stream.LABEL), index, num_classes) if num_classes else None
-        images.append(to_uint8(sample(watched, z, schedule, steps, cond=labels, clip=clip)).cpu())
+        x = sample(watched, z, schedule, steps, cond=labels, clip=clip)
+        finite &= torch.isfinite(x).all()
+        images.append(to_uint8(x).cpu())
+    check_finite(not world.any(not bool(finite))[0], steps)
     return world.gather(torch.cat(images)[: len(part)])[:count]
 
 

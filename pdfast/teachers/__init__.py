@@ -9,8 +9,9 @@ from typing import Any
 from pdfast.config import from_plain
 from pdfast.errors import UsageError
 from pdfast.networks import NetworkConfig
+from pdfast.reading import shown
 from pdfast.teachers.convert import Converted, ConvertedConfig
-from pdfast.teachers.diffusers import DiffusersConfig, DiffusersNetwork, adapt, is_pipeline, load_pipeline
+from pdfast.teachers.diffusers import DiffusersConfig, DiffusersNetwork, adapt, checked, is_pipeline, load_pipeline
 from pdfast.teachers.edm import EDMConfig, EDMNetwork, load_edm
 
 __all__ = [
@@ -38,9 +39,12 @@ def network_config(plain: Any, where: str) -> AnyNetworkConfig:
         case None:
             return from_plain(NetworkConfig, plain, where)
         case "diffusers":
-            return from_plain(DiffusersConfig, plain, where)
+            return checked(from_plain(DiffusersConfig, plain, where), where)
         case "edm":
             return from_plain(EDMConfig, plain, where)
         case "converted":
-            return ConvertedConfig(network_config(plain.get("network"), where))
-    raise UsageError(f"{where}: unknown kind of network {kind!r}")
+            inner = plain.get("network")
+            if isinstance(inner, dict) and inner.get("kind") != "converted" and plain.get("prediction", "v") == "v":
+                return ConvertedConfig(network_config(inner, where))
+            raise UsageError(f"{where}: a converted network has another within, and predicts v")
+    raise UsageError(f"{where}: unknown kind of network {shown(kind)}")

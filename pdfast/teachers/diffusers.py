@@ -7,6 +7,7 @@ angle.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,51 +18,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pdfast.config import ScheduleConfig
+from pdfast.config import ScheduleConfig, fields_of
 from pdfast.diffusion import Prediction
-from pdfast.diffusion.schedules import AlphaBars, Schedule
+from pdfast.diffusion.schedules import Schedule, table_angles
 from pdfast.errors import UsageError
-from pdfast.names import utf8_path
 from pdfast.networks import Network
 from pdfast.networks.layers import upsample
-from pdfast.reading import read_json
+from pdfast.reading import read_json, shown
 from pdfast.teachers import preconditioning
+from pdfast.teachers.schedulers import (
+    EDM,
+    MOST_TIMES,
+    PREDICTIONS,
+    alpha_bars,
+    library,
+    read_edm_scheduler,
+    read_scheduler,
+)
+from pdfast.teachers.weights import build_with, check_values, read_weights
 
-INSTALL = "pip install 'pdfast[diffusers]'"
-PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x", "v_prediction": "v"}
-DISCRETE = (
-    "DDPMScheduler",
-    "DDIMScheduler",
-    "PNDMScheduler",
-    "DPMSolverMultistepScheduler",
-    "UniPCMultistepScheduler",
-)
-EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
-OF_THE_TABLE = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "rescale_betas_zero_snr",
-)
-OF_EDM = ("sigma_min", "sigma_max", "sigma_data", "prediction_type")
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-def library() -> Any:
-    """diffusers. UsageError where it is not installed."""
-    try:
-        import diffusers
-    except ImportError as error:
-        raise UsageError(f"models of diffusers need diffusers ({error}): {INSTALL}") from None
-    return diffusers
-
-
-def alpha_bars(scheduler: dict[str, Any]) -> Tensor:
-    """The table that a scheduler's configuration means to diffusers, which computes it: float64 [T]."""
-    given = {name: scheduler[name] for name in OF_THE_TABLE if name in scheduler}
-    return getattr(library(), scheduler["_class_name"])(**given).alphas_cumprod.double()
+VARIANTS = ("", "fp16", "bf16")
+"""Of the same weights, in the order in which they are looked for."""
+OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""Names of the attentions' weights in files of 2022."""
+LARGEST, MOST_LAYERS, MOST_LEVELS, MOST_CLASSES = 1 << 16, 64, 16, 1 << 20
+MOST_PIXELS = 1 << 13  # on a side
 
 
 @dataclass(frozen=True)
@@ -110,8 +93,15 @@ class DiffusersNetwork(Network):
         self.unet = unet
         self.preconditioned = config.scheduler["_class_name"] in EDM
         with torch.device("cpu"):  # a table, even where the network is only to be counted
-            knots = torch.zeros(0) if self.preconditioned else AlphaBars(alpha_bars(config.scheduler)).knots.float()
+            knots = torch.zeros(0) if self.preconditioned else table_angles(alpha_bars(config.scheduler)).float()
         self.register_buffer("knots", knots, persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Angles stay float32 where the network is cast."""
+        knots = self.knots
+        super()._apply(fn, recurse)
+        self.knots = knots.to(self.knots.device)
+        return self
 
     def blocks(self) -> Iterator[nn.Module]:
         from diffusers.models.attention_processor import Attention
@@ -132,7 +122,7 @@ class DiffusersNetwork(Network):
         """What the U-Net was told at angles phi [N] when it was trained: float32 [N]."""
         if self.preconditioned:
             return preconditioning.noise_label(phi, self.config.scheduler["sigma_min"])
-        above = torch.searchsorted(self.knots, phi.contiguous()).clamp(1, len(self.knots) - 1)
+        above = torch.searchsorted(self.knots, phi.contiguous(), right=True).clamp(1, len(self.knots) - 1)
         lower, upper = self.knots[above - 1], self.knots[above]
         return (above - 2 + (phi - lower) / (upper - lower)).clamp(0, len(self.knots) - 2)
 
@@ -155,6 +145,7 @@ class DiffusersNetwork(Network):
     def _output(self, z: Tensor, phi: Tensor, cond: Any) -> Tensor:
         half = self.dtype == torch.bfloat16
         with torch.autocast(z.device.type, torch.bfloat16, cache_enabled=False) if half else nullcontext():
+            z = z.to(self.unet.conv_in.weight.dtype)
             output = self.unet(z, self.times(phi), class_labels=cond, return_dict=False)[0]
         return output.float()
 
@@ -177,6 +168,39 @@ def _upsampled(self: Any, hidden_states: Tensor, output_size: Any = None, *other
     return self.conv(larger) if self.name == "conv" else self.Conv2d_0(larger)
 
 
+@dataclass(frozen=True)
+class _UNetArguments:
+    """Of UNet2DModel, whose defaults hold for what is not said; sample_size beside."""
+
+    in_channels: int
+    out_channels: int
+    center_input_sample: bool
+    time_embedding_type: str
+    time_embedding_dim: int | None
+    freq_shift: float
+    flip_sin_to_cos: bool
+    down_block_types: tuple[str, ...]
+    mid_block_type: str | None
+    up_block_types: tuple[str, ...]
+    block_out_channels: tuple[int, ...]
+    layers_per_block: int
+    mid_block_scale_factor: float
+    downsample_padding: int
+    downsample_type: str
+    upsample_type: str
+    dropout: float
+    act_fn: str
+    attention_head_dim: int | None
+    norm_num_groups: int | None
+    attn_norm_num_groups: int | None
+    norm_eps: float
+    resnet_time_scale_shift: str
+    add_attention: bool
+    class_embed_type: str | None
+    num_class_embeds: int | None
+    num_train_timesteps: int | None
+
+
 def is_pipeline(folder: Path) -> bool:
     return (folder / "model_index.json").is_file()
 
@@ -193,88 +217,131 @@ def load_pipeline(folder: Path) -> tuple[DiffusersNetwork, ScheduleConfig]:
             "pixels, are read (a latent model has a vae or vqvae besides)"
         )
     if parts["unet"] != ["diffusers", "UNet2DModel"]:
-        raise UsageError(f"the unet of {folder} is {parts['unet']}: only diffusers' UNet2DModel is read")
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+        raise UsageError(f"the unet of {folder} is {shown(parts['unet'])}: only diffusers' UNet2DModel is read")
+    if parts["scheduler"][:1] != ["diffusers"] or len(parts["scheduler"]) != 2:
+        raise UsageError(f"the scheduler of {folder} is {shown(parts['scheduler'])}: only one of diffusers is read")
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json", infinite=True)  # as DPM-Solver's clipping is
     scheduler["_class_name"] = parts["scheduler"][1]
-    schedule, scheduler, prediction = _schedule(scheduler, f"the scheduler of {folder}")
-    where = f"the unet of {folder}"
-    config = _config(read_json(folder / "unet" / "config.json"), scheduler, prediction, where)
-    if not (folder / "unet" / WEIGHTS).is_file():
-        raise UsageError(
-            f"{folder / 'unet' / WEIGHTS} is missing: weights are read from safetensors only; load the pipeline in diffusers "
-            "and save it with save_pretrained(..., safe_serialization=True)"
-        )
-    try:
-        # Not load_state_dict: older files have other names for the attention's weights.
-        with utf8_path(folder / "unet") as named:
-            unet = library().UNet2DModel.from_pretrained(
-                named,
-                use_safetensors=True,
-                local_files_only=True,
-                torch_dtype=torch.float32,
-                low_cpu_mem_usage=False,
-            )
-    except UsageError:
-        raise
-    except Exception as error:  # of many kinds, for a configuration or weights that do not fit
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise UsageError(f"{folder / 'unet'} cannot be loaded: {lines[0]}") from None
-    return DiffusersNetwork(config, unet=unet).eval().requires_grad_(False), schedule
+    schedule, scheduler, prediction = read_scheduler(scheduler, f"the scheduler of {folder}")
+    config = _config(read_json(folder / "unet" / "config.json"), scheduler, prediction, f"the unet of {folder}")
+    weights, where = _read_weights(folder / "unet")
+    return build_with(config.build, weights, where), schedule
 
 
 def adapt(unet: Any, scheduler: Any) -> tuple[DiffusersNetwork, Schedule]:
     """A UNet2DModel, which stays where it is and keeps its parameters, with our call `network(z, phi, cond)`; and the noise
     schedule that it was trained with.
 
-    scheduler: of the model, for its times and prediction_type. UsageError for networks and schedulers that are not read (see `load_pipeline`).
+    unet: in float32, or in half precision, in which it is then asked. scheduler: of the model, for its times and
+    prediction_type. UsageError for networks and schedulers that are not read (see `load_pipeline`), and for weights that are not
+    finite.
     """
     if not isinstance(unet, library().UNet2DModel):
         raise UsageError(f"only a UNet2DModel of diffusers can be adapted, not a {type(unet).__name__}")
     if not isinstance(scheduler, library().SchedulerMixin):
         raise UsageError(f"the schedule is that of a scheduler of diffusers, not of a {type(scheduler).__name__}")
-    settings = dict(scheduler.config) | {"_class_name": type(scheduler).__name__}
-    schedule, settings, prediction = _schedule(settings, "this scheduler")
-    network = DiffusersNetwork(_config(dict(unet.config), settings, prediction, "this unet"), unet=unet)
+    settings = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in scheduler.config.items()}
+    settings["_class_name"] = type(scheduler).__name__
+    schedule, settings, prediction = read_scheduler(settings, "this scheduler")
+    config = _config(dict(unet.config), settings, prediction, "this unet")
+    check_values(unet.named_parameters(), "this unet")
+    network = DiffusersNetwork(config, unet=unet)
     network.knots = network.knots.to(unet.device)
     return network, schedule.build()
 
 
-def _schedule(scheduler: dict[str, Any], where: str) -> tuple[ScheduleConfig, dict[str, Any], Prediction]:
-    name = scheduler["_class_name"]
+def checked(config: DiffusersConfig, where: str) -> DiffusersConfig:
+    """The configuration, where its parts are of the kinds that a pipeline's may be, and fit each other. UsageError else."""
+    name = config.scheduler.get("_class_name")
     if name in EDM:
-        own = getattr(library(), name)().config  # its defaults, for what is not said
-        kept = {key: scheduler.get(key, own[key]) for key in OF_EDM}
-        schedule = preconditioning.schedule(kept["sigma_min"], kept["sigma_max"])
-        return schedule, {"_class_name": name} | kept, "v"
-    if name not in DISCRETE:
-        raise UsageError(f"{where} is a {name}: choose one of {', '.join((*DISCRETE, *EDM))}")
-    said = scheduler.get("prediction_type", "epsilon")
-    if said not in PREDICTIONS:
-        raise UsageError(f"{where} has prediction_type {said}: need one of {', '.join(PREDICTIONS)}")
-    kept = {key: scheduler[key] for key in OF_THE_TABLE if scheduler.get(key) is not None}
-    kept["_class_name"] = name
-    try:
-        AlphaBars(alpha_bars(kept))
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise UsageError(f"{where} has no schedule that can be read: {error}") from None
-    return ScheduleConfig(name="diffusers", diffusers=kept), kept, PREDICTIONS[said]
+        scheduler = read_edm_scheduler(config.scheduler, f"{where}: the scheduler")
+        predictions: tuple[Prediction, ...] = ("v",)
+    else:
+        alpha_bars(config.scheduler, f"{where}: the scheduler")
+        scheduler, predictions = config.scheduler, tuple(PREDICTIONS.values())
+    if config.prediction not in predictions or _config(config.unet, scheduler, config.prediction, where) != config:
+        raise UsageError(f"{where}: the fields of the network do not fit its unet and its scheduler")
+    return config
 
 
 def _config(unet: dict[str, Any], scheduler: dict[str, Any], prediction: Prediction, where: str) -> DiffusersConfig:
     unet = {name: value for name, value in unet.items() if not name.startswith("_")}
-    size, channels = unet.get("sample_size"), unet.get("in_channels", 3)
-    if not isinstance(size, int):
-        raise UsageError(f"{where} has sample_size {size}: only square images of a stated size are distilled")
-    if unet.get("out_channels", 3) != channels:
+    plain: dict[str, Any] = {name: list(v) if isinstance(v, tuple) else v for name, v in unet.items()}
+    size: Any = plain.get("sample_size")
+    channels: Any = plain.get("in_channels", 3)
+    if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
+        size = size[0]
+    if not isinstance(size, int) or not 1 <= size <= MOST_PIXELS:
+        raise UsageError(f"{where} has sample_size {shown(size)}: only square images of a stated size are distilled")
+    _check_sizes(fields_of(_UNetArguments, plain, _UNetArguments.__annotations__, where), where)
+    if plain.get("out_channels", 3) != channels:
         raise UsageError(
-            f"{where} has {channels} channels in and {unet.get('out_channels', 3)} out: one that predicts "
+            f"{where} has {channels} channels in and {plain.get('out_channels', 3)} out: one that predicts "
             "variances too is not read"
         )
-    if unet.get("time_embedding_type", "positional") != "positional":
+    if plain.get("time_embedding_type", "positional") != "positional":
         raise UsageError(
-            f"{where} has time_embedding_type {unet['time_embedding_type']}: only positional ones can be asked "
+            f"{where} has time_embedding_type {plain['time_embedding_type']}: only positional ones can be asked "
             "between their times; a pipeline that pdfast wrote is distilled from its run's own folder"
         )
-    if unet.get("class_embed_type") is not None:
-        raise UsageError(f"{where} has class_embed_type {unet['class_embed_type']}: only plain classes are read")
-    return DiffusersConfig(size, channels, prediction, unet.get("num_class_embeds") or 0, unet, scheduler)
+    if plain.get("class_embed_type") is not None:
+        raise UsageError(f"{where} has class_embed_type {plain['class_embed_type']}: only plain classes are read")
+    return DiffusersConfig(size, channels, prediction, plain.get("num_class_embeds", 0) or 0, unet, scheduler)
+
+
+def _check_sizes(arguments: dict[str, Any], where: str) -> None:
+    """UsageError for what is too large to be a network's, before one is made of it."""
+    most = {"layers_per_block": MOST_LAYERS, "num_class_embeds": MOST_CLASSES, "num_train_timesteps": MOST_TIMES}
+    least = {"downsample_padding": 0, "num_class_embeds": 0}
+    for name, value in arguments.items():
+        values = value if isinstance(value, tuple) else (value,)
+        if len(values) > MOST_LEVELS:
+            raise UsageError(f"{where} has {name} of {len(values)} levels: at most {MOST_LEVELS} are read")
+        low, high = least.get(name, 1), most.get(name, LARGEST)
+        if any(type(v) is int and not low <= v <= high for v in values):
+            raise UsageError(f"{where} has {name} {shown(value)}: need {low} to {high}")
+
+
+def _read_weights(folder: Path) -> tuple[dict[str, Tensor], Path]:
+    """The weights of a unet's folder, in one file or several that an index lists, with the names that they have in
+    DiffusersNetwork; and where they are, for messages."""
+    for variant in VARIANTS:
+        added = f".{variant}" if variant else ""
+        index = folder / INDEX.replace(".json", f"{added}.json")
+        if index.is_file():
+            weights, where = _read_shards(index), folder
+            break
+        where = folder / WEIGHTS.replace(".safetensors", f"{added}.safetensors")
+        if where.is_file():
+            weights = read_weights([where])
+            break
+    else:
+        if others := sorted(file.name for file in folder.glob("*.safetensors")):
+            raise UsageError(
+                f"{folder} has no {WEIGHTS}, but {', '.join(others[:3])}: give the file with the weights that are wanted that name"
+            )
+        raise UsageError(
+            f"{folder / WEIGHTS} is missing: weights are read from safetensors only; load the pipeline in diffusers "
+            "and save it with save_pretrained(..., safe_serialization=True)"
+        )
+    older = re.compile(rf"(attentions\.\d+\.)({'|'.join(OLDER)})\.")
+    return {
+        f"unet.{older.sub(lambda found: f'{found[1]}{OLDER[found[2]]}.', name)}": w for name, w in weights.items()
+    }, where
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """Of the files that an index lists, which lie beside it."""
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed or not all(isinstance(file, str) for file in listed.values()):
+        raise UsageError(f"{index} has no weight_map of names and files")
+    for file in set(listed.values()):
+        if not re.fullmatch(r"[\w.-]+\.safetensors", file, re.ASCII):
+            raise UsageError(f"{index} lists {shown(file)}: only safetensors in its own folder are read")
+        if not (index.parent / file).is_file():
+            raise UsageError(f"{index.parent / file} is missing, which {index.name} lists: restore it")
+    weights = read_weights([index.parent / file for file in sorted(set(listed.values()))])
+    if weights.keys() != listed.keys():
+        other = sorted(weights.keys() ^ listed.keys())[0]
+        raise UsageError(f"{index} and its files do not have the same weights: {shown(other)} is in one of them only")
+    return weights

@@ -13,18 +13,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pdfast.config import ScheduleConfig, from_plain
 from pdfast.diffusion import Prediction
 from pdfast.errors import UsageError
-from pdfast.names import utf8_path
 from pdfast.networks import Network
 from pdfast.networks.network import Around
 from pdfast.teachers import preconditioning
 from pdfast.teachers.edm_unet import Block, EDMUNet, EDMUNetConfig
+from pdfast.teachers.weights import build_with, check_values, read_weights
 
 FORMAT = "edm-1"
 WEIGHTS = "model.safetensors"
@@ -77,6 +75,16 @@ class InitKwargs:
     dropout: float = 0.0
     label_dropout: float = 0.0
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.sigma_min < self.sigma_max:
+            raise ValueError(f"need 0 <= sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
+        preconditioning.check_sigmas(*self.sigmas, self.sigma_data)
+
+    @property
+    def sigmas(self) -> tuple[float, float]:
+        """The least and the most noise: the network's limits, and those of the authors' sampler."""
+        return max(self.sigma_min, SIGMA_MIN), min(self.sigma_max, SIGMA_MAX)
+
     def config(self, frequencies: tuple[float, ...]) -> "EDMConfig":
         """frequencies: of the Fourier embedding, where that is the network's; from its weights."""
         unet = EDMUNetConfig(
@@ -94,7 +102,7 @@ class InitKwargs:
             resample_filter=self.resample_filter,
             fourier=frequencies,
         )
-        return EDMConfig(unet, sigma_min=max(self.sigma_min, SIGMA_MIN), sigma_data=self.sigma_data)
+        return EDMConfig(unet, sigma_min=self.sigmas[0], sigma_data=self.sigma_data)
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,11 @@ class EDMConfig(Around):
     sigma_data: float
     kind: str = "edm"
     prediction: Prediction = "v"
+
+    def __post_init__(self) -> None:
+        if self.prediction != "v":
+            raise ValueError(f"a network with EDM's preconditioning predicts v, not {self.prediction}")
+        preconditioning.check_sigmas(self.sigma_min, preconditioning.SIGMAS[1], self.sigma_data)
 
     @property
     def inside(self) -> EDMUNetConfig:
@@ -165,18 +178,19 @@ def load_edm(folder: Path, meta: dict[str, Any]) -> tuple[EDMNetwork, ScheduleCo
     file = folder / WEIGHTS
     if not file.is_file():
         raise UsageError(f"{file} is missing: write the folder again with {SCRIPT}")
+    weights = read_weights([file])
+    frequencies: tuple[float, ...] = ()
+    if kwargs.embedding_type == "fourier":
+        if FREQUENCIES not in weights:
+            raise UsageError(f"{file} does not fit its config.json: {FREQUENCIES} missing")
+        check_values([(FREQUENCIES, weights[FREQUENCIES])], file)
+        frequencies = tuple(weights[FREQUENCIES].flatten().tolist())
     try:
-        with utf8_path(file) as named:
-            weights = {name: weight.float() for name, weight in load_file(named).items()}
-        fourier = kwargs.embedding_type == "fourier"
-        config = kwargs.config(tuple(weights[FREQUENCIES].tolist()) if fourier else ())
-        with torch.device("meta"):
-            network = config.build()
-        network.load_state_dict({name: w for name, w in weights.items() if _is_learned(name)}, assign=True)
-    except (SafetensorError, RuntimeError, OSError, ValueError, KeyError, ZeroDivisionError) as error:
-        raise UsageError(f"{file} does not fit its config.json: {str(error).splitlines()[-1].strip()[:200]}") from None
-    schedule = preconditioning.schedule(config.sigma_min, min(kwargs.sigma_max, SIGMA_MAX))
-    return network.eval().requires_grad_(False), schedule
+        config = kwargs.config(frequencies)
+    except ValueError as error:
+        raise UsageError(f"{folder / 'config.json'}: {error}") from None
+    network = build_with(config.build, {name: w for name, w in weights.items() if _is_learned(name)}, file)
+    return network, preconditioning.schedule(*kwargs.sigmas)
 
 
 def _is_learned(name: str) -> bool:

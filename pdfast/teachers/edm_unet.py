@@ -15,6 +15,8 @@ from torch import Tensor, nn
 MIN_CHANNELS_OF_GROUP = 4
 MOST_GROUPS = 32
 ADM_HEAD_DIM = 64
+MOST_PIXELS, MOST_CHANNELS, MOST_CLASSES = 1 << 13, 1 << 16, 1 << 20  # a network of more is none
+MOST_BLOCKS, MOST_LEVELS, MOST_TAPS = 64, 16, 64
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,31 @@ class EDMUNetConfig:
 
     def __post_init__(self) -> None:
         levels = len(self.channel_mult)
+        largest = max(self.channel_mult, default=1)
+        for name, least, value, most in (
+            ("image_size", 1, self.image_size, MOST_PIXELS),
+            ("image_channels", 1, self.image_channels, MOST_CHANNELS),
+            ("num_classes", 0, self.num_classes, MOST_CLASSES),
+            ("channel_mult", 1, min(self.channel_mult, default=1), MOST_CHANNELS),
+            ("model_channels", 1, self.model_channels, MOST_CHANNELS // max(largest, 1)),
+            ("channel_mult_emb", 1, self.channel_mult_emb, MOST_CHANNELS // max(self.model_channels, 1)),
+            ("channel_mult_noise", 1, self.channel_mult_noise, MOST_CHANNELS // max(self.model_channels, 1)),
+            ("num_blocks", 1, self.num_blocks, MOST_BLOCKS),
+            ("levels of channel_mult", 1, levels, MOST_LEVELS),
+            ("weights of resample_filter", 1, len(self.resample_filter), MOST_TAPS),
+        ):
+            if not least <= value <= most:
+                raise ValueError(f"{name} must be from {least} to {most}, got {value}")
+        of_noise = self.model_channels * self.channel_mult_noise
+        if of_noise % 2 or of_noise < 4:
+            raise ValueError(
+                f"model_channels {self.model_channels} are too few for sines and cosines of the noise level"
+            )
+        if self.fourier and not (len(self.fourier) == of_noise // 2 and all(map(math.isfinite, self.fourier))):
+            raise ValueError(f"fourier must be {of_noise // 2} finite frequencies")
+        for width in {self.model_channels * multiple for multiple in self.channel_mult}:
+            if self.model_type == "DhariwalUNet" and width % max(width // ADM_HEAD_DIM, 1):
+                raise ValueError(f"{width} channels do not divide into {width // ADM_HEAD_DIM} heads")
         if levels == 0 or self.image_size % 2 ** (levels - 1):
             raise ValueError(
                 f"image_size {self.image_size} does not halve {levels - 1} times (channel_mult {self.channel_mult})"

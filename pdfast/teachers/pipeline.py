@@ -20,8 +20,9 @@ from pdfast.diffusion.schedules import Schedule
 from pdfast.networks import Network, NetworkConfig, UNet
 from pdfast.networks.layers import Attention, Conv2d, ResBlock, time_embedding
 from pdfast.teachers.convert import Converted, coefficients
-from pdfast.teachers.diffusers import PREDICTIONS, DiffusersNetwork, library
+from pdfast.teachers.diffusers import DiffusersNetwork
 from pdfast.teachers.edm import EDMNetwork
+from pdfast.teachers.schedulers import PREDICTIONS, library
 
 LEAST_TIMES = 1024
 NAMES = {ours: theirs for theirs, ours in PREDICTIONS.items()}

@@ -71,7 +71,7 @@ def test_a_sampler_ends_at_exactly_zero():
         lambda: LinearBeta(0.0, 0.0),
         lambda: AlphaBars(torch.tensor([])),
         lambda: AlphaBars(torch.tensor([0.9, 0.9])),
-        lambda: AlphaBars(torch.tensor([1.0, 0.5])),
+        lambda: AlphaBars(torch.tensor([1.0, 0.9, 1.0, 0.5])),
         lambda: AlphaBars(torch.tensor([0.5, -0.1])),
         lambda: AlphaBars(torch.tensor([float("nan")])),
         lambda: Flow(0.0),

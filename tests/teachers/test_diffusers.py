@@ -133,7 +133,7 @@ def _changed(folder, file, **values):
         ),
         ("model_index.json", {"vae": ["diffusers", "AutoencoderKL"]}, ["scheduler, unet, vae", "latent"]),
         ("model_index.json", {"scheduler": ["diffusers", "Evil"]}, ["Evil", "DDPMScheduler"]),
-        ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, ["prediction_type flow"]),
+        ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, ["prediction_type 'flow'"]),
         ("scheduler/scheduler_config.json", {"beta_schedule": "secret"}, ["no schedule that can be read", "secret"]),
         ("scheduler/scheduler_config.json", {"trained_betas": [0.5, -0.5]}, ["strictly decreasing"]),
         ("unet/config.json", {"sample_size": [8, 16]}, ["sample_size [8, 16]"]),
@@ -141,7 +141,7 @@ def _changed(folder, file, **values):
         ("unet/config.json", {"time_embedding_type": "fourier"}, ["fourier"]),
         ("unet/config.json", {"class_embed_type": "timestep"}, ["timestep"]),
         ("unet/config.json", {"block_out_channels": [16]}, ["cannot be loaded"]),
-        ("unet/config.json", {"block_out_channels": [24, 32]}, ["cannot be loaded"]),
+        ("unet/config.json", {"block_out_channels": [24, 32]}, ["does not fit", "conv_in.weight is [16, 1, 3, 3]"]),
     ],
 )
 def test_what_is_not_read_is_refused_in_one_line(tmp_path, file, values, words):
@@ -221,7 +221,7 @@ def test_in_two_processes_in_parts(tmp_path, compiled):
     [
         ((torch.nn.Linear(2, 2), DDPMScheduler(10)), "not a Linear"),
         ((unet(), "linear"), "not of a str"),
-        ((unet(), EulerDiscreteScheduler()), "this scheduler is a EulerDiscreteScheduler"),
+        ((unet(), EulerDiscreteScheduler()), "this scheduler is a 'EulerDiscreteScheduler'"),
     ],
 )
 def test_what_cannot_be_adapted(parts, words):

@@ -44,7 +44,8 @@ def images(share_of_gpu: float) -> ResidentImages:
 
 
 def table(steps: int) -> StepTable:
-    return StepTable(*(torch.empty(c.shape, dtype=c.dtype, device=WORLD.device) for c in TABLES[steps]))
+    columns = (torch.empty(c.shape, dtype=c.dtype, device=WORLD.device) for c in TABLES[steps].columns())
+    return StepTable(TABLES[steps].prediction, *columns)
 
 
 def waits(images: ResidentImages, update: Callable[[Draws, Optimizer], None], network: torch.nn.Module) -> list[str]:

@@ -52,11 +52,21 @@ def diffuse(
     return z.to(dtype, memory_format=torch.channels_last)
 
 
+def _rows(column: Tensor, index: Tensor | None) -> Tensor:
+    """The rows of a table, in float32 at least, as in the kernels: with them all that follows is."""
+    rows = rows_of(column, index)
+    return rows.float() if rows.dtype.itemsize < 4 else rows
+
+
 def ddim_step(
     z: Tensor, output: Tensor, z_coefficient: Tensor, output_coefficient: Tensor, index: Tensor | None = None
 ) -> Tensor:
-    a, b = rows_of(z_coefficient, index), rows_of(output_coefficient, index)
-    return (_like(a, z) * z + _combine(output, b)).to(z.dtype)
+    return _step(z, output, _rows(z_coefficient, index), _rows(output_coefficient, index)).to(z.dtype)
+
+
+def _step(z: Tensor, output: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """In the dtype of the coefficients, which a z of 16 bits is not."""
+    return _like(a, z) * z + _combine(output, b)
 
 
 def weighted_loss(output: Tensor, target: Tensor, output_coefficient: Tensor, weight: Tensor) -> Tensor:
@@ -77,9 +87,9 @@ def ddim_step_weighted_loss(
     weight: Tensor,
     index: Tensor | None = None,
 ) -> Tensor:
-    target = ddim_step(z, teacher_output, target_z, target_output, index)
-    target = target + _combine(teacher_output_mid, rows_of(target_output_mid, index))
-    return weighted_loss(output, target, rows_of(output_coefficient, index), rows_of(weight, index))
+    target = _step(z, teacher_output, _rows(target_z, index), _rows(target_output, index))
+    target = target + _combine(teacher_output_mid, _rows(target_output_mid, index))
+    return weighted_loss(output, target, _rows(output_coefficient, index), _rows(weight, index))
 
 
 def ddim_step_weighted_loss_and_grad(
@@ -97,8 +107,8 @@ def ddim_step_weighted_loss_and_grad(
     grad_scale: float,
 ) -> tuple[Tensor, Tensor]:
     columns = (target_z, target_output, target_output_mid, output_coefficient, weight)
-    a, b, d, c, weight = (rows_of(column, index) for column in columns)
-    target = ddim_step(z, teacher_output, a, b) + _combine(teacher_output_mid, d)
+    a, b, d, c, weight = (_rows(column, index) for column in columns)
+    target = _step(z, teacher_output, a, b) + _combine(teacher_output_mid, d)
     error = _combine(output, c) - target
     slope = c * (2 * grad_scale / max(z[:1].numel(), 1) * weight)[:, None]
     grad = torch.cat([_like(slope[:, p], error) * error for p in range(c.shape[1])], dim=1)

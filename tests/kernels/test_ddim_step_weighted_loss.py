@@ -74,7 +74,7 @@ def test_the_distillation_loss_of_every_prediction(triton_kernels, draw, predict
     """The columns of a real table, and the paper's target: where the teacher's two steps end."""
     table = build_step_table(StartingAt(Cosine(), 0.9), 4, prediction, "snr", dtype=torch.float64)
     k = torch.tensor([0, 2, 1])
-    z, phi, phi_mid, phi_next = draw(3, 3, 4, 4).double(), *(t[k].view(-1, 1, 1, 1) for t in table[:3])
+    z, phi, phi_mid, phi_next = draw(3, 3, 4, 4).double(), *(t[k].view(-1, 1, 1, 1) for t in table.columns()[:3])
     o, o1, o2 = (draw(3, 6 if prediction == "both" else 3, 4, 4).double() for _ in range(3))
 
     def x_and_step(z, output, phi, end):

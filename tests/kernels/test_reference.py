@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pdfast_kernels import ddim_step, ddim_step_weighted_loss, weighted_loss
+from pdfast_kernels import ddim_step, ddim_step_weighted_loss, ddim_step_weighted_loss_and_grad, weighted_loss
 
 N, C, H, W = 3, 2, 4, 5
 
@@ -43,3 +43,20 @@ def test_other_shapes_than_images():
     z, o = draw(N, 7), draw(N, 7, seed=1)
     a, b = draw(N, seed=2), draw(N, 1, seed=3)
     torch.testing.assert_close(ddim_step(z, o, a, b), a[:, None] * z + b * o)
+
+
+@pytest.mark.parametrize("coefficients", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_state_of_16_bits_does_not_round_the_target(dtype, coefficients):
+    z, o1, o2, o = (draw(N, C, H, W, seed=s).to(dtype) for s in range(4))
+    columns = [column.to(coefficients) for column in (draw(N), draw(N, 1), draw(N, 1), draw(N, 1), draw(N).abs())]
+    exact = ddim_step_weighted_loss(*(t.double() for t in (o, z, o1, o2, *columns)))
+    ours = ddim_step_weighted_loss(o, z, o1, o2, *columns)
+    and_grad, _ = ddim_step_weighted_loss_and_grad(o, z, o1, o2, *columns, grad_scale=1.0)
+    for losses in (ours, and_grad):
+        assert losses.dtype == torch.float32
+        torch.testing.assert_close(losses.double(), exact, rtol=1e-5, atol=1e-6)
+    step = ddim_step(z, o1, columns[0], columns[1])
+    exact = ddim_step(z.double(), o1.double(), columns[0].double(), columns[1].double())
+    assert step.dtype == dtype
+    torch.testing.assert_close(step, exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-3)

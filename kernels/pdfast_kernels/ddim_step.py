@@ -113,7 +113,9 @@ def _launch(kernel, z: Tensor, b: Tensor, index: Tensor | None, run: int, **tens
 
 @torch.library.custom_op("pdfast_kernels::ddim_step", mutates_args=())
 def _ddim_step(z: Tensor, output: Tensor, a: Tensor, b: Tensor, index: Tensor | None) -> Tensor:
-    run, _ = run_length(z, output=output)
+    run, reason = run_length(z, output=output)
+    if reason:  # asked again: what was traced may come with other strides
+        raise ValueError(f"{OP}: {reason}")
     result = torch.empty_like(z)
     _launch(_forward, z, b, index, run, z_ptr=z, output_ptr=output, a_ptr=a, result_ptr=result)
     return result

@@ -112,7 +112,9 @@ def _backward(
 def _run(tensors: tuple[Any, ...], grad_scale: float | None) -> tuple[Tensor, Tensor]:
     """The losses, and grad_scale d(sum of M losses)/d output, M = C H W: empty for None. tensors: the arguments, in order."""
     output, z, teacher, teacher_mid, target_z, target_output, target_output_mid, coefficient, weight, index = tensors
-    run, _ = run_length(z, output=output)
+    run, reason = run_length(z, output=output, teacher_output=teacher, teacher_output_mid=teacher_mid)
+    if reason:  # asked again: what was traced may come with other strides
+        raise ValueError(f"{OP}: {reason}")
     parts, elements = coefficient.shape[1], z.numel() // max(len(z), 1)
     _, block, warps = TABLE.row(arch_of(z.device), elements)
     blocks = cdiv(elements, block)

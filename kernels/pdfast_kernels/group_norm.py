@@ -131,7 +131,17 @@ def _merge(shape: _Shape, chunks: int) -> dict[str, int]:
     }
 
 
+def _dense(x: Tensor) -> Tensor:
+    """It with the channels last, a copy if it must be: gradients come in any layout, and so do tensors that were saved elsewhere
+    for the backward (`torch.autograd.graph.save_on_cpu`)."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
 def _parameters(weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> dict:
+    # As they were saved, so they come back; but hooks may give them any strides.
+    weight, bias, scale, shift = (
+        p if p is None or p.stride(-1) == 1 else p.contiguous() for p in (weight, bias, scale, shift)
+    )
     return {
         "weight_ptr": weight,
         "bias_ptr": bias,
@@ -153,7 +163,7 @@ def forward(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y like x; mean and rstd, float32 [N, num_groups]."""
-    shape = _Shape.of(x, num_groups)
+    shape, x = _Shape.of(x, num_groups), _dense(x)
     y = torch.empty_like(x)
     mean = torch.empty(shape.n, num_groups, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
@@ -195,8 +205,7 @@ def backward(
     of_parameters: bool = True,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """dx like x, and the gradients of weight, bias, scale and shift: None for what is not there or not asked for."""
-    shape = _Shape.of(x, num_groups)
-    dy = dy.movedim(1, -1).contiguous().movedim(-1, 1)
+    shape, x, dy = _Shape.of(x, num_groups), _dense(x), _dense(dy)
     dx = torch.empty_like(x)
     sums = torch.empty(shape.n, 2, shape.channels, dtype=torch.float32, device=x.device)
     parameters = _parameters(weight, bias, scale, shift)
@@ -352,7 +361,7 @@ def group_norm(
     with as_given(x.device):
         y = reference.group_norm(x, num_groups, weight, bias, eps, scale=scale, shift=shift, silu=silu)
     # PyTorch's own norm forgets the layout of channels-last images on a GPU, and of other channels-last tensors everywhere.
-    return y.movedim(1, -1).contiguous().movedim(-1, 1) if x.movedim(1, -1).is_contiguous() else y
+    return _dense(y) if x.movedim(1, -1).is_contiguous() else y
 
 
 def _unsupported_layout(x: Tensor, **parameters: Tensor | None) -> str | None:

@@ -1,6 +1,7 @@
 """The parts of the U-Net. Images are [N, C, H, W] with channels-last strides everywhere.
 
-Parameters are cast to the dtype of the activations at use: on whatever processes they lie, the values are the same.
+Parameters are cast to the dtype of the activations at use: on whatever processes they lie, the values are the same. Those of the
+norms are rounded to it and stay float32, since their gradients are sums over whole images, which bf16 would round.
 
 Weights are initialised as in the authors' Flax code: LeCun-normal kernels, zero biases, and zero where a residual branch
 or the network ends.
@@ -23,6 +24,13 @@ def _init(weight: Tensor, fan_in: int, zero: bool) -> None:
     else:
         std = math.sqrt(1 / fan_in) / _TRUNCATED_STD
         nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
+def _rounded(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """Its values in `dtype`, in its own dtype: the gradient passes as it is."""
+    if parameter.dtype == dtype:
+        return parameter
+    return parameter + (parameter.to(dtype).to(parameter.dtype) - parameter).detach()  # exact
 
 
 class Conv2d(nn.Module):
@@ -64,7 +72,7 @@ class GroupNorm(nn.GroupNorm):
     def forward(
         self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = False
     ) -> Tensor:
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        weight, bias = _rounded(self.weight, x.dtype), _rounded(self.bias, x.dtype)
         return group_norm(x, self.num_groups, weight, bias, self.eps, scale=scale, shift=shift, silu=silu)
 
 
@@ -135,7 +143,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         norm, qkv, proj = self.norm, self.qkv, self.proj
-        parameters = norm.weight, norm.bias, qkv.weight, qkv.bias, proj.weight, proj.bias
-        w_norm, b_norm, w_qkv, b_qkv, w_proj, b_proj = (parameter.to(x.dtype) for parameter in parameters)
+        parameters = qkv.weight, qkv.bias, proj.weight, proj.bias
+        w_norm, b_norm = _rounded(norm.weight, x.dtype), _rounded(norm.bias, x.dtype)
+        w_qkv, b_qkv, w_proj, b_proj = (parameter.to(x.dtype) for parameter in parameters)
         heads = x.shape[1] // self.head_dim
         return group_norm_attention(x, norm.num_groups, w_norm, b_norm, w_qkv, b_qkv, w_proj, b_proj, heads, norm.eps)

@@ -106,6 +106,24 @@ def test_bf16_is_near_and_the_teachers_copy_equal():
     assert 0 < (ours - exact).abs().max() < 0.03 * exact.abs().max()
 
 
+def test_the_gradients_of_the_norms_are_not_rounded():
+    """Their values are rounded to bf16, as the teacher's copy has them; the sums over images are float32."""
+    model = network().train()
+    model.dtype = torch.bfloat16
+    for p in model.parameters():
+        p.data += 0.01 * torch.randn_like(p)
+    model(torch.randn(8, 3, 8, 8), torch.rand(8), torch.arange(8) % 3).square().mean().backward()
+    for name in (
+        "mid_block1.norm1.weight",
+        "mid_block1.norm2.bias",
+        "mid_attention.norm.weight",
+        "mid_attention.norm.bias",
+    ):
+        gradient = model.get_parameter(name).grad
+        assert gradient.dtype == torch.float32
+        assert not torch.equal(gradient, gradient.bfloat16().float()), name
+
+
 def test_a_small_angle_keeps_its_noise_in_bf16():
     """z enters the network in float32: bf16's rounding of it would be larger than the noise at the smallest angles."""
     x, eps = torch.rand(1, 3, 8, 8), torch.randn(1, 3, 8, 8)

@@ -116,6 +116,15 @@ def test_checkpointed_nothing_of_the_operation_is_kept(triton_kernels, draw, x):
     assert len(kept) > 2 and (2, 4) in kept  # the statistics
 
 
+def test_saved_elsewhere_in_another_layout(triton_kernels, module, x):
+    """As by `save_on_cpu(pin_memory=True)`, which brings a contiguous copy back."""
+    parameters = [*module.parameters()]
+    expected = results(module, x, parameters)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.contiguous().clone()):
+        for one, other in zip(results(module, x, parameters), expected, strict=True):
+            assert_relative(one, other)
+
+
 def test_functional_call(triton_kernels, module, x):
     torch.manual_seed(1)
     other = type(module)()

@@ -148,6 +148,10 @@ def main() -> None:
     device = open_device(arguments.device)
     saved = find_model(arguments.model, arguments.steps, device)
     saved.check_start()
+    if arguments.out.suffix == ".png" and saved.config.image_channels not in (1, 3):
+        raise UsageError(
+            f"--out {arguments.out}: images of {saved.config.image_channels} channels are no picture, end it in .npz"
+        )
     layout.for_sampling(saved.network, device, arguments.dtype, arguments.compile)
     began = time.perf_counter()
     images, labels, steps = draw(arguments, saved, device)

@@ -13,6 +13,8 @@ from pdfast.checks import _plain_values, check_job, check_values
 from pdfast.config import DistillConfig, TrainConfig, from_plain, resolve_steps, to_plain
 from pdfast.engine import device
 from pdfast.engine.device import open_device
+from pdfast.engine.files import write_folder
+from pdfast.engine.model_folder import fill_model_folder
 from pdfast.errors import UsageError
 from pdfast.networks import NetworkConfig
 from pdfast.presets import DIGITS, PRESETS
@@ -181,3 +183,13 @@ def test_rocm_calls_itself_cuda(monkeypatch):
 def test_numbers_of_the_other_commands(command, finished_run, capsys):
     name, *arguments = command.format(run=finished_run).split()
     one_line(capsys, call(name, *arguments), 2, f"{arguments[-2]} must be")
+
+
+def test_a_picture_of_four_channels(tmp_path, capsys):
+    """Latents, say: there is no such PNG; their arrays can be written."""
+    network = dataclasses.replace(DIGITS.network, image_channels=4)
+    folder = tmp_path / "model"
+    write_folder(folder, lambda f: fill_model_folder(f, network.build().state_dict(), network, DIGITS.schedule, 1))
+    command = ["sample", str(folder), "--count", "2", "--device", "cpu", "--out"]
+    one_line(capsys, call(*command, str(tmp_path / "a.png")), 2, "images of 4 channels are no picture", ".npz")
+    assert call(*command, str(tmp_path / "a.npz")) == 0

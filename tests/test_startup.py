@@ -73,6 +73,20 @@ def test_refused_before_anything_is_done(flags, words, more, weights, run, capsy
     assert not run.exists()
 
 
+def test_a_plan_needs_no_weights_of_a_package(run, monkeypatch, capsys):
+    monkeypatch.setattr("pdfast.report.mobilenet.PACKAGE", "a_package_that_is_not_there")
+    arguments = ["--run", str(run), "--preset", "cifar10-fast", "--data", "cifar10.npz"]
+    assert call("distill", *arguments, "--dry-run") == 0
+    assert "not installed here: pip install" in capsys.readouterr().out
+    one_line(
+        capsys,
+        call("distill", *TINY_DISTILL, "--run", str(run), "--evaluation.features", "mobilenet"),
+        2,
+        "pip install",
+    )
+    assert not run.exists()
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """Files of features that are none, and images of two and four channels."""

@@ -118,15 +118,16 @@ def train_digits_features() -> DigitsFeatures:
 FeatureSpace = DigitsFeatures | MobileNetFeatures | InceptionFeatures
 
 
-def check_feature_space(spec: str, shape: tuple[int, int, int] | None = None) -> None:
-    """UsageError where there is no such feature space, its weights are missing or no such weights, or it takes no images of
-    shape (H, W, C)."""
+def check_feature_space(spec: str, shape: tuple[int, int, int] | None = None, *, weights: bool = True) -> None:
+    """UsageError where there is no such feature space, a file of weights is missing or none of it, or it takes no images of
+    shape (H, W, C); with `weights` also where those that a package carries are not installed."""
     if spec == "digits":
         if shape is not None:
             _check_digits((shape[2], *shape[:2]))
     elif spec == "mobilenet":
         _check_channels("mobilenet", shape)
-        weights_file()
+        if weights:
+            weights_file()
     elif Path(spec).suffix in (".pth", ".pt", ".safetensors"):
         _check_channels(spec, shape)
         check_weights(Path(spec))

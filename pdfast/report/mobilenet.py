@@ -97,6 +97,11 @@ class MobileNetFeatures(nn.Module):
         return self.network.classifier(features)
 
 
+def installed() -> bool:
+    """Whether there is the package that carries the weights."""
+    return importlib.util.find_spec(PACKAGE) is not None
+
+
 def weights_file() -> Path:
     """That of the installed package. UsageError where it is missing or altered."""
     spec = importlib.util.find_spec(PACKAGE)

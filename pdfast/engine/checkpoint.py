@@ -200,6 +200,8 @@ class Checkpoints:
         with utf8_path(files[0]) as named, safe_open(named, framework="pt") as first:
             if not set(meta["common"]) <= set(first.keys()):
                 raise ValueError("its state.json was changed")
+        for file in files:
+            _check_finite(file, set(meta["common"]))
         return meta["update"]
 
     def _load(self, folder: Path) -> Checkpoint:
@@ -250,6 +252,14 @@ def clear_finished(run: Path) -> None:
         stage = re.fullmatch(r"\.?(teacher|student-([0-9]{4,}))-[0-9]{10,}(\.tmp)?", folder.name)
         if stage and (run / (f"students/{stage[2]}" if stage[2] else "teacher")).is_dir():
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_finite(file: Path, common: set[str]) -> None:
+    """ValueError where a parameter, or its optimizer's state, is not finite: no update leaves them so."""
+    with utf8_path(file) as named, safe_open(named, framework="pt") as opened:
+        for name in set(opened.keys()) - common:
+            if not bool(torch.isfinite(opened.get_tensor(name)).all()):
+                raise ValueError(f"{name} in {file.name} is not finite")
 
 
 def _own_rows(parts: list[Any], world: World) -> Tensor:

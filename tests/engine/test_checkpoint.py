@@ -229,3 +229,15 @@ def test_permissions_are_what_the_umask_leaves(tmp_path, umask, mode):
         os.umask(before)
     files = [p for p in (tmp_path / "checkpoints").rglob("*") if p.is_file()]
     assert len(files) == 5 and {p.stat().st_mode & 0o777 for p in files} == {mode}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_damaged(tmp_path, value, capsys):
+    """The one before it is used."""
+    write(tmp_path, 1, 1)
+    spoilt = {name: tensor.clone() for name, tensor in WHOLE.items()}
+    name = next(name for name, tensor in spoilt.items() if tensor.is_floating_point())
+    spoilt[name].view(-1)[-1] = value
+    write(tmp_path, 1, 2, spoilt)
+    assert Checkpoints(tmp_path, "student-0004", parts(1)[0]).latest().update == 1
+    assert f"{name} in rank-0000.safetensors is not finite" in capsys.readouterr().err

@@ -113,7 +113,7 @@ def test_bad_input(finished_run, tmp_path, capsys):
     for arguments, words in (
         ([str(finished_run), str(tmp_path)], "is there already"),
         ([str(tmp_path / "nowhere"), str(tmp_path / "out")], "no folder"),
-        ([str(finished_run), str(tmp_path / "out"), "--steps", "0"], "--steps must be at least 1"),
+        ([str(finished_run), str(tmp_path / "out"), "--steps", "0"], "--steps must be from 1"),
     ):
         assert call("export", *arguments) == 2
         assert words in capsys.readouterr().err

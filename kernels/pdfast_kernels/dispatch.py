@@ -41,9 +41,8 @@ _default = os.environ.get("PDFAST_KERNELS", "auto")
 if _default not in MODES:
     raise ValueError(f"PDFAST_KERNELS is {_default!r}: say one of {', '.join(MODES)}")
 _mode: ContextVar[str] = ContextVar("pdfast_kernels.mode", default=_default)
-_traced = (
-    local()
-)  # the same for torch.compile, which guards what it reads of a thread but cannot read context variables
+# The mode of this thread's context for torch.compile, which guards what it reads of a thread but cannot read context variables.
+_traced = local()
 
 
 def constant_when_compiled(function: Callable) -> Callable:
@@ -58,13 +57,12 @@ def use(mode: Mode) -> Iterator[None]:
     thread those are computed. ValueError for an unknown one."""
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}: say one of {', '.join(MODES)}")
-    token, before = _mode.set(mode), getattr(_traced, "mode", _default)
-    _traced.mode = mode
+    token, _traced.mode = _mode.set(mode), mode
     try:
         yield
     finally:
         _mode.reset(token)
-        _traced.mode = before
+        _traced.mode = _mode.get()
 
 
 def _current_mode() -> str:

@@ -14,12 +14,7 @@ def in_vmap() -> bool:
 
 def is_channels_last(tensor: Tensor) -> bool:
     """Whether [N, C, H, W] lies dense as [N, H, W, C]; no under vmap."""
-    return (
-        tensor.dim() == 4
-        and not in_vmap()
-        and tensor.dim() == 4
-        and tensor.is_contiguous(memory_format=torch.channels_last)
-    )
+    return tensor.dim() == 4 and not in_vmap() and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def with_layout(tensor: Tensor, channels_last: bool) -> Tensor:

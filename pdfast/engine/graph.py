@@ -78,9 +78,9 @@ class Replayed:
                     raise
         except BaseException as error:
             torch.cuda.set_stream(current)  # which a recording that was spoilt leaves to others
-            failure = failure or error
             if error is not failure:
                 _forget(pool)
+            failure = failure or error
             if not isinstance(failure, Exception):
                 raise failure from None
         if failure is None:

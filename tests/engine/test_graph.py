@@ -16,7 +16,7 @@ class StandIn:
 
     def __init__(self, monkeypatch):
         self.current, self.streams, self.modes, self.recording = "current", [], [], False
-        self.emptied, self.forgotten, self.replays = 0, [], 0
+        self.emptied, self.forgotten, self.replays, self.unjoined = 0, [], 0, False
         for name in ("Stream", "CUDAGraph", "graph", "stream", "Event"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.Stream(self.current))
@@ -61,6 +61,8 @@ class StandIn:
             raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
         finally:
             self.recording = False
+        if self.unjoined:
+            raise RuntimeError("capture was not joined")
         self.current = before
 
 
@@ -121,6 +123,17 @@ def test_a_recording_that_fails(cuda, error, reason, spoilt):
     assert cuda.emptied == 1
     ended = [("_cuda_endAllocateToPool", (0, 7)), ("_cuda_releasePool", (0, 7))]
     assert cuda.forgotten == (ended if spoilt else [])
+
+
+def test_a_recording_of_which_only_the_end_fails(cuda):
+    """Its memory is given back as well."""
+    run, cuda.unjoined = replayed(lambda: None), True
+    for _ in range(2):
+        run()
+    with pytest.warns(UserWarning, match="it cannot be recorded: capture was not joined$"):
+        run()
+    assert cuda.current == "current"
+    assert cuda.forgotten == [("_cuda_endAllocateToPool", (0, 7)), ("_cuda_releasePool", (0, 7))]
 
 
 def test_an_update_that_fails_by_itself_says_why(cuda):

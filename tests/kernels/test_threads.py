@@ -54,7 +54,7 @@ def test_two_threads_have_a_mode_each_and_leave_none():
         assert now() == "reference"
 
 
-def test_tasks_have_a_mode_each():
+def test_tasks_have_a_mode_each(monkeypatch):
     seen = {}
 
     async def task(mode, turns):
@@ -69,6 +69,8 @@ def test_tasks_have_a_mode_each():
     before = now()
     asyncio.run(both())
     assert seen == {"triton": "triton", "reference": "reference"} and now() == before
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert now() == before
 
 
 def test_an_error_ends_it_too():

@@ -13,6 +13,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -86,6 +88,18 @@ def work() -> None:
             print(json.dumps([elapsed, 1e3 * (time.process_time() - before) / len(elapsed)]), flush=True)
 
 
+@contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """Within it, so many processes keep a core busy each."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser("benchmarks.busy", description="An update of the digits beside busy processes.")
     parser.add_argument("--busy", nargs="+", type=int, default=[0, 1, 2], metavar="K", help="processes beside it")
@@ -106,19 +120,16 @@ def main(arguments: list[str] | None = None) -> int:
     cases = {name: Case(*CASES[name]) for name in options.cases}
     rows = []
     for count in options.busy:
-        busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
         elapsed: dict[str, list[float]] = {name: [] for name in cases}
         on_cores: dict[str, list[float]] = {name: [] for name in cases}
         loads = []
-        for _ in range(options.turns):
-            for name, case in cases.items():
-                times, cores = case.run(options.updates)
-                elapsed[name] += times
-                on_cores[name].append(cores)
-                loads.append(os.getloadavg()[0])
-        for process in busy:
-            process.kill()
-            process.wait()
+        with busy_processes(count):
+            for _ in range(options.turns):
+                for name, case in cases.items():
+                    times, cores = case.run(options.updates)
+                    elapsed[name] += times
+                    on_cores[name].append(cores)
+                    loads.append(os.getloadavg()[0])
         for name, values in elapsed.items():
             row = {"ms": median(values), "least_ms": min(values), "on_cores_ms": median(on_cores[name])}
             row = {name: round(value, 1) for name, value in row.items()}

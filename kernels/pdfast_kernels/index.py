@@ -9,8 +9,6 @@ import os
 import torch
 from torch import Tensor
 
-from pdfast_kernels.dispatch import constant_when_compiled
-
 DEBUG = os.environ.get("PDFAST_KERNELS_DEBUG", "0") not in ("", "0")
 
 
@@ -39,7 +37,7 @@ def rows_of(column: Tensor, index: Tensor | None) -> Tensor:
     range. The column itself without an index."""
     if index is None:
         return column
-    if _asked(index):
+    if index.device.type == "cpu" and _asked(index):
         return column[index]
     inside = (index >= 0) & (index < len(column))
     if not len(column):
@@ -50,7 +48,7 @@ def rows_of(column: Tensor, index: Tensor | None) -> Tensor:
 
 def _asked(index: Tensor) -> bool:
     """Whether the values are asked: not of a GPU, and not of tensors that stand for others (vmap, fake tensors, tracing)."""
-    if index.device.type != "cpu" and not (DEBUG and index.device.type == "cuda" and not _captures()):
+    if index.device.type != "cpu" and not (DEBUG and index.device.type == "cuda"):
         return False
     if torch.compiler.is_compiling():
         return True
@@ -60,13 +58,8 @@ def _asked(index: Tensor) -> bool:
     return of_itself and not torch.jit.is_tracing()
 
 
-@constant_when_compiled
-def _captures() -> bool:
-    return torch.cuda.is_current_stream_capturing()
-
-
 def _raise_outside(index: Tensor, what: str, first: int, end: int) -> None:
-    if not index.numel():
+    if not index.numel() or (index.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     least, most = (int(value) for value in torch.aminmax(index))
     if least < first or most >= end:

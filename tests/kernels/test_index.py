@@ -155,13 +155,17 @@ def test_the_debug_switch_asks_on_a_gpu_too(monkeypatch):
     """By a stand-in: what is asked of a tensor is its device, then its values."""
 
     class OnGpu:
-        device = torch.device("cuda")
+        device, is_cuda = torch.device("cuda"), True
+        numel = staticmethod(lambda: 1)
 
-    monkeypatch.setattr(module, "_captures", lambda: False)
     assert not module._asked(OnGpu())
     monkeypatch.setattr(module, "DEBUG", True)
     monkeypatch.setattr(torch._C._functorch, "is_functorch_wrapped_tensor", lambda tensor: False)
     monkeypatch.setattr(module, "Tensor", OnGpu)
     assert module._asked(OnGpu())
-    monkeypatch.setattr(module, "_captures", lambda: True)
-    assert not module._asked(OnGpu())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with pytest.raises(TypeError):  # it is no tensor
+        module._raise_outside(OnGpu(), "index", 0, 1)
+    # Compiled code asks too, and may be captured later.
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    module._raise_outside(OnGpu(), "index", 0, 1)

@@ -20,7 +20,7 @@ from pdfast.cli import parse, run_command
 from pdfast.config import OptionalInt, to_plain
 from pdfast.diffusion import sample
 from pdfast.engine.device import open_device
-from pdfast.engine.files import write_folder, write_json
+from pdfast.engine.files import check_seal, sealed, write_folder, write_json
 from pdfast.engine.log import count_steps
 from pdfast.engine.model_folder import SavedModel
 from pdfast.errors import RunError, UsageError
@@ -194,7 +194,8 @@ def export_plain(saved: SavedModel, out: Path) -> None:
                 shutil.copy(file, folder / file.name)
         meta = read_json(folder / "config.json", infinite=True)
         if "schedule" in meta:  # whole, also where an earlier version named its table by a path
-            write_json(folder / "config.json", meta | {"schedule": to_plain(saved.schedule)})
+            whole = check_seal(meta) | {"schedule": to_plain(saved.schedule)}
+            write_json(folder / "config.json", sealed(whole))
 
     write_folder(out, fill)
 

@@ -1,5 +1,6 @@
 """Running the commands as a person does, in this process or in one of their own, on a network that trains in milliseconds."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 from pdfast.cli import run_command
+from pdfast.engine.files import check_seal, sealed
 
 ROOT = Path(__file__).parents[1]
 TINY_NETWORK = (
@@ -45,3 +47,9 @@ def call(command: str, *arguments: str) -> int:
         return end.code
     finally:
         sys.argv = argv
+
+
+def rewrite_config(folder: Path, **values) -> None:
+    """Change fields of a model's config.json, and its checksum with them, as a program would that writes it whole."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(sealed(check_seal(json.loads(file.read_text())) | values)))

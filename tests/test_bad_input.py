@@ -21,7 +21,7 @@ from pdfast.engine.checkpoint import Checkpoints
 from pdfast.engine.files import sha256
 from pdfast.engine.world import World
 from pdfast.errors import UsageError
-from tests.commands import TINY_DISTILL, TINY_GIVEN, TINY_ROUNDS, TINY_RUN, call, environment, spawn
+from tests.commands import TINY_DISTILL, TINY_GIVEN, TINY_ROUNDS, TINY_RUN, call, environment, rewrite_config, spawn
 
 
 def one_line(capsys, code, expected_code, *words):
@@ -178,9 +178,7 @@ def test_a_teacher_that_was_changed_in_its_folder(finished_run, tmp_path, capsys
     assert call("distill", *command) == 0
     weights = load_file(teacher / "student.safetensors")
     save_file({name: 2 * weight for name, weight in weights.items()}, teacher / "student.safetensors")
-    config = json.loads((teacher / "config.json").read_text())
-    config["sha256"] = sha256(teacher / "student.safetensors")
-    (teacher / "config.json").write_text(json.dumps(config))
+    rewrite_config(teacher, sha256=sha256(teacher / "student.safetensors"))
     capsys.readouterr()
     one_line(capsys, call("distill", *command), 2, f"was begun with another teacher than {teacher}: give")
 

@@ -17,7 +17,7 @@ from pdfast.config import DistillConfig, from_plain
 from pdfast.engine import interrupt, layout
 from pdfast.engine.model_folder import load_model
 from pdfast.reading import load_yaml
-from tests.commands import TINY_DISTILL, TINY_GIVEN, TINY_RUN, call, environment, spawn
+from tests.commands import TINY_DISTILL, TINY_GIVEN, TINY_RUN, call, environment, rewrite_config, spawn
 from tests.engine.processes import TORCHRUN, run
 
 
@@ -131,10 +131,8 @@ def test_a_round_that_was_begun_from_another_teacher(finished_run, tmp_path, mon
     monkeypatch.setattr(interrupt, "requested", lambda: True)  # stops after the first update
     assert call("distill", *TINY_DISTILL, "--run", str(run)) == 130
     monkeypatch.undo()
-    config = json.loads((run / "students/0002/config.json").read_text())
     shutil.copy(run / "teacher/teacher.safetensors", run / "students/0002/student.safetensors")
-    config["sha256"] = json.loads((run / "teacher/config.json").read_text())["sha256"]
-    (run / "students/0002/config.json").write_text(json.dumps(config))
+    rewrite_config(run / "students/0002", sha256=json.loads((run / "teacher/config.json").read_text())["sha256"])
     assert call("distill", *TINY_DISTILL, "--run", str(run)) == 2
     assert "was begun from another teacher than there is now" in capsys.readouterr().err
 

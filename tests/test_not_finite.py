@@ -1,6 +1,5 @@
 """Images that are not finite are neither shown nor measured: one line that says at how many steps, and nothing written."""
 
-import json
 import shutil
 
 import pytest
@@ -13,7 +12,7 @@ from pdfast.engine.files import sha256
 from pdfast.engine.world import World
 from pdfast.errors import RunError
 from pdfast.report.evaluator import draw
-from tests.commands import TINY_DISTILL, call
+from tests.commands import TINY_DISTILL, call, rewrite_config
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:64 images are too few")
@@ -51,8 +50,7 @@ def overflowing(finished_run, tmp_path):
     weights = load_file(folder / "student.safetensors")
     weights["conv_out.weight"] = torch.full_like(weights["conv_out.weight"], 3e38)
     save_file(weights, folder / "student.safetensors")
-    meta = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(meta | {"sha256": sha256(folder / "student.safetensors")}))
+    rewrite_config(folder, sha256=sha256(folder / "student.safetensors"))
     return tmp_path / "run"
 
 

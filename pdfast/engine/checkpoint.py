@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pdfast.engine.files import SEAL, check_seal, commit_folder, sealed, sha256, sync, write_json, writing
+from pdfast.engine.files import check_seal, commit_folder, sealed, sha256, sync, write_json, writing
 from pdfast.engine.layout import rows
 from pdfast.engine.world import World
 from pdfast.errors import RunError, UsageError
@@ -232,9 +232,7 @@ class Checkpoints:
 def _read_state(folder: Path) -> dict[str, Any]:
     """What its state.json says. One of DAMAGED where that is not what was written, as far as can be seen: older ones
     have no checksum."""
-    meta = read_json(folder / "state.json")
-    if SEAL in meta:
-        meta = check_seal(meta)
+    meta = check_seal(read_json(folder / "state.json"))
     if meta.keys() != STATE.keys() or any(type(meta[name]) is not kind for name, kind in STATE.items()):
         raise ValueError("its state.json was changed")
     if meta["parts"] < 1 or not all(isinstance(name, str) for name in meta["common"]):

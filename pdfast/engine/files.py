@@ -87,9 +87,9 @@ def sealed(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_seal(value: dict[str, Any]) -> dict[str, Any]:
-    """The plain data without its seal. ValueError where it has none, or says something else than what was sealed."""
+    """The plain data without its seal; older data have none. ValueError where they say something else than what was sealed."""
     rest = {name: content for name, content in value.items() if name != SEAL}
-    if value.get(SEAL) != _hash_of(rest):
+    if SEAL in value and value[SEAL] != _hash_of(rest):
         raise ValueError(f"its {SEAL} differs")
     return rest
 

@@ -1,7 +1,7 @@
 """A model on disk: a folder with KIND.safetensors (teacher or student), config.json and what was measured of it.
 
-config.json holds the network, the schedule with its values, the step count it was made for and the hash of the weights: no pickle, and a
-changed file is noticed.
+config.json holds the network, the schedule with its values, the step count it was made for, the hash of the weights and one of
+itself: no pickle, and a changed file is noticed.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pdfast.config import ScheduleConfig, from_plain, to_plain
 from pdfast.diffusion.parameterization import SMALLEST_COS_TO_SAMPLE, check_start
-from pdfast.engine.files import sha256, write_json
+from pdfast.engine.files import SEAL, check_seal, sealed, sha256, write_json
 from pdfast.errors import UsageError
 from pdfast.names import utf8_path
 from pdfast.networks import Network
@@ -24,6 +24,7 @@ from pdfast.teachers import AnyNetworkConfig, edm, is_pipeline, load_edm, load_p
 from pdfast.teachers.weights import build_with, read_weights
 
 FORMAT = "pdfast-1"
+FIELDS = {"format", "kind", "steps", "network", "schedule", "sha256"}
 MOST_STEPS = 1 << 30
 
 
@@ -63,17 +64,15 @@ def fill_model_folder(
     file = folder / f"{kind}.safetensors"
     with utf8_path(folder) as named:
         save_file({name: t.contiguous().cpu() for name, t in weights.items()}, named / file.name)
-    write_json(
-        folder / "config.json",
-        {
-            "format": FORMAT,
-            "kind": kind,
-            "steps": steps,
-            "network": to_plain(network),
-            "schedule": to_plain(schedule),
-            "sha256": sha256(file),
-        },
-    )
+    meta = {
+        "format": FORMAT,
+        "kind": kind,
+        "steps": steps,
+        "network": to_plain(network),
+        "schedule": to_plain(schedule),
+        "sha256": sha256(file),
+    }
+    write_json(folder / "config.json", sealed(meta))
 
 
 def is_model(folder: Path) -> bool:
@@ -112,14 +111,19 @@ def load_model(folder: Path, device: torch.device) -> SavedModel:
     if meta.get("format") == edm.FORMAT:
         network, schedule = load_edm(folder, meta)
         return SavedModel(network.to(device), schedule, None, folder)
-    if meta.get("format") != FORMAT or not {"kind", "steps", "network", "schedule", "sha256"} <= meta.keys():
+    if meta.get("format") != FORMAT or meta.keys() - {SEAL} != FIELDS:
         raise UsageError(f"{file} is not of a model that this version of pdfast wrote ({FORMAT})")
     return _load_own(folder, read_json(file), device)  # in ours nothing is infinite
 
 
 def _load_own(folder: Path, meta: dict[str, Any], device: torch.device) -> SavedModel:
     """The model of a folder whose config.json is `meta`."""
-    kind, steps, where = meta["kind"], meta["steps"], str(folder / "config.json")
+    where = str(folder / "config.json")
+    try:
+        meta = check_seal(meta)
+    except ValueError as error:
+        raise UsageError(f"{where} was changed ({error}): restore it, or delete {folder} to make it again") from None
+    kind, steps = meta["kind"], meta["steps"]
     if (kind, steps) != ("teacher", None) and not (
         kind == "student" and type(steps) is int and 1 <= steps <= MOST_STEPS
     ):

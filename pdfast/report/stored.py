@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pdfast.engine.files import SEAL, check_seal
+from pdfast.engine.files import check_seal
 from pdfast.errors import UsageError
 from pdfast.reading import read_array, read_json
 
@@ -78,10 +78,8 @@ def _is_whole(metrics: dict[str, Any]) -> bool:
 def read_metrics(folder: Path) -> dict[str, Any]:
     """The metrics.json of a teacher's or student's folder. UsageError where it is missing or is not what was written."""
     file = folder / "metrics.json"
-    metrics = read_json(file)
     try:
-        if SEAL in metrics:  # older ones have none
-            metrics = check_seal(metrics)
+        metrics = check_seal(read_json(file))
     except ValueError as error:
         raise UsageError(f"{file} was changed ({error}): restore it, or delete {folder} to make it again") from None
     if not _is_whole(metrics):

@@ -14,7 +14,7 @@ from pdfast.engine.model_folder import fill_model_folder, load_model
 from pdfast.errors import UsageError
 from pdfast.networks import NetworkConfig
 from pdfast.teachers import ConvertedConfig, adapt
-from tests.commands import TINY_GIVEN, call
+from tests.commands import TINY_GIVEN, call, rewrite_config
 from tests.data.errors import refusal
 from tests.networks.test_unet import perturbed
 from tests.teachers.pipelines import save, unet
@@ -49,10 +49,8 @@ def change(file, alter):
     weights = load_file(file)
     alter(weights)
     save_file(weights, file, metadata={"format": "pt"})
-    config = file.parent / "config.json"
-    meta = json.loads(config.read_text())
-    if "sha256" in meta:
-        config.write_text(json.dumps(meta | {"sha256": sha256(file)}))
+    if "sha256" in (file.parent / "config.json").read_text():
+        rewrite_config(file.parent, sha256=sha256(file))
 
 
 def widest(weights):

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
+from pdfast.engine import interrupt
 from pdfast.errors import RunError, UsageError
 
 INTERRUPTED = 130
@@ -23,6 +24,16 @@ times as they come, which takes cores from whatever else runs there, and from an
 WAITING_POLICIES = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"
 STOPPED_EARLY = "pdfast: stopped before there was anything to save"
 _FORMAT_WARNING = warnings.formatwarning
+LAUNCHED = "PDFAST_LAUNCHED"
+"""In the environment of processes whose last line `pdfast.launch` prints."""
+NO_COMPILER = (
+    "compiled code needs a C++ compiler, and none works here: install g++, or say --engine.compile off (--compile off "
+    "where nothing is trained)"
+)
+_NO_COMPILER = r"No working C\+\+ compiler|InvalidCxxCompiler|Failed to find C compiler"  # of Inductor, of Triton
+_NO_MEMORY = r"can't allocate memory|out of memory"  # on a CPU, on a GPU
+SHOWN = 120  # characters of what torch says
+FIRST_TO_END = 20.0  # seconds that a process has to end before those that have lost it
 _LOST = r"Connection (closed|reset)|Broken pipe|Read error|Timed out|NCCL|gloo"  # how a collective ends without a peer
 
 
@@ -30,6 +41,10 @@ class Interrupted(Exception):
     """The run was asked to stop and has saved its state; the message says how to go on."""
 
     exit_code = INTERRUPTED
+
+
+class _Lost(RunError):
+    """Another process of the run has ended."""
 
 
 T = TypeVar("T")
@@ -80,23 +95,63 @@ def parsing(prog: str) -> Iterator[None]:
     raise UsageError(f"{message.strip(' ;')}; see {prog} --help")
 
 
-def _tell_torchrun(message: str) -> None:
-    """Leave the line where torchrun looks for a worker's error, so that its own summary ends with it."""
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        report = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
-        try:
-            Path(path).write_text(json.dumps(report))
-        except OSError:
-            pass  # torchrun's summary is a courtesy; the line itself was printed
+def _tell_torchrun(message: str) -> bool:
+    """Leave the line where torchrun looks for a worker's error, so that its own summary ends with it; whether that could be."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return False
+    report = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
+    try:
+        Path(path).write_text(json.dumps(report))
+    except OSError:
+        return False
+    return True
+
+
+def _is_first() -> bool:
+    """Whether this process is rank 0, or alone."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say_last(line: str, *, of_all: bool = True) -> bool:
+    """Print the line that a process ends with, in rank 0 alone unless `of_all`, and leave it to torchrun; whether that could
+    be. Under `pdfast.launch` that prints it, but not once it has been stopped."""
+    told = _tell_torchrun(line)
+    to_be_printed = told and LAUNCHED in os.environ and not interrupt.requested()
+    if (_is_first() or of_all) and not to_be_printed:
+        print(line, file=sys.stderr, flush=True)
+    return told
+
+
+def _let_the_other_end_first() -> None:
+    """Torchrun tells of the process that ended first, which is to be the one that was lost; then it ends this one."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(FIRST_TO_END)
 
 
 def _format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """Warnings of our own in one line, without their place in the code; others as ever."""
+    """Warnings of our own in one line, without their place in the code, of rank 0 alone; others as ever."""
     if Path(filename).is_relative_to(Path(__file__).parent):
-        return f"pdfast: warning: {message}\n"
+        return f"pdfast: warning: {message}\n" if _is_first() else ""
     return _FORMAT_WARNING(message, category, filename, lineno, line)
+
+
+def _known(error: BaseException) -> UsageError | RunError | None:
+    """What a failure of torch or Python means for people, None where that is not known."""
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    reason = re.sub(r"^\[enforce fail at [^]]*\] .*?\. ", "", reason)[:SHOWN]
+    if isinstance(error, MemoryError) or re.search(_NO_MEMORY, str(error)):
+        return RunError(
+            f"out of memory ({reason}): take a smaller batch, of training by --engine.micro-batches, "
+            "--engine.recompute or a smaller --batch-size; what was saved before is kept"
+        )
+    if re.search(_NO_COMPILER, str(error)):
+        return UsageError(NO_COMPILER)
+    if "WORLD_SIZE" in os.environ and re.search(_LOST, str(error)):
+        return _Lost(f"lost another process of the run ({reason}); see what it said")
+    return None
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
@@ -115,28 +170,25 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except BrokenPipeError:  # whoever read our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (UsageError, RunError, Interrupted) as error:
-        message = " ".join(str(error).split())
-        prefix = "pdfast: " if isinstance(error, Interrupted) else "pdfast: error: "
-        if os.environ.get("RANK", "0") == "0":  # what is wrong is wrong for all; of the others torchrun tells
-            print(f"{prefix}{message}", file=sys.stderr, flush=True)
-        _tell_torchrun(f"{prefix}{message}")
+    except (UsageError, RunError) as error:  # what is wrong is wrong for all; of the others torchrun tells
+        _say_last(f"pdfast: error: {' '.join(str(error).split())}", of_all=False)
         sys.exit(error.exit_code)
-    except RuntimeError as error:
-        if "WORLD_SIZE" not in os.environ or not re.search(_LOST, str(error)):
+    except Interrupted as error:
+        line = f"pdfast: {' '.join(str(error).split())}"
+        if _is_first():
+            print(line, file=sys.stderr, flush=True)
+        _tell_torchrun(line)
+        sys.exit(error.exit_code)
+    except (RuntimeError, MemoryError) as error:
+        if (known := _known(error)) is None:
             raise
-        message = (
-            f"pdfast: error: lost another process of the run ({str(error).splitlines()[0][:100]}); see what it said"
-        )
-        print(message, file=sys.stderr, flush=True)
-        _tell_torchrun(message)
-        sys.exit(1)
+        if _say_last(f"pdfast: error: {known}") and isinstance(known, _Lost) and not interrupt.requested():
+            _let_the_other_end_first()
+        sys.exit(known.exit_code)
     except OSError as error:  # a place that cannot be read or written, which nothing expected
         if error.filename is None:
             raise
-        message = f"pdfast: error: cannot use {error.filename} ({error.strerror})"
-        print(message, file=sys.stderr, flush=True)
-        _tell_torchrun(message)
+        _say_last(f"pdfast: error: cannot use {error.filename} ({error.strerror})")
         sys.exit(1)
     except KeyboardInterrupt:
         print(STOPPED_EARLY, file=sys.stderr, flush=True)

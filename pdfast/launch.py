@@ -7,6 +7,7 @@ or was stopped, where torchrun has a traceback and 1.
 """
 
 import logging
+import os
 import sys
 from argparse import Namespace
 
@@ -14,7 +15,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import get_args_parser, run
 
-from pdfast.cli import INTERRUPTED, Interrupted, run_command
+from pdfast.cli import INTERRUPTED, LAUNCHED, Interrupted, run_command
 from pdfast.errors import RunError, UsageError
 
 ENDINGS = {kind.exit_code: kind for kind in (UsageError, RunError, Interrupted)}
@@ -40,19 +41,23 @@ def main() -> None:
     options = parse_arguments()
     for name in TOO_LOUD:
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    if options.max_restarts == 0:  # else what ended a process would be left to one that goes on
+        os.environ[LAUNCHED] = "1"
     try:
         run(options)
     except SignalException:  # which it has passed on; the processes have said where they stopped
         sys.exit(INTERRUPTED)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        line = line_of(failure)
-        if line and len(error.failures) == 1 and rank == 0 and options.nproc_per_node == "1":
-            sys.exit(failure.exitcode)  # it has just been printed
+        line, alone = line_of(failure), rank == 0 and options.nproc_per_node == "1"
+        if alone and line and failure.exitcode == INTERRUPTED:
+            sys.exit(INTERRUPTED)  # it has just been printed
         if failure.exitcode < 0:
             line = f"it was killed by {failure.signal_name()}"
         line = line or f"it ended with exit code {failure.exitcode}; see what it said above"
-        raise ENDINGS.get(failure.exitcode, RunError)(f"rank {rank}: {line}") from None
+        raise ENDINGS.get(failure.exitcode, RunError)(line if alone else f"rank {rank}: {line}") from None
+    finally:
+        os.environ.pop(LAUNCHED, None)  # what is said here is printed
 
 
 if __name__ == "__main__":

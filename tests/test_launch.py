@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,8 +13,8 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from pdfast import launch
-from pdfast.cli import _tell_torchrun, run_command
-from tests.commands import ROOT, TINY_DISTILL, environment
+from pdfast.cli import LAUNCHED, _tell_torchrun, run_command
+from tests.commands import ROOT, TINY_DISTILL, call, environment
 
 SAVED = "and saved it; the same command goes on from here"
 
@@ -22,6 +23,7 @@ def ended(monkeypatch, capsys, failure, processes="1"):
     """The exit code and the lines of a launch whose processes end so."""
 
     def run(options):
+        assert os.environ[LAUNCHED]
         assert (options.nproc_per_node, options.training_script) == (processes, "pdfast.distill")
         assert options.training_script_args == ["--run", "runs/a"]
         raise failure
@@ -50,14 +52,15 @@ def failed(tmp_path, monkeypatch, failures):
 @pytest.mark.parametrize(
     "processes, failures, code, lines",
     [
-        ("1", {0: (2, "pdfast: error: no such file")}, 2, []),  # the process has printed it
+        ("1", {0: (2, "pdfast: error: no such file")}, 2, ["pdfast: error: no such file"]),
+        ("1", {0: (130, "pdfast: stopped at update 3")}, 130, []),  # the process has printed it
         ("2", {0: (2, "pdfast: error: no such file")}, 2, ["pdfast: error: rank 0: no such file"]),
         ("2", {1: (1, "pdfast: error: the disk is full")}, 1, ["pdfast: error: rank 1: the disk is full"]),
         ("2", {1: (-9, None)}, 1, ["pdfast: error: rank 1: it was killed by SIGKILL"]),
-        ("1", {0: (-11, None)}, 1, ["pdfast: error: rank 0: it was killed by SIGSEGV"]),
+        ("1", {0: (-11, None)}, 1, ["pdfast: error: it was killed by SIGSEGV"]),
         ("2", {1: (130, "pdfast: stopped at update 3")}, 130, ["pdfast: rank 1: stopped at update 3"]),
-        ("1", {0: (1, None)}, 1, ["pdfast: error: rank 0: it ended with exit code 1; see what it said above"]),
-        ("1", {0: (7, None)}, 1, ["pdfast: error: rank 0: it ended with exit code 7; see what it said above"]),
+        ("1", {0: (1, None)}, 1, ["pdfast: error: it ended with exit code 1; see what it said above"]),
+        ("1", {0: (7, None)}, 1, ["pdfast: error: it ended with exit code 7; see what it said above"]),
     ],
 )
 def test_a_failure_is_one_line_and_the_code_of_the_process(
@@ -68,6 +71,26 @@ def test_a_failure_is_one_line_and_the_code_of_the_process(
 
 def test_a_signal_is_130_and_no_traceback(monkeypatch, capsys):
     assert ended(monkeypatch, capsys, SignalException("got it", signal.SIGINT)) == (130, [])
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_the_launcher_prints_the_line_of_a_process(launched, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    if launched:
+        monkeypatch.setenv(LAUNCHED, "1")
+    assert call("distill", "--data", "nowhere", "--run", str(tmp_path / "run")) == 2
+    assert "no data at nowhere" in (tmp_path / "error.json").read_text()
+    assert capsys.readouterr().err.count("no data at nowhere") == (0 if launched else 1)
+
+
+@pytest.mark.parametrize("file", [None, "missing/error.json"])
+def test_a_line_that_cannot_be_left_is_printed(file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(LAUNCHED, "1")
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    if file:
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / file))
+    assert call("distill", "--data", "nowhere", "--run", str(tmp_path / "run")) == 2
+    assert capsys.readouterr().err.count("no data at nowhere") == 1
 
 
 def start(command):
@@ -127,6 +150,6 @@ def test_bad_input_in_two_processes(tmp_path):
     command = ["-m", "pdfast.launch", "--standalone", "--nproc-per-node", "2", "-m", "pdfast.distill", *flags]
     process = start([sys.executable, *command])
     text, _ = process.communicate(timeout=120)
-    lines = text.splitlines()
-    assert lines[-1].startswith("pdfast: error: rank 0: --batch-size 15 must be a multiple of 2") and len(lines) == 2
+    (line,) = text.splitlines()
+    assert re.match("pdfast: error: rank [01]: --batch-size 15 must be a multiple of 2", line)
     assert process.returncode == 2

@@ -16,7 +16,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from pdfast.cli import NO_COMPILER
 from pdfast.engine.world import World
+from pdfast.errors import UsageError
 from pdfast.networks import Network
 
 MANY_GRAPHS = 1024  # of one code object: the blocks of a network share one, and each has its own shapes
@@ -33,11 +35,25 @@ def chosen_compile(name: str, device: torch.device) -> bool:
     return name == "on" or (name == "auto" and device.type == "cuda")
 
 
+def check_compiler(device: torch.device) -> None:
+    """UsageError where there is none of C++, which compiled code for a CPU needs: Inductor misses it at the first update."""
+    if device.type != "cpu":
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise UsageError(NO_COMPILER) from None
+
+
 def for_sampling(network: Network, device: torch.device, dtype: str, compile: str) -> None:
     """Lay out a network that only draws, as the run that made it did when it judged it."""
     network.dtype = chosen_dtype(dtype, device)
     halve(network, network.dtype)
     if chosen_compile(compile, device):
+        check_compiler(device)
         compile_network(network, whole=device.type == "cpu")
 
 

@@ -174,6 +174,8 @@ def open_machine(config: RunConfig) -> Iterator[Machine]:
                     f"--{flag} {size} must be a multiple of {parts}: {world.size} processes times {engine.micro_batches} "
                     "micro-batches"
                 )
+        if layout.chosen_compile(engine.compile, world.device):
+            layout.check_compiler(world.device)
         dtype = layout.chosen_dtype(engine.dtype, world.device)
         # What is float32 is meant so: TF32 would round the network's input more coarsely than the smallest noise in it.
         torch.backends.cudnn.allow_tf32 = False

@@ -118,7 +118,7 @@ class FrechetDistance:
         """The paper's d^2 between features, float [m, d], and the real ones."""
         self._metric.reset()
         self._update(generated, real=False)
-        return float(self._metric.compute())
+        return max(float(self._metric.compute()), 0.0)  # of equal images rounding makes -1e-13, which no distance is
 
 
 def kernel_distance(real: Tensor, generated: Tensor) -> tuple[float, float | None]:

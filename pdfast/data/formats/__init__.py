@@ -3,6 +3,7 @@
 Nothing is unpacked: a name inside a tar is a name, never a path.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,14 +42,18 @@ def find_images(path: Path) -> EncodedImages | None:
 
 def _others(folder: Path, found: EncodedImages) -> Iterator[str]:
     """What each thing is that lies in the folders of the images and was not taken."""
-    taken, parents = {*found.files, folder / LABEL_FILE}, {file.parent for file in found.files}
-    if found.kind == SHARDS:
-        taken |= {shard.with_suffix(".idx") for shard in found.files}
-    for place in sorted({folder, *parents}):
-        for child in sorted(place.iterdir()):
-            if child not in taken and child not in parents:
-                what = names.what_is(child)
-                yield f"deeper {what}" if what == "folders" and place != folder else what
+    taken = {os.path.dirname(folder / LABEL_FILE): {LABEL_FILE}}  # of each folder; as text, for there may be millions
+    for file in found.files:
+        place, name = os.path.split(file)
+        taken.setdefault(place, set()).add(name)
+        if found.kind == SHARDS:
+            taken[place].add(file.with_suffix(".idx").name)
+    top = next(iter(taken))
+    for place, of_images in sorted(taken.items()):
+        for name in sorted(set(os.listdir(place or os.curdir)) - of_images):
+            if (child := os.path.join(place, name)) not in taken:
+                what = names.what_is(Path(child))
+                yield f"deeper {what}" if what == "folders" and place != top else what
 
 
 def _from_any(folder: Path) -> EncodedImages:

@@ -23,7 +23,8 @@ def from_folder(folder: Path, top: list[Path], classes: dict[Path, list[Path]]) 
     if top and inside:
         raise UsageError(f"{folder} has images both at its top and in subfolders: put all into class folders, or none")
     files = top or inside
-    names = [str(file.relative_to(folder)) for file in files]
+    names = [file.name for file in top]
+    names += [f"{child.name}/{file.name}" for child, files_in in classes.items() for file in files_in]
     if (folder / LABEL_FILE).exists():
         labels = labels_of(folder / LABEL_FILE, names)
     elif top:

@@ -18,9 +18,9 @@ from pdfast.engine import interrupt
 from pdfast.errors import RunError, UsageError
 
 INTERRUPTED = 130
-WAITING = {"GOMP_SPINCOUNT": "1000"}
-"""How OpenMP's threads wait for each other: they look a thousand times, then sleep. GNU's look 300,000
-times as they come, which takes cores from whatever else runs there, and from an update many times what it saves."""
+WAITING = {"GOMP_SPINCOUNT": "300"}
+"""How OpenMP's threads wait for each other: they look 300 times, then sleep. GNU's look 300,000 times as they come, which takes
+cores from whatever else runs there, and from an update many times what it saves."""
 WAITING_POLICIES = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"
 STOPPED_EARLY = "pdfast: stopped before there was anything to save"
 _FORMAT_WARNING = warnings.formatwarning

@@ -49,17 +49,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Imported when they are used: `import pdfast` alone costs nothing.
-_DIFFUSION = """
-    AlphaBars ClippedCosine Cosine Flow Karras LinearBeta
-    StartingAt StepTable alpha_bar_from_phi ancestral angles build_step_table
-    ddim flow_time_from_phi logsnr phi_from_alpha_bar phi_from_flow_time phi_from_logsnr
-    phi_from_sigma phi_from_time sample sigma_from_phi time_from_phi to_v
-    to_x
-"""
-_HOMES = {"adapt": "pdfast.teachers", "distillation_loss": "pdfast.loss"}
-_HOMES |= dict.fromkeys(_DIFFUSION.split(), "pdfast.diffusion")
-
 __all__ = [
     "AlphaBars",
     "ClippedCosine",
@@ -89,6 +78,12 @@ __all__ = [
     "to_v",
     "to_x",
 ]
+
+# Imported when they are used: `import pdfast` alone costs nothing.
+_HOMES = dict.fromkeys(__all__, "pdfast.diffusion") | {
+    "adapt": "pdfast.teachers",
+    "distillation_loss": "pdfast.loss",
+}
 
 # Python says "-m" here while it looks for the module that it was started with.
 if sys.argv[:1] == ["-m"] and any(a == "-m" and b.startswith("pdfast.") for a, b in pairwise(sys.orig_argv)):

@@ -8,7 +8,7 @@ from pdfast.errors import UsageError
 
 @dataclass(frozen=True)
 class Bounds:
-    """From `low` to `high`, either itself left out where that is said; what is no number is in none."""
+    """An interval from `low` to `high`, with or without each of them; NaN is in none."""
 
     low: float
     high: float
@@ -24,7 +24,7 @@ class Bounds:
 
 
 def require(flag: str, value: float | None, bounds: Bounds) -> None:
-    """UsageError where the value of a flag (None: it was not given) is out of its bounds."""
+    """Raise a UsageError where the value of a flag (None: it was not given) is out of its bounds."""
     if value is not None and value not in bounds:
         raise UsageError(f"--{flag} must be {bounds.text}, got {value}")
 
@@ -94,7 +94,7 @@ SETTINGS: Mapping[str, Bounds] = {
     "clip": CLIP,
     "ema": FRACTION,
 }
-"""Of a run's settings, by their place in its configuration; those of the network are with it."""
+"""Bounds of a run's settings, by their place in its configuration; NETWORK has those of our U-Net."""
 NETWORK: Mapping[str, Bounds] = {
     "image_size": whole(1, 4096),
     "image_channels": whole(1, 1024),
@@ -107,5 +107,5 @@ NETWORK: Mapping[str, Bounds] = {
     "num_groups": whole(1, 65536),
     "num_classes": whole(0, 10**6),
 }
-"""Of our U-Net's configuration."""
+"""Bounds of the fields of our U-Net's configuration."""
 MOST_PARAMETERS = 10**11

@@ -23,7 +23,7 @@ GRID = 1024  # of diffusion times, at which a schedule is looked at
 
 
 def _plain_values(config: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """The numbers and texts of a configuration, each with its place."""
+    """Yield the numbers and texts of a configuration, each with its place."""
     for field in dataclasses.fields(config):
         value, here = getattr(config, field.name), place + field.name
         if isinstance(value, NetworkConfig) or here == "schedule.table":
@@ -35,7 +35,7 @@ def _plain_values(config: Any, place: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_values(config: DistillConfig | TrainConfig) -> None:
-    """UsageError for values that no run can have."""
+    """Raise a UsageError for values that no run can have."""
     for place, value in _plain_values(config):
         flag = place.replace("_", "-")
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -57,8 +57,8 @@ def check_values(config: DistillConfig | TrainConfig) -> None:
 
 
 def check_job(config: RunConfig) -> None:
-    """UsageError for a network that does not run, a schedule or steps without finite angles and weights, a prediction that
-    says nothing where sampling starts, or an optimizer that is not there."""
+    """Raise a UsageError for a network that does not run, a schedule or steps without finite angles and weights, a prediction
+    that says nothing where sampling starts, or an optimizer that is not installed."""
     _check_network(config)
     _check_schedule(config)
     check_backend(config.engine.optimizer)
@@ -114,7 +114,7 @@ def _check_schedule(config: RunConfig) -> None:
 
 
 def check_features(config: RunConfig, *, planned: bool = False) -> None:
-    """UsageError where there are no such features, or they take no images of the network's shape.
+    """Raise a UsageError where there are no such features, or they take no images of the network's shape.
 
     planned: the run may be for another machine than this one, so a package that is missing here is said and not refused.
     """
@@ -125,7 +125,7 @@ def check_features(config: RunConfig, *, planned: bool = False) -> None:
 
 
 def check_evaluation(config: RunConfig, source: ImageSource) -> None:
-    """UsageError, before anything is trained or written, where these images cannot be judged as the configuration says."""
+    """Raise a UsageError, before anything is trained or written, where these images cannot be evaluated as configured."""
     evaluation = config.evaluation
     split_real(source.num_images, evaluation.num_samples, seed=0, reference=evaluation.reference)
     check_features(config)

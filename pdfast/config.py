@@ -52,8 +52,8 @@ class ScheduleConfig:
     """alpha_bars: the values of that file, which stand in its place once it was read (see `with_table`)."""
 
     def with_table(self) -> "ScheduleConfig":
-        """With the values of the file `alpha_bars` in the place of its path, so that a model is whole without it. UsageError for
-        an unreadable file, or one that is of no use."""
+        """Return the schedule with the values of the file `alpha_bars` in the place of its path: a model is whole without it.
+        UsageError for a file that cannot be read, and for one that another schedule does not need."""
         if self.alpha_bars is None:
             return self if self.name == "alpha_bars" else dataclasses.replace(self, table=None)
         if self.name != "alpha_bars":
@@ -328,7 +328,7 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 T = TypeVar("T")
 FACTS = {"command", "images_sha256", "teacher_sha256", "features_sha256", "data_sha256"}
-"""In a saved configuration beside its fields; the last of the version before."""
+"""Keys of a saved configuration beside its fields; the last was written by the version before."""
 
 
 def from_plain(cls: type[T], plain: dict[str, Any], where: str) -> T:
@@ -359,7 +359,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         origin = get_origin(choice)
         if dataclasses.is_dataclass(choice):
             return from_plain(choice, value, where)  # type: ignore[arg-type]
-        if origin is tuple and isinstance(value, list):
+        if origin is tuple and isinstance(value, list | tuple):
             return tuple(_convert(get_args(choice)[0], v, where) for v in value)
         if origin is Literal and any(value == v and type(value) is type(v) for v in get_args(choice)):
             return value
@@ -380,7 +380,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
 
 
 def fields_of(cls: type, plain: dict[str, Any], names: Iterable[str], where: str) -> dict[str, Any]:
-    """Those of the fields `names` of a configuration that `plain` has, converted. UsageError that names one of a wrong type."""
+    """Convert those of the fields `names` of a configuration that `plain` has. UsageError that names one of a wrong type."""
     hints = get_type_hints(cls)
     return {name: _convert(hints[name], plain[name], f"{where}, {name}") for name in names if name in plain}
 

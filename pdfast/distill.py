@@ -109,8 +109,8 @@ class Rounds:
 
     @torch.no_grad()
     def _differ(self) -> bool:
-        """Whether student and teacher say other things of a few images. Neither compiled nor with a gradient: beside the CUDA
-        graph of the round before there is no memory for another update."""
+        """Tell whether the outputs of student and teacher differ for a few images. Neither compiled nor with a gradient: beside
+        the CUDA graph of the round before there is no memory for another update."""
         phi = self.table.rows.phi[self.draws.step_indices(self.table.steps) - 1]
         few = slice(min(COMPARED, len(phi) // self.config.engine.micro_batches))
         labels = None if self.draws.labels is None else self.draws.labels[few]
@@ -285,8 +285,8 @@ def convert_teacher(
 
 
 def check_finished(config: DistillConfig, shape: tuple[int, ...]) -> None:
-    """UsageError where the figures or images of a finished stage, which later ones are compared with, are not what was
-    written."""
+    """Raise a UsageError where the metrics or images of a finished stage, which later ones are compared with, are not what
+    was written."""
     teacher, last = config.run / "teacher", config.run / "students" / f"{config.end_steps:04d}"
     for folder in (teacher, *(config.run / "students" / f"{steps:04d}" for steps in config.round_steps)):
         if folder.exists():

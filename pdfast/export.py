@@ -72,8 +72,8 @@ def load_again(folder: Path, custom: bool) -> Any:
 def compare(
     folder: Path, custom: bool, saved: SavedModel, steps: int, device: torch.device
 ) -> tuple[np.ndarray, float]:
-    """Images uint8 [n, H, W, C] of the pipeline in `folder`, and the fraction of their values that are not ours. RunError where
-    images are not finite."""
+    """Return images uint8 [n, H, W, C] of the pipeline in `folder`, and the fraction of their values that are not ours. RunError
+    where images are not finite."""
     config = saved.config
     count = max(SHOWN, COMPARED // math.prod(config.image_shape))
     generator = torch.Generator().manual_seed(SEED)

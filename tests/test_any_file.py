@@ -32,7 +32,7 @@ from tests.report.test_html import metrics
 from tests.test_bad_input import one_line
 
 some = settings(
-    max_examples=40, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=25, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )  # fmt: skip
 plain = st.recursive(
     st.none()

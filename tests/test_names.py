@@ -1,5 +1,6 @@
 """Names that are not UTF-8, of images, classes, tar members, folders and files, in every command."""
 
+import io
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ from PIL import Image
 from pdfast import demo
 from pdfast.data import load_source
 from pdfast.reading import load_yaml
-from tests.commands import TINY_GIVEN, TINY_NETWORK, call, environment
+from tests.commands import TINY_GIVEN, TINY_NETWORK, call
 from tests.data.archives import write_tar
 from tests.data.files import encoded
 
@@ -115,12 +116,9 @@ def test_tar_members(place):
     assert source.num_images == 4 and len(source.identity.sha256) == len(source.identity.earlier) == 64
 
 
-def test_a_console_that_has_no_such_letters(place):
+def test_a_console_that_has_no_such_letters(place, monkeypatch):
     """Nor the figures' own ±."""
-    result = subprocess.run(
-        [sys.executable, "-m", "pdfast.evaluate", f"run{NAME}", "--steps", "1", "--device", "cpu"],
-        env=environment() | {"PYTHONIOENCODING": "ascii:strict"},
-        capture_output=True,
-    )
-    assert result.returncode == 0, result.stderr
-    assert b"\\xb1" in result.stdout
+    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", console)
+    assert call("evaluate", f"run{NAME}", "--steps", "1", "--device", "cpu") == 0
+    assert b"\\xb1" in console.buffer.getvalue()

@@ -66,8 +66,7 @@ def test_spelled_otherwise_it_is_the_same(begun, capsys):
         ("../" + begun.name + "/images", "run", "teacher/../teacher"),
     ):
         assert distill(data, run, teacher) == 0, capsys.readouterr().err
-        assert os.path.isfile("run/students/0001/student.safetensors")
-        shutil.rmtree("run/students/0001")
+        assert os.path.isfile("run/students/0001/student.safetensors")  # trained at the first, then it is finished
     assert distill("images", "run", "teacher", "--seed", "1") == 2
 
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pdfast.bounds import STEPS
 from pdfast.config import ScheduleConfig, from_plain, to_plain
 from pdfast.diffusion.parameterization import SMALLEST_COS_TO_SAMPLE, check_start
 from pdfast.engine.files import SEAL, check_seal, sealed, sha256, write_json
@@ -25,7 +26,6 @@ from pdfast.teachers.weights import build_with, read_weights
 
 FORMAT = "pdfast-1"
 FIELDS = {"format", "kind", "steps", "network", "schedule", "sha256"}
-MOST_STEPS = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -117,16 +117,14 @@ def load_model(folder: Path, device: torch.device) -> SavedModel:
 
 
 def _load_own(folder: Path, meta: dict[str, Any], device: torch.device) -> SavedModel:
-    """The model of a folder whose config.json is `meta`."""
+    """Load the model of a folder whose config.json, of our own format, is `meta`."""
     where = str(folder / "config.json")
     try:
         meta = check_seal(meta)
     except ValueError as error:
         raise UsageError(f"{where} was changed ({error}): restore it, or delete {folder} to make it again") from None
     kind, steps = meta["kind"], meta["steps"]
-    if (kind, steps) != ("teacher", None) and not (
-        kind == "student" and type(steps) is int and 1 <= steps <= MOST_STEPS
-    ):
+    if (kind, steps) != ("teacher", None) and not (kind == "student" and type(steps) is int and steps in STEPS):
         raise UsageError(f"{where} is of a {shown(kind)} of {shown(steps)} steps: it was damaged or changed")
     file = folder / f"{kind}.safetensors"
     if not file.is_file():
@@ -142,7 +140,7 @@ def _load_own(folder: Path, meta: dict[str, Any], device: torch.device) -> Saved
 
 
 def _schedule(plain: Any, where: str) -> ScheduleConfig:
-    """The schedule in a config.json, whole: also of an earlier version, which named a table by its path."""
+    """Read the schedule of a config.json, whole: earlier versions named a table by its path."""
     given = from_plain(ScheduleConfig, plain, where)
     try:
         schedule = given.with_table()

@@ -11,7 +11,7 @@ from pdfast.errors import UsageError
 from pdfast.networks import NetworkConfig
 from pdfast.reading import shown
 from pdfast.teachers.convert import Converted, ConvertedConfig
-from pdfast.teachers.diffusers import DiffusersConfig, DiffusersNetwork, adapt, checked, is_pipeline, load_pipeline
+from pdfast.teachers.diffusers import DiffusersConfig, DiffusersNetwork, adapt, check_config, is_pipeline, load_pipeline
 from pdfast.teachers.edm import EDMConfig, EDMNetwork, load_edm
 
 __all__ = [
@@ -39,7 +39,7 @@ def network_config(plain: Any, where: str) -> AnyNetworkConfig:
         case None:
             return from_plain(NetworkConfig, plain, where)
         case "diffusers":
-            return checked(from_plain(DiffusersConfig, plain, where), where)
+            return check_config(from_plain(DiffusersConfig, plain, where), where)
         case "edm":
             return from_plain(EDMConfig, plain, where)
         case "converted":

@@ -40,7 +40,7 @@ from pdfast.teachers.weights import build_with, check_values, read_weights
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 VARIANTS = ("", "fp16", "bf16")
-"""Of the same weights, in the order in which they are looked for."""
+"""Names of variants of the same weights, in the order in which they are looked for."""
 OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Names of the attentions' weights in files of 2022."""
 LARGEST, MOST_LAYERS, MOST_LEVELS, MOST_CLASSES = 1 << 16, 64, 16, 1 << 20
@@ -170,7 +170,7 @@ def _upsampled(self: Any, hidden_states: Tensor, output_size: Any = None, *other
 
 @dataclass(frozen=True)
 class _UNetArguments:
-    """Of UNet2DModel, whose defaults hold for what is not said; sample_size beside."""
+    """The arguments of UNet2DModel, but for sample_size; its defaults hold for those that are not given."""
 
     in_channels: int
     out_channels: int
@@ -250,8 +250,8 @@ def adapt(unet: Any, scheduler: Any) -> tuple[DiffusersNetwork, Schedule]:
     return network, schedule.build()
 
 
-def checked(config: DiffusersConfig, where: str) -> DiffusersConfig:
-    """The configuration, where its parts are of the kinds that a pipeline's may be, and fit each other. UsageError else."""
+def check_config(config: DiffusersConfig, where: str) -> DiffusersConfig:
+    """Return the configuration. UsageError where a part is not of the kinds that a pipeline's may be, or does not fit the others."""
     name = config.scheduler.get("_class_name")
     if name in EDM:
         scheduler = read_edm_scheduler(config.scheduler, f"{where}: the scheduler")
@@ -290,7 +290,7 @@ def _config(unet: dict[str, Any], scheduler: dict[str, Any], prediction: Predict
 
 
 def _check_sizes(arguments: dict[str, Any], where: str) -> None:
-    """UsageError for what is too large to be a network's, before one is made of it."""
+    """Raise a UsageError for what is too large to be a network's, before one is made of it."""
     most = {"layers_per_block": MOST_LAYERS, "num_class_embeds": MOST_CLASSES, "num_train_timesteps": MOST_TIMES}
     least = {"downsample_padding": 0, "num_class_embeds": 0}
     for name, value in arguments.items():
@@ -303,8 +303,8 @@ def _check_sizes(arguments: dict[str, Any], where: str) -> None:
 
 
 def _read_weights(folder: Path) -> tuple[dict[str, Tensor], Path]:
-    """The weights of a unet's folder, in one file or several that an index lists, with the names that they have in
-    DiffusersNetwork; and where they are, for messages."""
+    """Read the weights of a unet's folder, in one file or several that an index lists, with the names that they have in
+    DiffusersNetwork; the path is for messages."""
     for variant in VARIANTS:
         added = f".{variant}" if variant else ""
         index = folder / INDEX.replace(".json", f"{added}.json")
@@ -331,7 +331,7 @@ def _read_weights(folder: Path) -> tuple[dict[str, Tensor], Path]:
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    """Of the files that an index lists, which lie beside it."""
+    """Read the weights in the files that an index lists, which lie beside it."""
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not listed or not all(isinstance(file, str) for file in listed.values()):
         raise UsageError(f"{index} has no weight_map of names and files")

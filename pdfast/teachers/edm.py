@@ -82,7 +82,7 @@ class InitKwargs:
 
     @property
     def sigmas(self) -> tuple[float, float]:
-        """The least and the most noise: the network's limits, and those of the authors' sampler."""
+        """sigma_min and sigma_max: the network's limits, within those of the authors' sampler."""
         return max(self.sigma_min, SIGMA_MIN), min(self.sigma_max, SIGMA_MAX)
 
     def config(self, frequencies: tuple[float, ...]) -> "EDMConfig":

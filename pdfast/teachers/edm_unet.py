@@ -77,7 +77,7 @@ class EDMUNetConfig:
         for width in {self.model_channels * multiple for multiple in self.channel_mult}:
             if self.model_type == "DhariwalUNet" and width % max(width // ADM_HEAD_DIM, 1):
                 raise ValueError(f"{width} channels do not divide into {width // ADM_HEAD_DIM} heads")
-        if levels == 0 or self.image_size % 2 ** (levels - 1):
+        if self.image_size % 2 ** (levels - 1):
             raise ValueError(
                 f"image_size {self.image_size} does not halve {levels - 1} times (channel_mult {self.channel_mult})"
             )

@@ -36,11 +36,11 @@ def schedule(sigma_min: float, sigma_max: float) -> ScheduleConfig:
 
 
 SIGMAS = 1e-6, 1e6
-"""Noise levels beyond are those of no model, and float32 does not tell their angles from 0 and pi/2."""
+"""The least and the most sigma: no model has others, and float32 does not tell their angles from 0 and pi/2."""
 
 
 def check_sigmas(sigma_min: float, sigma_max: float, sigma_data: float) -> None:
-    """ValueError where these are no noise levels and no deviation of data; NaN is none."""
+    """Raise a ValueError where these are no noise levels and no standard deviation of data; NaN is none."""
     least, most = SIGMAS
     if not least <= sigma_min < sigma_max <= most:
         raise ValueError(

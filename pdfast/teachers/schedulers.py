@@ -28,7 +28,7 @@ MOST_TIMES = 1 << 20
 
 
 def library() -> Any:
-    """diffusers. UsageError where it is not installed."""
+    """Import diffusers. UsageError where it is not installed."""
     try:
         import diffusers
     except ImportError as error:
@@ -38,7 +38,7 @@ def library() -> Any:
 
 @dataclass(frozen=True)
 class _OfTheTable:
-    """What the table of a scheduler of discrete times is computed from."""
+    """The arguments that the table of a scheduler of discrete times is computed from."""
 
     num_train_timesteps: int
     beta_start: float
@@ -57,12 +57,12 @@ class _OfEDM:
 
 
 def _arguments(name: str) -> Mapping[str, inspect.Parameter]:
-    """What the class takes: a configuration may be that of another, which it was made from."""
+    """Return the parameters of the class: a configuration may be that of another, from which it was made."""
     return inspect.signature(getattr(library(), name).__init__).parameters
 
 
 def _kept(cls: type, scheduler: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What a class takes of the fields of `cls`, as plain data. UsageError for one of a wrong type."""
+    """Return those of the fields of `cls` that the scheduler's class takes, as plain data. UsageError for one of a wrong type."""
     taken = _arguments(scheduler["_class_name"])
     names = [name for name in cls.__annotations__ if name in taken and scheduler.get(name) is not None]
     kept = fields_of(cls, dict(scheduler), names, where)
@@ -70,8 +70,8 @@ def _kept(cls: type, scheduler: Mapping[str, Any], where: str) -> dict[str, Any]
 
 
 def alpha_bars(scheduler: Mapping[str, Any], where: str = "the scheduler of this schedule") -> Tensor:
-    """The table that a scheduler's configuration means to diffusers, which computes it: float64 [T]. UsageError for a class that
-    is not read, and for settings that make no table."""
+    """Return the table of a scheduler's configuration, which diffusers computes: float64 [T]. UsageError for a class that is not
+    read, and for settings that make no table."""
     name = scheduler.get("_class_name")
     if name not in DISCRETE:
         raise UsageError(f"{where} is a {shown(name)}: choose one of {', '.join(DISCRETE)}")
@@ -90,8 +90,8 @@ def alpha_bars(scheduler: Mapping[str, Any], where: str = "the scheduler of this
 
 
 def read_scheduler(scheduler: Mapping[str, Any], where: str) -> tuple[ScheduleConfig, dict[str, Any], Prediction]:
-    """The schedule of a scheduler's configuration, whose `_class_name` is the class that it is for; what of it concerns the
-    network; and what the adapted network predicts. UsageError for what is not read."""
+    """Read a scheduler's configuration, whose `_class_name` is the class that it is for: the schedule; the settings that the
+    network needs; and what the adapted network predicts. UsageError for what is not read."""
     name = scheduler.get("_class_name")
     if name in EDM:
         kept = read_edm_scheduler(scheduler, where)
@@ -109,7 +109,7 @@ def read_scheduler(scheduler: Mapping[str, Any], where: str) -> tuple[ScheduleCo
 
 
 def read_edm_scheduler(scheduler: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What concerns the network in the configuration of a scheduler of EDM. UsageError where it makes no sense."""
+    """Return the settings of a scheduler of EDM that the network needs. UsageError where they make no sense."""
     name = scheduler["_class_name"]
     own = {key: parameter.default for key, parameter in _arguments(name).items()}  # for what is not said
     given = {key: scheduler.get(key, own[key]) for key in _OfEDM.__annotations__}

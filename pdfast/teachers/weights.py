@@ -18,12 +18,12 @@ UNREADABLE = (SafetensorError, RuntimeError, OSError, ValueError, KeyError, Type
 
 
 def in_one_line(error: BaseException) -> str:
-    """What an exception of another library says, in one short line."""
+    """Return the message of an exception of another library, in one short line."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def read_weights(files: Sequence[Path], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """The tensors of the files, of any dtype. UsageError for a file that is damaged, and for a name that is in two."""
+    """Read the tensors of the files, of any dtype. UsageError for a file that is damaged, and for a name that is in two."""
     weights: dict[str, Tensor] = {}
     for file in files:
         try:
@@ -38,7 +38,7 @@ def read_weights(files: Sequence[Path], device: torch.device | str = "cpu") -> d
 
 
 def check_values(weights: Iterable[tuple[str, Tensor]], where: object) -> None:
-    """UsageError where a weight is of another dtype than float32, float16 or bfloat16, or not finite."""
+    """Raise a UsageError where a weight is of another dtype than float32, float16 or bfloat16, or not finite."""
     weights = list(weights)
     other = [f"{name} of {str(w.dtype).removeprefix('torch.')}" for name, w in weights if w.dtype not in FLOATING]
     if other:
@@ -52,7 +52,7 @@ def check_values(weights: Iterable[tuple[str, Tensor]], where: object) -> None:
 
 
 def check_fit(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: object) -> None:
-    """UsageError where the weights have other names or shapes than the network's state."""
+    """Raise a UsageError where the weights have other names or shapes than the network's state."""
     differ = []
     if lacking := expected.keys() - weights.keys():
         differ.append(f"{_listed(lacking)} missing")
@@ -70,7 +70,7 @@ def check_fit(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], whe
 
 
 def build_with(build: Callable[[], N], weights: Mapping[str, Tensor], where: object) -> N:
-    """The network that `build` makes, with these weights, in float32 where they lie, ready to be asked. UsageError unless
+    """Build the network with these weights, in float32 on their device, in eval mode and without gradients. UsageError unless
     they are its own.
 
     Nothing is allocated before they are compared. What is in no state_dict is as `build` makes it.
@@ -96,7 +96,7 @@ def build_with(build: Callable[[], N], weights: Mapping[str, Tensor], where: obj
 
 
 def _listed(names: Iterable[str]) -> str:
-    """In order, the first few by name."""
+    """List names in a message: the first few, and how many more there are."""
     names = sorted(names) if not isinstance(names, list) else names
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(name[:150] for name in names[:NAMED]) + more

@@ -7,6 +7,7 @@ import math
 from contextlib import contextmanager
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -314,15 +315,25 @@ def test_the_allow_list_is_that_of_our_own_format_too(tmp_path, monkeypatch):
         monkeypatch.setattr(getattr(diffusers, name), "__init__", lambda *a, **k: made.append(a))
     for place, values in FOREIGN:
         meta = json.loads(whole)
+        del meta["checksum"]  # as of an earlier version: what is behind it is read
         functools.reduce(dict.__getitem__, place, meta).update(values)
         file.write_text(json.dumps(meta))
         message = refusal(load_model, tmp_path / "model", CPU, names=tmp_path / "model")
-        assert not made and len(message) < 1000, values
+        assert not made and "checksum" not in message and len(message) < 1000, values
 
 
 def test_a_schedule_of_a_configuration_is_of_the_allow_list():
     with pytest.raises(UsageError, match="DiffusionPipeline"):
         ScheduleConfig(name="diffusers", diffusers={"_class_name": "DiffusionPipeline"}).build()
+
+
+@pytest.mark.parametrize("kind", [tuple, np.array])
+def test_trained_betas_of_any_sequence(kind):
+    betas = [0.125, 0.25, 0.5]
+    angles = [
+        adapt(unet(), DDIMScheduler(3, trained_betas=given))[1].phi(torch.ones(1)) for given in (betas, kind(betas))
+    ]
+    assert torch.equal(*angles)
 
 
 @pytest.mark.parametrize("size", [[8, 8], (8, 8)])

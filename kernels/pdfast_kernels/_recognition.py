@@ -126,8 +126,8 @@ def _keeps_the_contract(cls: Any, norm: nn.GroupNorm) -> bool:
     """Whether its class's forward, on small tensors, gives a GroupNorm in float32 in the dtype of its input."""
     generator = torch.Generator().manual_seed(0)
     channels = norm.num_channels
-    x = torch.randn(2, channels, 3, generator=generator) * 2 + 1
-    weight, bias = torch.randn(2, channels, generator=generator) if norm.affine else (None, None)
+    x = torch.randn(2, channels, 3, generator=generator, device="cpu") * 2 + 1
+    weight, bias = torch.randn(2, channels, generator=generator, device="cpu") if norm.affine else (None, None)
     exact = F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
     if set(norm._parameters) != {"weight", "bias"}:
         return False

@@ -214,10 +214,10 @@ class AdamEma:
             raise ValueError(f"{OP}: scalars is {scalars.dtype}, expected torch.float32 or torch.float64")
         if len(gradients) != len(self._parameters):
             raise ValueError(f"{OP}: {len(gradients)} gradients for {len(self._parameters)} parameters")
-        for i, gradient in enumerate(gradients):
-            if gradient is None or gradient.layout is not torch.strided:
-                what = "None" if gradient is None else str(gradient.layout)
-                raise ValueError(f"{OP}: gradients[{i}] is {what}: leave the parameter out, or give a dense gradient")
+        layouts = [None if gradient is None else gradient.layout for gradient in gradients]
+        if layouts.count(torch.strided) < len(layouts):
+            i, layout = next((i, layout) for i, layout in enumerate(layouts) if layout is not torch.strided)
+            raise ValueError(f"{OP}: gradients[{i}] is {layout}: leave the parameter out, or give a dense gradient")
         if not triton_runs(OP, self._device, self._unsupported or _why_not_gradients(gradients)):
             self._check("gradients", gradients)
             states = self._parameters, self._exp_avgs, self._exp_avg_sqs, self._averages
@@ -236,8 +236,8 @@ class AdamEma:
         names = [("parameters", self._parameters), ("exp_avgs", self._exp_avgs), ("exp_avg_sqs", self._exp_avg_sqs)]
         return names if self._averages is None else [*names, ("averages", self._averages)]
 
-    def _seen(self) -> list[tuple[int, torch.Size]]:
-        return [(_address(t), t.shape) for _, tensors in self._lists() for t in tensors]
+    def _seen(self) -> tuple[list[int], list[torch.Size]]:
+        return [t.data_ptr() for t in self._addressed], [p.shape for p in self._parameters]
 
     def _look(self) -> None:
         """Check the tensors and where they are: at first, and when one has been exchanged."""
@@ -249,6 +249,7 @@ class AdamEma:
                 if tensor.dtype != parameter.dtype:
                     expected = f"that of its parameter, {parameter.dtype}"
                     raise ValueError(f"{OP}: {name}[{i}] is {tensor.dtype}, expected {expected}")
+        self._addressed = [t for _, tensors in self._lists() for t in tensors if type(t) in PLAIN]
         reasons = (self._why_not(name, tensors) for name, tensors in self._lists())
         self._unsupported = next((reason for reason in reasons if reason), None)
         self._gradient_addresses: list[int] | None = None
@@ -301,7 +302,7 @@ class AdamEma:
             return self._gradient_table
         self._check("gradients", gradients)
         page = self._new_page() if self._page is None else self._page
-        page.copy_(torch.tensor(addresses, dtype=torch.int64))
+        page.copy_(torch.tensor(addresses, dtype=torch.int64, device="cpu"))
         table = page.to(self._device, non_blocking=True)
         if capturing:
             # A replay copies the page again: both stay, and the steps outside of the graph have others.
@@ -313,21 +314,22 @@ class AdamEma:
         return table
 
     def _new_page(self) -> Tensor:
-        return torch.empty(len(self._parameters), dtype=torch.int64, pin_memory=self._device.type == "cuda")
+        pinned = self._device.type == "cuda"
+        return torch.empty(len(self._parameters), dtype=torch.int64, device="cpu", pin_memory=pinned)
 
     def _build_tables(self) -> None:
-        sizes = torch.tensor([p.numel() for p in self._parameters], dtype=torch.int64)
+        sizes = torch.tensor([p.numel() for p in self._parameters], dtype=torch.int64, device="cpu")
         self._config = TABLE.row(arch_of(self._device), int(sizes.sum()))
         counts = -(-sizes // self._config.block)
-        tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)
-        place = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]
+        tensor = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), counts)
+        place = torch.arange(len(tensor), device="cpu") - (counts.cumsum(0) - counts)[tensor]
         averages: Sequence[Tensor | None] = self._averages or [None] * len(sizes)
         lists = zip(self._parameters, self._exp_avgs, self._exp_avg_sqs, averages, strict=True)
         addresses = [[0 if t is None else t.data_ptr() for t in tensors] for tensors in lists]
         self._wide = not any(a % WIDE_BYTES for row in addresses for a in row) and not bool((sizes % 4).any())
         self._chunks = torch.stack([tensor, place], dim=1).int().to(self._device)
         self._sizes = sizes.to(self._device)
-        self._addresses = torch.tensor(addresses, dtype=torch.int64).view(-1, 4).to(self._device)
+        self._addresses = torch.tensor(addresses, dtype=torch.int64, device=self._device).view(-1, 4)
         self._page = self._new_page()
 
     def _check(self, name: str, tensors: Sequence[Tensor]) -> None:
@@ -350,14 +352,9 @@ class AdamEma:
         return None
 
 
-def _address(tensor: Tensor) -> int:
-    """Of a tensor that may have none of its own: a DTensor, say, which PyTorch takes."""
-    return tensor.data_ptr() if type(tensor) in PLAIN else id(tensor)
-
-
 def _why_not_gradients(gradients: Sequence[Tensor]) -> str | None:
     dtypes = {g.dtype for g in gradients}
     if not dtypes <= set(KERNEL_DTYPES) or len(dtypes) > 1:
         return f"gradients are of {' and '.join(sorted(map(str, dtypes)))}"
-    other = next((i for i, g in enumerate(gradients) if type(g) not in PLAIN), None)
-    return None if other is None else f"gradients[{other}] is a {type(gradients[other]).__name__}, not a plain tensor"
+    others = {type(g) for g in gradients}.difference(PLAIN)
+    return f"gradients are {' and '.join(sorted(t.__name__ for t in others))}, not plain tensors" if others else None

@@ -239,7 +239,7 @@ def noise_key(
 
     ValueError for a field out of range: seed in [0, 2**64), update in [0, 2**32), stream and round in [0, 2**16).
     """
-    words = torch.tensor(philox.key_words(seed, stream, round_index, update), dtype=torch.int64)
+    words = torch.tensor(philox.key_words(seed, stream, round_index, update), dtype=torch.int64, device="cpu")
     return words.to(device, non_blocking=True)  # of pageable memory: staged at once, and the host does not wait
 
 

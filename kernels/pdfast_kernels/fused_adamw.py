@@ -139,10 +139,8 @@ class FusedAdamW(torch.optim.Optimizer):
 
     def _adam(self, group: dict[str, Any], parameters: list[Tensor]) -> tuple[tuple[int, ...], AdamEma]:
         names = _STATE if group["ema_decay"] is None else (*_STATE, "ema")
-        lists = [
-            [_local(p) for p in parameters],
-            *([_local(self.state[p][name]) for p in parameters] for name in names),
-        ]
+        states = [self.state[p] for p in parameters]
+        lists = [[_local(p) for p in parameters], *([_local(state[name]) for state in states] for name in names)]
         key = tuple(map(id, parameters))
         adam = self._adams.get(key)
         return key, adam if adam is not None and adam.holds(*lists) else AdamEma(*lists)

@@ -45,7 +45,7 @@ def outputs_per_channel(prediction: Prediction) -> int:
 def check_start(prediction: Prediction, phi_start: float, least: float = SMALLEST_COS_FOR_EPS) -> None:
     """Refuse (ValueError) an eps-predicting network where it carries no information on x: cos(phi_start) < least."""
     check_prediction(prediction)
-    cosine = float(torch.cos(torch.as_tensor(phi_start, dtype=torch.float64)))
+    cosine = float(torch.cos(torch.as_tensor(phi_start, dtype=torch.float64, device="cpu")))
     if prediction == "eps" and cosine < least:
         raise ValueError(
             f"eps-prediction is singular at the start of sampling (cos(phi) = {cosine:.2g} < {least}): "

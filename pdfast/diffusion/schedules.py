@@ -86,8 +86,8 @@ class LinearBeta:
 def _from_no_noise(alpha_bars: Tensor) -> Tensor:
     """1, then the T alpha-bars: float64 [T + 1]. ValueError unless these are in [0, 1) and strictly decreasing, but that several
     may be 1, no noise, at the beginning."""
-    table = torch.as_tensor(alpha_bars, dtype=torch.float64).flatten().cpu()
-    table = torch.cat([torch.ones(1, dtype=torch.float64), table])
+    table = torch.as_tensor(alpha_bars, dtype=torch.float64, device="cpu").flatten()
+    table = torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), table])
     falls = (table[1:] < table[:-1]) | (table[:-1] + table[1:] == 2)
     if not bool(falls.all()) or not 0 <= float(table[-1]) < 1:
         raise ValueError("alpha_bars must be at least one value in [0, 1), strictly decreasing")
@@ -115,7 +115,7 @@ class AlphaBars:
         flat = int((self.knots == 0).sum())  # one, where the betas do not begin with 0
         if flat > 1:
             self._rises[:flat] = self.knots[flat] / flat
-            self.knots[:flat] = self.knots[flat] * torch.arange(flat) / flat
+            self.knots[:flat] = self.knots[flat] * torch.arange(flat, device="cpu") / flat
         self._on = {self.knots.device: (self.knots, self._rises)}
 
     def _interval(self, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,6 +142,7 @@ class AlphaBars:
                 for low, high in zip(lower.flatten().tolist(), upper.flatten().tolist(), strict=True)
             ],
             dtype=torch.float64,
+            device="cpu",
         ).view(u.shape)
         return du * len(self._rises) * slope + fraction * (self._rises[upper] - slope) + between
 

@@ -67,7 +67,7 @@ def angles(schedule: Schedule, steps: int) -> Tensor:
     """The angles of a sampler with that many steps, from phi(1) down to exactly 0: float64 [steps + 1]."""
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"the number of steps must be a whole number, at least 1, got {steps}")
-    phi = schedule.phi(torch.arange(steps, -1, -1, dtype=torch.float64) / steps)
+    phi = schedule.phi(torch.arange(steps, -1, -1, dtype=torch.float64, device="cpu") / steps)
     phi[-1] = 0
     return phi
 
@@ -100,11 +100,11 @@ def build_step_table(
     check_prediction(prediction)
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"a table in {dtype} would round its angles: choose torch.float32 or torch.float64")
-    k = torch.arange(1, steps + 1, dtype=torch.float64)
-    half = torch.tensor(0.5 / steps, dtype=torch.float64)
+    k = torch.arange(1, steps + 1, dtype=torch.float64, device="cpu")
+    half = torch.tensor(0.5 / steps, dtype=torch.float64, device="cpu")
     u, u_mid = k / steps, (k - 0.5) / steps
     phi, phi_mid = schedule.phi(u), schedule.phi(u_mid)
-    phi_next = torch.cat([torch.zeros(1, dtype=torch.float64), phi[:-1]])
+    phi_next = torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), phi[:-1]])
     d1 = schedule.delta(u, half)
     d2 = torch.cat([phi_mid[:1], schedule.delta(u_mid[1:], half)])
     check_start(prediction, float(phi[-1]))

@@ -35,11 +35,12 @@ class Pace:
 
     def start(self, waited: float) -> None:
         """Updates begin, or begin again after something else. waited: seconds of data wait, in all."""
-        self._last = self._begin_window(self._clock(), waited)
+        self._begin_window(self._clock(), waited)
 
-    def _begin_window(self, now: float, waited: float) -> float:
-        self._began, self._waited_before, self._elapsed = now, waited, list[float]()
-        return now
+    def _begin_window(self, now: float, waited: float) -> None:
+        self._began = self._last = now
+        self._waited_before = waited
+        self._elapsed: list[float] = []
 
     def update(self, waited: float) -> Slowness | None:
         """One more is done. The mean slowness of the last minute if it has lasted as long, else None."""

@@ -4,7 +4,18 @@ import mpmath as mp
 import pytest
 import torch
 
-from pdfast.diffusion import AlphaBars, ClippedCosine, Cosine, Flow, Karras, LinearBeta, StartingAt, angles, logsnr
+from pdfast.diffusion import (
+    AlphaBars,
+    ClippedCosine,
+    Cosine,
+    Flow,
+    Karras,
+    LinearBeta,
+    StartingAt,
+    angles,
+    build_step_table,
+    logsnr,
+)
 
 from .test_golden import SCHEDULES
 
@@ -55,6 +66,19 @@ def test_clipped_logsnr():
     torch.testing.assert_close(
         logsnr(ClippedCosine().phi(u)), torch.tensor([20.0, 0.0, -20.0], dtype=torch.float64), atol=1e-10, rtol=0
     )
+
+
+def test_another_default_device_changes_nothing():
+    """As after torch.set_default_device("cuda"), of which meta stands for any."""
+    alpha_bars = torch.cat([torch.ones(2), torch.linspace(0.9, 0.0, 6)]).double()
+
+    def tables():
+        schedule = AlphaBars(alpha_bars)
+        return angles(schedule, 4), *build_step_table(schedule, 4, "v", "snr").columns()
+
+    expected = tables()
+    with torch.device("meta"):
+        assert all(map(torch.equal, tables(), expected))
 
 
 def test_a_sampler_ends_at_exactly_zero():

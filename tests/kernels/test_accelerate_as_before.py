@@ -306,3 +306,9 @@ def test_group_norms_that_do_more_are_left(cls):
         report = accelerate(cls(2, 4))
     ((name, reason),) = report.left
     assert name == "" and reason.startswith(f"{cls.__name__} has a forward of its own")
+
+
+def test_another_default_device_changes_nothing():
+    norm = Guided(2, 4)
+    with torch.device("meta"):
+        assert accelerate(norm).replaced == [("", "GroupNorm")]

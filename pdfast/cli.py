@@ -33,7 +33,7 @@ NO_COMPILER = (
 _NO_COMPILER = r"No working C\+\+ compiler|InvalidCxxCompiler|Failed to find C compiler"  # of Inductor, of Triton
 _NO_MEMORY = r"can't allocate memory|out of memory"  # on a CPU, on a GPU
 SHOWN = 120  # characters of what torch says
-FIRST_TO_END = 20.0  # seconds that a process has to end before those that have lost it
+PEER_SECONDS = 20.0  # that a process which failed has to end, before those that lost it do
 _LOST = r"Connection (closed|reset)|Broken pipe|Read error|Timed out|NCCL|gloo"  # how a collective ends without a peer
 
 
@@ -43,7 +43,7 @@ class Interrupted(Exception):
     exit_code = INTERRUPTED
 
 
-class _Lost(RunError):
+class _PeerLost(RunError):
     """Another process of the run has ended."""
 
 
@@ -108,25 +108,27 @@ def _tell_torchrun(message: str) -> bool:
     return True
 
 
-def _is_first() -> bool:
+def _is_rank0() -> bool:
     """Whether this process is rank 0, or alone."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def _say_last(line: str, *, of_all: bool = True) -> bool:
-    """Print the line that a process ends with, in rank 0 alone unless `of_all`, and leave it to torchrun; whether that could
-    be. Under `pdfast.launch` that prints it, but not once it has been stopped."""
+def _print_last_line(line: str, *, of_all: bool = True) -> bool:
+    """Leave the line that a process ends with to torchrun, and print it, in rank 0 alone unless `of_all`; whether
+    `pdfast.launch` prints it instead, which it does unless it was stopped."""
     told = _tell_torchrun(line)
-    to_be_printed = told and LAUNCHED in os.environ and not interrupt.requested()
-    if (_is_first() or of_all) and not to_be_printed:
+    if told and LAUNCHED in os.environ and not interrupt.requested():
+        return True
+    if _is_rank0() or of_all:
         print(line, file=sys.stderr, flush=True)
-    return told
+    return False
 
 
-def _let_the_other_end_first() -> None:
-    """Torchrun tells of the process that ended first, which is to be the one that was lost; then it ends this one."""
+def _end_after_the_peer() -> None:
+    """The launcher prints the line of the process that ended first, which is to be the one that was lost; then it ends this
+    one."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(FIRST_TO_END)
+    time.sleep(PEER_SECONDS)
 
 
 def _format_warning(
@@ -134,11 +136,11 @@ def _format_warning(
 ) -> str:
     """Warnings of our own in one line, without their place in the code, of rank 0 alone; others as ever."""
     if Path(filename).is_relative_to(Path(__file__).parent):
-        return f"pdfast: warning: {message}\n" if _is_first() else ""
+        return f"pdfast: warning: {message}\n" if _is_rank0() else ""
     return _FORMAT_WARNING(message, category, filename, lineno, line)
 
 
-def _known(error: BaseException) -> UsageError | RunError | None:
+def _explained(error: BaseException) -> UsageError | RunError | None:
     """What a failure of torch or Python means for people, None where that is not known."""
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     reason = re.sub(r"^\[enforce fail at [^]]*\] .*?\. ", "", reason)[:SHOWN]
@@ -150,7 +152,7 @@ def _known(error: BaseException) -> UsageError | RunError | None:
     if re.search(_NO_COMPILER, str(error)):
         return UsageError(NO_COMPILER)
     if "WORLD_SIZE" in os.environ and re.search(_LOST, str(error)):
-        return _Lost(f"lost another process of the run ({reason}); see what it said")
+        return _PeerLost(f"lost another process of the run ({reason}); see what it said")
     return None
 
 
@@ -171,24 +173,24 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (UsageError, RunError) as error:  # what is wrong is wrong for all; of the others torchrun tells
-        _say_last(f"pdfast: error: {' '.join(str(error).split())}", of_all=False)
+        _print_last_line(f"pdfast: error: {' '.join(str(error).split())}", of_all=False)
         sys.exit(error.exit_code)
     except Interrupted as error:
         line = f"pdfast: {' '.join(str(error).split())}"
-        if _is_first():
+        if _is_rank0():
             print(line, file=sys.stderr, flush=True)
         _tell_torchrun(line)
         sys.exit(error.exit_code)
     except (RuntimeError, MemoryError) as error:
-        if (known := _known(error)) is None:
+        if (known := _explained(error)) is None:
             raise
-        if _say_last(f"pdfast: error: {known}") and isinstance(known, _Lost) and not interrupt.requested():
-            _let_the_other_end_first()
+        if _print_last_line(f"pdfast: error: {known}") and isinstance(known, _PeerLost):
+            _end_after_the_peer()
         sys.exit(known.exit_code)
     except OSError as error:  # a place that cannot be read or written, which nothing expected
         if error.filename is None:
             raise
-        _say_last(f"pdfast: error: cannot use {error.filename} ({error.strerror})")
+        _print_last_line(f"pdfast: error: cannot use {error.filename} ({error.strerror})")
         sys.exit(1)
     except KeyboardInterrupt:
         print(STOPPED_EARLY, file=sys.stderr, flush=True)

@@ -91,19 +91,22 @@ def test_one_process_says_our_warnings(rank, said, monkeypatch):
     assert "of another library" in warnings.formatwarning("of another library", UserWarning, np.__file__, 1, None)
 
 
-@pytest.mark.parametrize("under_torchrun", [True, False])
-def test_a_process_that_lost_another_ends_after_it(under_torchrun, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_process_that_lost_another_ends_after_it(launched, tmp_path, monkeypatch, capsys):
+    """So that the launcher prints the line of that one; torchrun alone has seen it printed."""
     waited = []
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    if launched:
+        monkeypatch.setenv(cli.LAUNCHED, "1")
     monkeypatch.setattr(cli.time, "sleep", waited.append)
     monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
-    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
-    if under_torchrun:
-        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
 
     def lose():
         raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1")
 
-    code, line = end_of(lose, capsys)
-    assert code == RunError.exit_code and "lost another process of the run" in line
-    assert bool(waited) == under_torchrun
+    with pytest.raises(SystemExit) as end:
+        run_command(lose)
+    assert end.value.code == RunError.exit_code
+    assert "lost another process of the run" in (tmp_path / "error.json").read_text()
+    assert bool(waited) == launched and ("lost another" in capsys.readouterr().err) == (not launched)

@@ -1,6 +1,5 @@
 """Which loader decodes images in files, and why."""
 
-import sys
 import warnings
 from pathlib import Path
 
@@ -35,7 +34,7 @@ def open_files(
         raise UsageError(f"image files have 1 or 3 channels, the network takes {channels}: make {path} an .npz")
     check_labels(None if encoded.labels is None else torch.from_numpy(encoded.labels), num_classes, str(path))
     for shard, problem in encoded.problems.items():
-        print(f"pdfast: warning: {shard} is damaged ({problem}); the rest of it is left out", file=sys.stderr)
+        warnings.warn(f"{shard} is damaged ({problem}); the rest of it is left out", stacklevel=2)
     samples = Samples(encoded, image_size, channels, num_classes)
     lacking = dali.missing() if loader in ("auto", "dali") else None
     if loader == "dali" and lacking:

@@ -4,7 +4,6 @@ All processes of a world draw and measure, and all have the result. Every model 
 """
 
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -112,10 +111,7 @@ class Evaluator:
     ) -> None:
         self._config, self._source, self._schedule = config, source, schedule
         self._seed, self._num_classes, self._world, self._between = seed, num_classes, world, between
-        with warnings.catch_warnings():
-            if not world.first:
-                warnings.simplefilter("ignore")  # what the first process says
-            self._space = load_feature_space(config.features, shape=source.shape, device=world.device)
+        self._space = load_feature_space(config.features, shape=source.shape, device=world.device)
         self.names = names_in(self._space.name)
         """What `fd`, `kd` and `cs` of a row are called."""
         self._real = RealImages(source, self._space, config.num_samples, world, config.batch_size, config.reference)

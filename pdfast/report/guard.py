@@ -13,7 +13,7 @@ def complaints(student: Row, before: Row, teacher: list[Row], bounds: GuardConfi
     same step count, and the colours of what the teacher draws at its first count."""
     steps, fd = count_steps(student["steps"]), student["fd"]
     said = []
-    if fd > bounds.ratio * before["fd"]:
+    if fd > bounds.ratio * before["fd"] > 0:
         said.append(
             f"the student of {steps} has a Frechet distance of {fd:.3f}, {fd / before['fd']:.2f} times the {before['fd']:.3f} "
             f"at {count_steps(before['steps'])}: more than {bounds.ratio:g} times; give the round more updates (--updates)"

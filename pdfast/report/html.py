@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 import statistics
 import warnings
 from dataclasses import dataclass
@@ -158,13 +159,18 @@ def _rows(teacher: Stage | None, students: list[Stage]) -> list[dict[str, Any]]:
             {
                 "steps": steps,
                 "student": measured,
-                "ratio": measured["fd"] / start["fd"] if measured else None,
+                "ratio": _times(measured["fd"], start["fd"]) if measured else None,
                 "ddim": ddim.get(steps),
                 "shift": _shift(shown, real, "channel_mean") if shown else None,
                 "spread": _shift(shown, real, "channel_std") if shown else None,
             }
         )
     return rows
+
+
+def _times(fd: float, start: float) -> float:
+    """How many times a distance is another one, which is 0 where images are the very same."""
+    return fd / start if start else math.inf
 
 
 def _conversion(teacher: Stage | None) -> list[dict[str, Any]]:
@@ -196,7 +202,7 @@ def _headline(teacher: Stage | None, students: list[Stage], rounds: int | None) 
     last = students[-1]
     fd = last.metrics["evaluation"][0]["fd"]
     text = (
-        f"In {count_steps(last.steps)} the student reaches {space} {fd:.2f}, {fd / start['fd']:.2f} times its teacher's "
+        f"In {count_steps(last.steps)} the student reaches {space} {fd:.2f}, {_times(fd, start['fd']):.2f} times its teacher's "
         f"{start['fd']:.2f} in {count_steps(start['steps'])}, with 1/{start['steps'] // last.steps} of the network evaluations."
     )
     ddim = next((row["fd"] for row in teacher.metrics["evaluation"] if row["steps"] == last.steps), None)

@@ -27,3 +27,8 @@ def test_each_bound():
 
 def test_a_step_count_at_which_the_teacher_was_not_judged():
     assert complaints(row(1, 2.5), row(2, 2.0), TEACHER, BOUNDS) == []
+
+
+def test_a_model_that_drew_the_real_images_themselves():
+    """Nothing is a number of times 0."""
+    assert complaints(row(1, 2.5), row(2, 0.0), TEACHER, BOUNDS) == []

@@ -121,6 +121,13 @@ def test_the_numbers(run):
     )
 
 
+def test_a_teacher_that_drew_the_real_images_themselves(run):
+    """At a distance of 0, of which nothing is a number of times."""
+    path = run / "teacher/metrics.json"
+    path.write_text(path.read_text().replace("4.4,", "0.0,"))
+    assert "In 1 step the student reaches FD-digits 6.60, inf times its teacher's 0.00" in Page(build_report(run)).text
+
+
 def add_further_figures(run):
     """To the teacher at 256 steps, the student of 2 and the real images."""
     further = {"kd": 1.23456, "kd_std": None, "cs": 9.1234, "cs_std": 0.256, "precision": 0.9, "recall": 0.81}

@@ -13,8 +13,11 @@ from pdfast_kernels.accelerate import accelerate, restore
 from pdfast_kernels.group_norm import group_norm
 from tests.kernels.compare import channels_last
 
-# Of the largest value: which of two errors below it is larger, is luck, and another luck on another CPU.
-FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2**-6}
+# How many times PyTorch's error one tensor may have, and what of the largest value besides: which of two small errors is
+# larger, is luck, and another luck on another CPU or with another layout. In bf16 that is so of a gradient that went through
+# a whole network, but not of the mean over all.
+TIMES, FLOOR = {torch.float32: 2, torch.bfloat16: 4}, {torch.float32: 1e-6, torch.bfloat16: 2**-6}
+TIMES_IN_THE_MEAN = 1.5
 SMALL = {"sample_size": 8, "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8}
 
 
@@ -78,10 +81,15 @@ def run(network, arguments, dtype=torch.float32):
 
 
 def assert_as_accurate(ours, theirs, exact):
+    relative = []
     for one, other, reference in zip(ours, theirs, exact, strict=True):
         assert one.dtype == other.dtype and one.shape == other.shape
-        error, allowed = ((tensor.double() - reference).abs().max() for tensor in (one, other))
-        assert error <= 2 * allowed + FLOOR[one.dtype] * max(1, reference.abs().max())
+        size = reference.abs().max().clamp(min=1)
+        error, allowed = ((tensor.double() - reference).abs().max() / size for tensor in (one, other))
+        assert error <= TIMES[one.dtype] * allowed + FLOOR[one.dtype]
+        relative.append(torch.stack([error, allowed]))
+    error, allowed = torch.stack(relative).mean(0)
+    assert error <= TIMES_IN_THE_MEAN * allowed + FLOOR[torch.float32]
 
 
 def assert_equal(ours, theirs):

@@ -3,7 +3,7 @@
 import json
 
 import torch
-from diffusers import DDPMPipeline, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 
 from tests.commands import TINY_GIVEN
 from tests.engine import processes
@@ -43,3 +43,14 @@ def losses_in_one_process_and_in_two(tmp_path, teacher, *flags) -> list[list[flo
         entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         losses.append([entry["loss"] for entry in entries if entry.get("phase") == "distill"])
     return losses
+
+
+@torch.no_grad()
+def drawn_by_diffusers(theirs, scheduler, noise, steps):
+    """The images of diffusers' DDIM, with the times and the end that ours has."""
+    options = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
+    scheduler, x = DDIMScheduler.from_config(scheduler.config, **options), noise
+    scheduler.set_timesteps(steps)
+    for t in scheduler.timesteps:
+        x = scheduler.step(theirs(x, t).sample, t, x).prev_sample
+    return x

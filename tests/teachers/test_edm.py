@@ -265,7 +265,14 @@ sys.exit(any(name.startswith("pdfast.") for name in sys.modules))
 """
 
 
-@pytest.mark.parametrize("name, labels", [("DDPM++", ()), ("NCSN++", ()), ("ADM, deeper", (4, 1))])
+@pytest.mark.parametrize(
+    "name, labels",
+    [
+        pytest.param("DDPM++", (), marks=pytest.mark.slow),
+        pytest.param("NCSN++", (), marks=pytest.mark.slow),
+        ("ADM, deeper", (4, 1)),
+    ],
+)
 def test_a_pipeline_of_it_needs_diffusers_alone(name, labels, tmp_path):
     """As a user loads it, who has no pdfast: the images are ours."""
     teacher, out = write(tmp_path / "teacher", name, bool(labels)), tmp_path / "out"

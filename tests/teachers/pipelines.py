@@ -5,7 +5,7 @@ import json
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 
-from tests.commands import TINY_GIVEN
+from tests.commands import TINY_GIVEN, call
 from tests.engine import processes
 
 
@@ -37,9 +37,11 @@ def losses_in_one_process_and_in_two(tmp_path, teacher, *flags) -> list[list[flo
     command = [*TINY_GIVEN, "--teacher", str(teacher)]
     command += "--rounds 1 --updates 4 --batch-size 16 --log-every 1".split()
     losses = []
-    for count, more in ((1, ()), (2, ("--engine.shard", "2", *flags))):
-        run = tmp_path / f"run{count}"
-        processes.run(count, "-m", "pdfast.distill", *command, *more, "--run-dir", str(run), timeout=900)
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert call("distill", *command, "--run", str(one)) == 0
+    sharded = "--engine.shard", "2", *flags
+    processes.run(2, "-m", "pdfast.distill", *command, *sharded, "--run-dir", str(two), timeout=900)
+    for run in (one, two):
         entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         losses.append([entry["loss"] for entry in entries if entry.get("phase") == "distill"])
     return losses

@@ -134,7 +134,8 @@ def _merge(shape: _Shape, chunks: int) -> dict[str, int]:
 def _dense(x: Tensor) -> Tensor:
     """It with the channels last, a copy if it must be: gradients come in any layout, and so do tensors that were saved elsewhere
     for the backward (`torch.autograd.graph.save_on_cpu`)."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    last = x.movedim(1, -1)
+    return x if last.is_contiguous() else last.contiguous().movedim(-1, 1)
 
 
 def _parameters(weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> dict:

@@ -8,8 +8,8 @@ def in_vmap() -> bool:
     """Whether tensors are slices that `torch.func.vmap` takes of larger ones, whose layout it does not tell."""
     if torch.compiler.is_compiling():
         return False
-    levels = torch._C._functorch.get_interpreter_stack() or ()  # private, but nothing public says it
-    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
+    levels = torch._C._functorch.get_interpreter_stack()  # private, but nothing public says it
+    return levels is not None and any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
 
 
 def is_channels_last(tensor: Tensor) -> bool:

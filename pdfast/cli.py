@@ -1,6 +1,7 @@
 """How every command ends: a person's mistake is one line and exit code 2, a failure in the middle one line and 1."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -168,7 +169,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         try:
             main()
         finally:
-            sys.stdout.flush()
+            if sys.stdout is not None:  # it was closed by whoever started this
+                sys.stdout.flush()
     except BrokenPipeError:  # whoever read our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -188,6 +190,10 @@ def run_command(main: Callable[[], None]) -> NoReturn:
             _end_after_the_peer()
         sys.exit(known.exit_code)
     except OSError as error:  # a place that cannot be read or written, which nothing expected
+        if error.filename is None and error.errno == errno.ENOSPC:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _print_last_line(f"pdfast: error: the output could not be written ({error.strerror})")
+            sys.exit(1)
         if error.filename is None:
             raise
         _print_last_line(f"pdfast: error: cannot use {error.filename} ({error.strerror})")

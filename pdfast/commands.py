@@ -40,8 +40,8 @@ class Extra:
 def _peek(flag: str, arguments: list[str]) -> str | None:
     """The value of one flag, before the whole line is parsed."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(flag)
-    return parser.parse_known_args(arguments)[0].__dict__[flag.lstrip("-")]
+    parser.add_argument(flag, dest="value")
+    return parser.parse_known_args(arguments)[0].value
 
 
 def _defaults(cls: type[C], arguments: list[str]) -> C:
@@ -86,6 +86,7 @@ def distill_arguments() -> tuple[DistillConfig, Extra]:
     config = DistillConfig(**fields | {"rounds": rounds, "start_steps": start, "end_steps": end})
     if config.teacher is None:
         config = dataclasses.replace(config, schedule=config.schedule.with_table())
+    _refuse_empty(sys.argv[1:])
     check_values(config)
     if config.teacher is not None:
         _refuse_what_the_teacher_brings(config, sys.argv[1:])
@@ -97,6 +98,13 @@ def distill_arguments() -> tuple[DistillConfig, Extra]:
                 f"{', '.join(map(str, config.round_steps))}: correct the table"
             )
     return config, Extra(parsed.config, parsed.dry_run)
+
+
+def _refuse_empty(arguments: list[str]) -> None:
+    """Raise a UsageError for a place that is the empty text, which would be taken for the folder that the command is in."""
+    for flag in ("--run", "--run-dir", "--data", "--teacher"):
+        if _peek(flag, arguments) == "":
+            raise UsageError(f"{flag} is empty: name a place; a variable of the shell may not be set")
 
 
 def _refuse_what_the_teacher_brings(config: DistillConfig, arguments: list[str]) -> None:
@@ -128,5 +136,6 @@ def train_arguments() -> tuple[TrainConfig, Extra]:
     )
     config = TrainConfig(**{name: getattr(parsed, name) for name in _names(TrainConfig)})
     config = dataclasses.replace(config, schedule=config.schedule.with_table())
+    _refuse_empty(sys.argv[1:])
     check_values(config)
     return config, Extra(parsed.config, parsed.dry_run)

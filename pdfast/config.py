@@ -57,7 +57,9 @@ class ScheduleConfig:
         if self.alpha_bars is None:
             return self if self.name == "alpha_bars" else dataclasses.replace(self, table=None)
         if self.name != "alpha_bars":
-            raise UsageError(f"--schedule.alpha-bars is for --schedule.name alpha_bars, not {self.name}: leave it out")
+            raise UsageError(
+                f"--schedule.alpha-bars is for --schedule.name alpha_bars, not {self.name}: add that, or leave it out"
+            )
         values = read_array(self.alpha_bars)
         if values.ndim != 1 or len(values) > MOST_ALPHA_BARS:
             raise UsageError(f"{self.alpha_bars} has shape {values.shape}: need [T] with T up to {MOST_ALPHA_BARS}")

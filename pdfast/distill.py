@@ -27,7 +27,7 @@ from pdfast.engine.files import sealed, write_folder, write_json
 from pdfast.engine.log import Progress, RunLog, clock, count_steps
 from pdfast.engine.machine import Machine, open_machine
 from pdfast.engine.metrics import Losses
-from pdfast.engine.model_folder import SavedModel, fill_model_folder, load_model
+from pdfast.engine.model_folder import SavedModel, check_model, fill_model_folder, load_model
 from pdfast.engine.optimizer import linear_decay
 from pdfast.engine.run import open_run
 from pdfast.engine.step import Draws, RoundTable, conversion_gradient, distillation_gradient
@@ -285,11 +285,12 @@ def convert_teacher(
 
 
 def check_finished(config: DistillConfig, shape: tuple[int, ...]) -> None:
-    """Raise a UsageError where the metrics or images of a finished stage, which later ones are compared with, are not what
-    was written."""
+    """Raise a UsageError where the model of a finished stage, or the metrics or images that later ones are compared with, are
+    not what was written."""
     teacher, last = config.run / "teacher", config.run / "students" / f"{config.end_steps:04d}"
     for folder in (teacher, *(config.run / "students" / f"{steps:04d}" for steps in config.round_steps)):
         if folder.exists():
+            check_model(folder)
             read_metrics(folder)
     if teacher.exists() and not last.exists():
         read_reference(teacher, shape)

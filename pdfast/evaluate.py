@@ -29,7 +29,7 @@ from pdfast.config import (
 from pdfast.data import load_source
 from pdfast.engine import layout
 from pdfast.engine.device import open_device
-from pdfast.engine.files import write_json, writing
+from pdfast.engine.files import write_json
 from pdfast.engine.model_folder import SavedModel, is_model, load_model
 from pdfast.engine.run import same_images, students_of
 from pdfast.engine.world import World
@@ -181,8 +181,7 @@ def main() -> None:
         print(_line("real images", "", *_figures(metrics["real_against_real"]), ""))
     print(f"n = {metrics['num_samples']}, next to {metrics['num_real']} real images, {metrics['device']}")
     if arguments.json is not None:
-        with writing(arguments.json, remedy="choose another file with --json"):
-            write_json(arguments.json, metrics)
+        write_json(arguments.json, metrics, remedy="choose another file with --json")
 
 
 if __name__ == "__main__":

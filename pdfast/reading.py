@@ -130,5 +130,7 @@ def read_array(path: Path) -> np.ndarray:
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
             raise ValueError("it holds something other than an array of numbers")
     except Exception as error:  # its header is a Python expression, read by a parser that raises many kinds
-        raise UsageError(f"cannot read the array {path}: {error or type(error).__name__}") from None
+        # NumPy advises to load pickles, of any file that it does not know.
+        reason = "it is no .npy file of numbers" if "pickle" in str(error) else str(error) or type(error).__name__
+        raise UsageError(f"cannot read the array {path}: {reason}") from None
     return array

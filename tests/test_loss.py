@@ -204,9 +204,11 @@ def test_what_makes_no_sense_is_refused():
         ("w", 4, "unknown prediction 'w'"),
         ("v", 2.5, "whole number"),
         ("v", 0, "at least 1"),
+        ("v", True, "whole number"),
     ):
         with pytest.raises(ValueError, match=words):
             pdfast.build_step_table(pdfast.Cosine(), steps, prediction, "snr")
-    table = pdfast.build_step_table(pdfast.Cosine(), 4, "v", "snr")
+    table = pdfast.build_step_table(pdfast.Cosine(), torch.tensor(4), "v", "snr")
+    assert len(table.phi) == 4
     with pytest.raises(TypeError, match="dtype torch.uint8"):
         pdfast.distillation_loss(network("v", 0), network("v", 0), torch.zeros(2, 1, 8, 8, dtype=torch.uint8), table)

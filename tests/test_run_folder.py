@@ -1,11 +1,16 @@
 """What a run's folder may hold besides what a run wrote, and what the files that it wrote are."""
 
+import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
-from tests.commands import TINY_DISTILL, call
+from pdfast.engine.files import write_json
+from tests.commands import TINY_DISTILL, call, environment
+from tests.test_bad_input import one_line
 
 
 @pytest.fixture
@@ -51,3 +56,60 @@ def test_everybody_may_read_what_the_umask_lets_them(finished_run):
     files = [path for path in finished_run.rglob("*") if path.is_file()]
     others = {str(path): oct(path.stat().st_mode) for path in files if path.stat().st_mode & 0o777 != 0o666 & ~umask}
     assert len(files) > 15 and not others
+
+
+@pytest.fixture
+def copied(finished_run, tmp_path):
+    return shutil.copytree(finished_run, tmp_path / "run")
+
+
+def test_a_student_in_the_folder_of_another_is_refused(copied, tmp_path, capsys):
+    students = copied / "students"
+    os.rename(students / "0001", tmp_path / "one")
+    os.rename(students / "0002", students / "0001")
+    os.rename(tmp_path / "one", students / "0002")
+    for command, *arguments in (
+        ("sample", str(copied), "--steps", "1", "--out", str(tmp_path / "x.png")),
+        ("evaluate", str(copied), "--steps", "1"),
+        ("export", str(copied), str(tmp_path / "out"), "--steps", "1"),
+        ("distill", *TINY_DISTILL, "--run", str(copied)),
+    ):
+        one_line(capsys, call(command, *arguments), 2, "students/000", "holds a student of")
+
+
+@pytest.mark.parametrize("place", ["teacher/teacher", "students/0002/student"])
+def test_a_finished_run_whose_weights_were_changed_is_not_called_finished(copied, place, capsys):
+    weights = copied / f"{place}.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    one_line(capsys, call("distill", *TINY_DISTILL, "--run", str(copied)), 2, weights.name, "changed")
+    weights.unlink()
+    one_line(capsys, call("distill", *TINY_DISTILL, "--run", str(copied)), 2, weights.name, "missing")
+
+
+def test_models_without_their_configuration_are_not_taken_for_others(copied, capsys):
+    (copied / "config.yaml").unlink()
+    one_line(capsys, call("distill", *TINY_DISTILL, "--seed", "5", "--run", str(copied)), 2, "no config.yaml")
+    assert not (copied / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("flag", ["--run", "--data"])
+def test_an_empty_place_is_not_the_folder_one_is_in(flag, capsys):
+    one_line(capsys, call("distill", *TINY_DISTILL, flag, ""), 2, f"{flag} is empty")
+
+
+def test_what_a_link_leads_to_is_written(tmp_path):
+    link, file = tmp_path / "link", tmp_path / "file.json"
+    file.write_text("before")
+    link.symlink_to(file)
+    write_json(link, {"after": 1})
+    assert link.is_symlink() and json.loads(file.read_text()) == {"after": 1}
+
+
+def test_a_full_disk_behind_the_output():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "pdfast.distill", *TINY_DISTILL, "--dry-run"]
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment(), check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines() == ["pdfast: error: the output could not be written (No space left on device)"]

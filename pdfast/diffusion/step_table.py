@@ -11,8 +11,10 @@ where the teacher's two DDIM steps end is, in the network's own prediction,
 where nothing cancels. The last angle is 0 for every schedule, so that row 1 is the teacher's second x by itself.
 """
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -63,10 +65,20 @@ class StepTable:
         return self._map(lambda column: column.to(device))
 
 
-def angles(schedule: Schedule, steps: int) -> Tensor:
+def whole_steps(steps: SupportsIndex) -> int:
+    """Return a number of steps, of NumPy or PyTorch too, as an int. ValueError for what is no whole number, or below 1."""
+    try:
+        number = operator.index(steps)
+    except TypeError:
+        number = 0
+    if number < 1 or isinstance(steps, bool):
+        raise ValueError(f"the number of steps must be a whole number, at least 1, got {steps!r}")
+    return number
+
+
+def angles(schedule: Schedule, steps: SupportsIndex) -> Tensor:
     """The angles of a sampler with that many steps, from phi(1) down to exactly 0: float64 [steps + 1]."""
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"the number of steps must be a whole number, at least 1, got {steps}")
+    steps = whole_steps(steps)
     phi = schedule.phi(torch.arange(steps, -1, -1, dtype=torch.float64, device="cpu") / steps)
     phi[-1] = 0
     return phi
@@ -84,7 +96,7 @@ def ddim_coefficients(prediction: Prediction, phi: Tensor, delta: Tensor) -> tup
 
 def build_step_table(
     schedule: Schedule,
-    steps: int,
+    steps: SupportsIndex,
     prediction: Prediction,
     weighting: Weighting,
     *,
@@ -95,8 +107,7 @@ def build_step_table(
 
     ValueError for eps-prediction from (almost) pure noise, and for what is unknown.
     """
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"the number of steps must be a whole number, at least 1, got {steps}")
+    steps = whole_steps(steps)
     check_prediction(prediction)
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"a table in {dtype} would round its angles: choose torch.float32 or torch.float64")

@@ -23,12 +23,13 @@ _FORBIDDEN = {
     errno.ENAMETOOLONG,
     errno.ELOOP,
 }
+RUN_REMEDY = "choose another folder with --run"
 SEAL = "checksum"
 """The field of a JSON file that holds the hash of all others."""
 
 
 @contextmanager
-def writing(path: Path, remedy: str = "choose another folder with --run") -> Iterator[None]:
+def writing(path: Path, remedy: str = RUN_REMEDY) -> Iterator[None]:
     """Turn an OSError while writing `path` into one line: RunError for a full disk, UsageError for a forbidden folder.
 
     Other libraries report a full disk in exceptions of their own, so the errno is looked for in the message as well.
@@ -63,22 +64,27 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, content: bytes | str) -> None:
-    """Write a file atomically: readers see the old content or the new."""
+def write_file(path: Path, content: bytes | str, remedy: str = RUN_REMEDY) -> None:
+    """Write a file atomically: readers see the old content or the new. What is no plain file, such as a link or a device, is
+    written to and not replaced."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path):
+    content = content.encode() if isinstance(content, str) else content
+    with writing(path, remedy):
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            path.write_bytes(content)
+            return
         with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync(path.parent)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically."""
-    write_file(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+def write_json(path: Path, value: Any, remedy: str = RUN_REMEDY) -> None:
+    """Write JSON as `write_file` does."""
+    write_file(path, json.dumps(value, indent=2, allow_nan=False) + "\n", remedy)
 
 
 def sealed(value: dict[str, Any]) -> dict[str, Any]:

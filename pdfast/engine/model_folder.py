@@ -116,8 +116,13 @@ def load_model(folder: Path, device: torch.device) -> SavedModel:
     return _load_own(folder, read_json(file), device)  # in ours nothing is infinite
 
 
-def _load_own(folder: Path, meta: dict[str, Any], device: torch.device) -> SavedModel:
-    """Load the model of a folder whose config.json, of our own format, is `meta`."""
+def check_model(folder: Path) -> None:
+    """Raise a UsageError unless a teacher's or student's folder of a run holds what was written there."""
+    _checked(folder, read_json(folder / "config.json"))
+
+
+def _checked(folder: Path, meta: dict[str, Any]) -> tuple[dict[str, Any], Path]:
+    """Return what a config.json of our own format says, and the file of weights, after their hashes were compared."""
     where = str(folder / "config.json")
     try:
         meta = check_seal(meta)
@@ -126,6 +131,9 @@ def _load_own(folder: Path, meta: dict[str, Any], device: torch.device) -> Saved
     kind, steps = meta["kind"], meta["steps"]
     if (kind, steps) != ("teacher", None) and not (kind == "student" and type(steps) is int and steps in STEPS):
         raise UsageError(f"{where} is of a {shown(kind)} of {shown(steps)} steps: it was damaged or changed")
+    place = folder.absolute()
+    if place.parent.name == "students" and place.name.isdecimal() and int(place.name) != steps:
+        raise UsageError(f"{folder} holds a {kind} of {shown(steps)} steps: give the folder its own name again")
     file = folder / f"{kind}.safetensors"
     if not file.is_file():
         raise UsageError(f"{file} is missing; restore it, or delete {folder} to make it again")
@@ -133,10 +141,17 @@ def _load_own(folder: Path, meta: dict[str, Any], device: torch.device) -> Saved
         raise UsageError(
             f"{file} is damaged or was changed (its hash differs from config.json): restore it, or delete {folder}"
         )
+    return meta, file
+
+
+def _load_own(folder: Path, meta: dict[str, Any], device: torch.device) -> SavedModel:
+    """Load the model of a folder whose config.json, of our own format, is `meta`."""
+    meta, file = _checked(folder, meta)
+    where = str(folder / "config.json")
     config = network_config(meta["network"], where)
     schedule = _schedule(meta["schedule"], where)
     network = build_with(config.build, read_weights([file], device), file)
-    return SavedModel(network.to(device), schedule, steps, folder)
+    return SavedModel(network.to(device), schedule, meta["steps"], folder)
 
 
 def _schedule(plain: Any, where: str) -> ScheduleConfig:

@@ -101,6 +101,11 @@ def _begin_or_resume(config: RunConfig, source: ImageSource, facts: dict[str, st
         ) from None
     path, now = config.run / "config.yaml", to_plain(config) | facts
     if not path.exists():
+        if (config.run / "teacher").exists() or students_of(config.run):
+            raise UsageError(
+                f"{config.run} holds models, and no config.yaml to say how they were made: restore it, or choose another folder "
+                "with --run"
+            )
         write_file(path, to_yaml(config) + yaml.safe_dump({"command": _command()} | facts, width=10_000))
         return
     saved = load_yaml(path)

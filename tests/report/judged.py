@@ -17,4 +17,5 @@ with open_world("cpu") as world:
         lines.append({"seen": space.seen, "said": everything(real_images)})
     sys.stdout.write(json.dumps(lines) + "\n")
 sys.stdout.flush()
-os._exit(0)  # gloo's threads sometimes abort a process that takes the interpreter down right after its group (torch 2.13)
+# Gloo's threads sometimes abort a process that takes the interpreter down right after its group (torch 2.13).
+os._exit(0)

@@ -1,5 +1,6 @@
 """How every command ends: a person's mistake is one line and exit code 2, a failure in the middle one line and 1."""
 
+import atexit
 import contextlib
 import errno
 import io
@@ -9,6 +10,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -157,14 +159,8 @@ def _explained(error: BaseException) -> UsageError | RunError | None:
     return None
 
 
-def run_command(main: Callable[[], None]) -> NoReturn:
-    """Run a command's main function and exit with its code: 0, 1 (failed in the middle), 2 (bad input), 130 (stopped)."""
-    warnings.formatwarning = _format_warning
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a console may lack letters that a name has
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+def _exit_code(main: Callable[[], None]) -> int:
+    """Run a command's main function and say how it ended, in one line; the exit code."""
     try:
         try:
             main()
@@ -173,32 +169,61 @@ def run_command(main: Callable[[], None]) -> NoReturn:
                 sys.stdout.flush()
     except BrokenPipeError:  # whoever read our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        return 1
     except (UsageError, RunError) as error:  # what is wrong is wrong for all; of the others torchrun tells
         _print_last_line(f"pdfast: error: {' '.join(str(error).split())}", of_all=False)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except Interrupted as error:
         line = f"pdfast: {' '.join(str(error).split())}"
         if _is_rank0():
             print(line, file=sys.stderr, flush=True)
         _tell_torchrun(line)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except (RuntimeError, MemoryError) as error:
         if (known := _explained(error)) is None:
             raise
         if _print_last_line(f"pdfast: error: {known}") and isinstance(known, _PeerLost):
             _end_after_the_peer()
-        sys.exit(known.exit_code)
+        return known.exit_code
     except OSError as error:  # a place that cannot be read or written, which nothing expected
         if error.filename is None and error.errno == errno.ENOSPC:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             _print_last_line(f"pdfast: error: the output could not be written ({error.strerror})")
-            sys.exit(1)
+            return 1
         if error.filename is None:
             raise
         _print_last_line(f"pdfast: error: cannot use {error.filename} ({error.strerror})")
-        sys.exit(1)
+        return 1
     except KeyboardInterrupt:
         print(STOPPED_EARLY, file=sys.stderr, flush=True)
-        sys.exit(INTERRUPTED)
-    sys.exit(0)
+        return INTERRUPTED
+    return 0
+
+
+def _leave(code: int) -> NoReturn:
+    """End this process, which is one of several, without taking the interpreter down: a thread of gloo that still has to let
+    go of a tensor would abort the process there (torch 2.13), after all its work was done."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.flush()
+    os._exit(code)
+
+
+def run_command(main: Callable[[], None]) -> NoReturn:
+    """Run a command's main function and exit with its code: 0, 1 (failed in the middle), 2 (bad input), 130 (stopped)."""
+    warnings.formatwarning = _format_warning
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a console may lack letters that a name has
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        sys.exit(_exit_code(main))
+    try:
+        code = _exit_code(main)
+    except Exception:  # of which nothing is known
+        traceback.print_exc()
+        code = 1
+    _leave(code)

@@ -2,20 +2,22 @@
 process."""
 
 import json
-import os
 import sys
 
+from pdfast.cli import run_command
 from pdfast.engine.world import open_world
 from pdfast.report.real import RealImages
 from tests.report.test_real import Pixels, everything, source
 
-with open_world("cpu") as world:
-    lines = []
-    for _ in range(2):
-        space = Pixels()
-        real_images = RealImages(source(), space, 41, world, batch_size=7)
-        lines.append({"seen": space.seen, "said": everything(real_images)})
-    sys.stdout.write(json.dumps(lines) + "\n")
-sys.stdout.flush()
-# Gloo's threads sometimes abort a process that takes the interpreter down right after its group (torch 2.13).
-os._exit(0)
+
+def main():
+    with open_world("cpu") as world:
+        lines = []
+        for _ in range(2):
+            space = Pixels()
+            real_images = RealImages(source(), space, 41, world, batch_size=7)
+            lines.append({"seen": space.seen, "said": everything(real_images)})
+        sys.stdout.write(json.dumps(lines) + "\n")
+
+
+run_command(main)

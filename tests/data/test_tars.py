@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tarfile
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +119,8 @@ def damaged(content: bytes, at: int) -> bytes:
     "change, images",
     [
         (lambda content: damaged(content, 2048), 1),  # the header of the third: tarfile ends as if the tar did
-        (lambda content: content + content, 3),
+        (lambda content: content + b"no tar", 4),
+        (lambda content: content.rstrip(b"\0") + bytes(-len(content.rstrip(b"\0")) % 512 + 512) + content, 3),  # a block of zeros alone
         (lambda content: content[:1024], 0),
     ],
 )
@@ -127,7 +129,30 @@ def test_a_tar_that_goes_on_behind_its_damage_or_end_is_a_problem(tmp_path, chan
     write_tar(tmp_path / "b.tar", {"9.png": grey(9)}, "w")
     (tmp_path / "a.tar").write_bytes(change((tmp_path / "a.tar").read_bytes()))
     found = find_images(tmp_path)
-    assert len(found) >= 1 + images and list(found.problems) == [str(tmp_path / "a.tar")]
+    assert len(found) == 1 + images and list(found.problems) == [str(tmp_path / "a.tar")]
+
+
+@pytest.mark.parametrize("index", [False, True])
+def test_tars_one_behind_the_other_are_read_as_one(tmp_path, index):
+    """As WebDataset reads them with ignore_zeros; samples of two archives may have one name."""
+    first = {"0.png": grey(10), "0.cls": b"0", "1.png": grey(11), "1.cls": b"1"}
+    second = {"2.png": grey(12), "2.cls": b"2", "1.cls": b"7", "1.png": grey(13)}
+    contents = []
+    for members in (first, second, {"9.txt": b""}, {"3.png": grey(14)}):
+        contents.append(write_tar(tmp_path / "a.tar", members, "w").read_bytes())
+        if index and len(contents) == 1:
+            write_index(tmp_path / "a.tar")  # as wds2idx, whose reader ends where the first archive does
+    (tmp_path / "a.tar").write_bytes(b"".join(contents))
+    with pytest.warns(UserWarning, match="several tars, one behind the other") if index else nullcontext():
+        images = seen(tmp_path)
+    assert list(images.items()) == [
+        ("a.tar/0.png", (10, 0)),
+        ("a.tar/1.png", (11, 1)),
+        ("a.tar#2/2.png", (12, 2)),
+        ("a.tar#2/1.png", (13, 7)),
+        ("a.tar#4/3.png", (14, -1)),
+    ]
+    assert index or not find_images(tmp_path).problems
 
 
 MEMBERS = {

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from pdfast.data.encoded import EncodedImages, label_from
 from pdfast.data.formats.names import OTHER_IMAGES, hidden, sample_of
 from pdfast.data.formats.shards import scan_shards
-from pdfast.data.formats.tar_index import Unfit, indexed
+from pdfast.data.formats.tar_index import BLOCK, Unfit, behind_zeros, indexed
 from pdfast.data.pictures import SUFFIXES
 from pdfast.errors import UsageError
 
@@ -18,7 +18,6 @@ SHARDS = "tar shards"
 LINK = "links in tar shards"
 LABEL = "cls"
 LONGEST_LABEL = 100  # bytes
-TAIL = 1 << 20  # bytes behind the last member in which nothing else may stand
 
 
 class _Member(NamedTuple):
@@ -54,9 +53,22 @@ def _scan(shard: Path, found: EncodedImages, unfit: dict[Path, str]) -> None:
         except Unfit as error:
             unfit[index] = str(error)
     samples: dict[tuple[str, str], list[_Member]] = {}
+    place, archives = shard.name, 1
     with open(shard, "rb") as content:
+
+        def add_samples() -> None:
+            for sample in samples.values():
+                _add(shard, place, sample, content.fileno(), found)
+            samples.clear()
+
         try:
-            for name, offset, size in members or _members(shard):
+            for member in members or _members(shard):
+                if member is None:  # names of samples may be those of the archive before
+                    add_samples()
+                    archives += 1
+                    place = f"{shard.name}#{archives}"
+                    continue
+                name, offset, size = member
                 key, extension = sample_of(name)
                 extension = extension.lower()
                 suffix = f".{extension.rpartition('.')[2]}"
@@ -69,12 +81,11 @@ def _scan(shard: Path, found: EncodedImages, unfit: dict[Path, str]) -> None:
                 samples.popitem()  # of a sample at the damage it is not known what it lacks
             raise
         finally:
-            for sample in samples.values():
-                _add(shard, sample, content.fileno(), found)
+            add_samples()
 
 
-def _add(shard: Path, sample: list[_Member], content: int, found: EncodedImages) -> None:
-    """The image of a sample: what has no other extension than an image's, else what has one at its end."""
+def _add(shard: Path, place: str, sample: list[_Member], content: int, found: EncodedImages) -> None:
+    """The image of a sample: what has no other extension than an image's, else what has one at its end. place: of its name."""
     images = [member for member in sample if member.extension != LABEL]
     images = [member for member in images if f".{member.extension}" in SUFFIXES] or images
     if len(images) > 1:
@@ -94,25 +105,31 @@ def _add(shard: Path, sample: list[_Member], content: int, found: EncodedImages)
             text = os.pread(content, member.size, member.offset).decode(errors="replace")
             number = label_from(text)
             label = -1 if number is None else number
-    found.add(f"{shard.name}/{image.name}", label, image.offset, image.size)
+    found.add(f"{place}/{image.name}", label, image.offset, image.size)
 
 
-def _members(shard: Path) -> Iterator[tuple[str, int | None, int]]:
-    """Name, offset and size of each file, None for the offset of a link; then ValueError where the tar ends early."""
-    end = shard.stat().st_size
-    with tarfile.open(shard, "r:", encoding="utf-8", errors="surrogateescape") as tar:
-        for member in tar:
-            tar.members = []  # type: ignore[attr-defined]  # else it keeps all, at a kilobyte each
-            if member.size < 0 or member.offset_data + member.size > end:
-                raise ValueError("it ends early")
-            if member.isfile() and not member.issparse():
-                yield member.name, member.offset_data, member.size
-            elif not member.isdir():
-                yield member.name, None, 0
-        at = tar.offset
-    with open(shard, "rb") as file:  # at what is no header, tarfile ends as at the end
-        tail = os.pread(file.fileno(), TAIL, at)
-        if not tail:
-            raise ValueError("it has no end, so some of it may be missing")
-        if tail.strip(b"\0"):
-            raise ValueError(f"it is damaged, or another follows it, from byte {at} on")
+def _members(shard: Path) -> Iterator[tuple[str, int | None, int] | None]:
+    """Name, offset and size of each file, None for the offset of a link; None alone between archives that were put one behind
+    the other, as by `cat`; then ValueError where the tar ends early."""
+    with open(shard, "rb") as file:
+        content, end, at = file.fileno(), shard.stat().st_size, 0
+        while True:
+            file.seek(at)
+            with tarfile.open(shard, "r:", file, encoding="utf-8", errors="surrogateescape") as tar:
+                for member in tar:
+                    tar.members = []  # type: ignore[attr-defined]  # else it keeps all, at a kilobyte each
+                    if member.size < 0 or member.offset_data + member.size > end:
+                        raise ValueError("it ends early")
+                    if member.isfile() and not member.issparse():
+                        yield member.name, member.offset_data, member.size
+                    elif not member.isdir():
+                        yield member.name, None, 0
+                last = tar.offset
+            if last >= end:
+                raise ValueError("it has no end, so some of it may be missing")
+            at = behind_zeros(content, last)
+            if at == end:
+                return
+            if at - last < 2 * BLOCK:  # at what is no header, tarfile ends as at the end, which is two blocks of zeros
+                raise ValueError(f"it is damaged, or something else follows it, from byte {at} on")
+            yield None

@@ -18,6 +18,7 @@ DESCRIBING = {
     tarfile.GNUTYPE_LONGLINK,
 }
 """Types of what describes the member behind it."""
+CHUNK = 1 << 20  # bytes of zeros that are read at a time
 LONGEST_NAME = 100  # characters in a header; what is longer stands before it
 
 
@@ -85,10 +86,22 @@ def _header(content: int, at: int) -> tarfile.TarInfo:
         raise Unfit(f"no member begins at {at}") from None
 
 
+def behind_zeros(content: int, at: int) -> int:
+    """The first block from `at` on that is not zeros, or the end of the file."""
+    while chunk := os.pread(content, CHUNK, at):
+        if rest := chunk.lstrip(b"\0"):
+            return at + (len(chunk) - len(rest)) // BLOCK * BLOCK
+        at += len(chunk)
+    return at
+
+
 def _behind_others(content: int, at: int, until: int) -> int:
-    """Where what an index does not list ends: folders, what is hidden and what describes; or the tar, by zeros."""
+    """Where what an index does not list ends: folders, what is hidden and what describes; or the tar, by zeros. Unfit where
+    another tar follows that."""
     while at < until:
         if not os.pread(content, BLOCK, at).strip(b"\0"):
+            if behind_zeros(content, at) < os.fstat(content).st_size:
+                raise Unfit("the shard is several tars, one behind the other")
             break
         header = _header(content, at)
         if not (header.isdir() or header.type in DESCRIBING or hidden(header.name)):

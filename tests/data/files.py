@@ -63,8 +63,30 @@ def field(number: int, content: bytes) -> bytes:
     return _varint(number << 3 | 2) + _varint(len(content)) + content
 
 
+def _masked_crc32c(content: bytes) -> int:
+    """By its definition: CRC-32C bit by bit, rotated by 15 bits, and a constant added."""
+    crc = 0xFFFFFFFF
+    for byte in content:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    crc ^= 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def length_of_record(length: int) -> bytes:
+    """How a record of a TFRecord file begins."""
+    packed = struct.pack("<Q", length)
+    return packed + struct.pack("<I", _masked_crc32c(packed))
+
+
+def record_of(message: bytes) -> bytes:
+    """A record of a TFRecord file, but that the checksum of its content is left 0, which takes too long."""
+    return length_of_record(len(message)) + message + bytes(4)
+
+
 def write_tfrecord(path: Path, records: list[tuple[bytes, int | None]], *, packed: bool = True) -> None:
-    """tf.train.Example messages with `image/encoded` and `image/class/label`, by the wire format; checksums are left 0."""
+    """tf.train.Example messages with `image/encoded` and `image/class/label`, by the wire format."""
     with open(path, "wb") as file:
         for image, label in records:
             features = {"image/encoded": field(1, field(1, image)), "image/format": field(1, field(1, b"png"))}
@@ -72,5 +94,4 @@ def write_tfrecord(path: Path, records: list[tuple[bytes, int | None]], *, packe
                 numbers = field(1, _varint(label)) if packed else _varint(1 << 3) + _varint(label)
                 features["image/class/label"] = field(3, numbers)
             entries = b"".join(field(1, field(1, k.encode()) + field(2, v)) for k, v in features.items())
-            example = field(1, entries)
-            file.write(struct.pack("<Q", len(example)) + bytes(4) + example + bytes(4))
+            file.write(record_of(field(1, entries)))

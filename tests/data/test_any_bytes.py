@@ -20,7 +20,7 @@ from pdfast.data.pictures import BadImage, decode
 from pdfast.errors import UsageError
 from tests.data.archives import write_tar
 from tests.data.errors import refusal
-from tests.data.files import chunk, encoded, field, write_index, write_tfrecord
+from tests.data.files import chunk, encoded, field, length_of_record, record_of, write_index, write_tfrecord
 
 ANY = settings(derandomize=True, deadline=None, database=None, max_examples=120)
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 5, 6, 3), dtype=np.uint8)
@@ -224,10 +224,10 @@ def test_an_array_larger_than_the_machine_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("length", [1 << 40, (1 << 64) - 1, (1 << 63) - 16])
 def test_lengths_in_shards_that_are_longer_than_these(tmp_path, length):
-    (tmp_path / "a.tfrecord").write_bytes(struct.pack("<Q", length) + bytes(99))
+    (tmp_path / "a.tfrecord").write_bytes(length_of_record(length) + bytes(99))
     assert "it ends early" in refusal(find_images, tmp_path / "a.tfrecord", names="a.tfrecord")
     inner = field(1, field(1, field(1, b"image"))[:-6] + b"\xff" * 8 + b"\x01")
-    (tmp_path / "b.tfrecord").write_bytes(struct.pack("<Q", len(inner)) + bytes(4) + inner + bytes(4))
+    (tmp_path / "b.tfrecord").write_bytes(record_of(inner))
     refusal(find_images, tmp_path / "b.tfrecord", names="b.tfrecord")
     member = tarfile.TarInfo("0.png")
     member.size = min(length, (1 << 63) - 1)

@@ -13,7 +13,7 @@ from pdfast.data.formats import find_images
 from pdfast.data.pictures import BadImage, decode
 from tests.data.archives import write_tar
 from tests.data.errors import refusal
-from tests.data.files import encoded, field, solid, write_index, write_tfrecord
+from tests.data.files import encoded, field, record_of, solid, write_index, write_tfrecord
 
 
 def grey(value: int) -> bytes:
@@ -100,20 +100,29 @@ def test_a_broken_tar_gives_what_is_whole(tmp_path):
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_tfrecord_files(tmp_path, packed):
+    assert record_of(b"")[8:12].hex() == "29039807"  # as TensorFlow writes it
     write_tfrecord(tmp_path / "a.tfrecord", [(grey(1), 0), (grey(2), 300)], packed=packed)
     write_tfrecord(tmp_path / "b.tfrecord", [(grey(3), None)], packed=packed)
     assert values(tmp_path) == [1, 2, 3] and labels(tmp_path) == [0, 300, -1]
     content = (tmp_path / "a.tfrecord").read_bytes()
-    (tmp_path / "a.tfrecord").write_bytes(content[:-20])
-    assert values(tmp_path) == [1, 3]
-    assert find_images(tmp_path).problems == {str(tmp_path / "a.tfrecord"): "it ends early, after 1 images"}
+    second = 16 + struct.unpack_from("<Q", content)[0]
+    for damaged, problem in (
+        (content[:-20], "it ends early"),
+        (content[: second + 9], "it ends early"),
+        (
+            content[:second] + bytes([content[second] ^ 4]) + content[second + 1 :],
+            "the length of record 1 does not have its checksum",
+        ),
+    ):
+        (tmp_path / "a.tfrecord").write_bytes(damaged)
+        assert values(tmp_path) == [1, 3]
+        assert find_images(tmp_path).problems == {str(tmp_path / "a.tfrecord"): f"{problem}, after 1 images"}
 
 
 def record(**features: bytes) -> bytes:
     """A TFRecord of one tf.train.Example, of features as they are encoded."""
     entries = b"".join(field(1, field(1, k.replace("_", "/").encode()) + field(2, v)) for k, v in features.items())
-    example = field(1, entries)
-    return struct.pack("<Q", len(example)) + bytes(4) + example + bytes(4)
+    return record_of(field(1, entries))
 
 
 IMAGE = field(1, field(1, grey(5)))
@@ -156,8 +165,7 @@ def test_a_record_of_two_images_is_a_problem(tmp_path):
 
 def test_names_of_features_that_are_not_utf_8(tmp_path):
     entry = field(1, field(1, b"caf\xe9") + field(2, IMAGE)) + field(1, field(1, b"image") + field(2, IMAGE))
-    example = field(1, entry)
-    (tmp_path / "a.tfrecord").write_bytes(struct.pack("<Q", len(example)) + bytes(4) + example + bytes(4))
+    (tmp_path / "a.tfrecord").write_bytes(record_of(field(1, entry)))
     assert values(tmp_path) == [5]
 
 

@@ -120,7 +120,10 @@ def damaged(content: bytes, at: int) -> bytes:
     [
         (lambda content: damaged(content, 2048), 1),  # the header of the third: tarfile ends as if the tar did
         (lambda content: content + b"no tar", 4),
-        (lambda content: content.rstrip(b"\0") + bytes(-len(content.rstrip(b"\0")) % 512 + 512) + content, 3),  # a block of zeros alone
+        (
+            lambda content: content.rstrip(b"\0") + bytes(-len(content.rstrip(b"\0")) % 512 + 512) + content,
+            3,
+        ),  # a block of zeros alone
         (lambda content: content[:1024], 0),
     ],
 )

@@ -24,7 +24,7 @@ def check_index(op: str, index: Tensor | None, samples: int) -> None:
 
 def in_range(op: str, name: str, index: Tensor, first: int, end: int) -> Tensor:
     """`index`, int64 [N]. ValueError for a value outside of [first, end), wherever values are asked."""
-    if not _asked(index):
+    if not asked(index):
         return index
     if torch.compiler.is_compiling():
         return _in_range(index, f"{op}: {name}", first, end)
@@ -37,7 +37,7 @@ def rows_of(column: Tensor, index: Tensor | None) -> Tensor:
     range. The column itself without an index."""
     if index is None:
         return column
-    if index.device.type == "cpu" and _asked(index):
+    if index.device.type == "cpu" and asked(index):
         return column[index]
     inside = (index >= 0) & (index < len(column))
     if not len(column):
@@ -46,7 +46,7 @@ def rows_of(column: Tensor, index: Tensor | None) -> Tensor:
     return torch.where(inside.view(-1, *(1,) * (column.dim() - 1)), rows, torch.nan)
 
 
-def _asked(index: Tensor) -> bool:
+def asked(index: Tensor) -> bool:
     """Whether the values are asked: not of a GPU, and not of tensors that stand for others (vmap, fake tensors, tracing)."""
     if index.device.type != "cpu" and not (DEBUG and index.device.type == "cuda"):
         return False

@@ -64,7 +64,7 @@ class LinearBeta:
     beta_max: float = 20.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.beta_min <= self.beta_max or self.beta_max == 0:
+        if not 0 <= self.beta_min <= self.beta_max < math.inf or self.beta_max == 0:
             raise ValueError(
                 f"need 0 <= beta_min <= beta_max and beta_max > 0, got {self.beta_min} and {self.beta_max}"
             )

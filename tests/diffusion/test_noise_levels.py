@@ -55,8 +55,9 @@ def test_flow_times_are_those_of_diffusers(shift):
     torch.testing.assert_close(pdfast.Flow(shift).phi(times), phi, rtol=0, atol=0)
     assert pdfast.phi_from_flow_time(1.0, shift) == math.pi / 2 and pdfast.phi_from_flow_time(0, shift) == 0
     for function in (pdfast.phi_from_flow_time, pdfast.flow_time_from_phi):
-        with pytest.raises(ValueError, match="shift must be positive"):
-            function(0.5, 0.0)
+        for wrong in (0.0, math.inf, math.nan):
+            with pytest.raises(ValueError, match="shift must be positive"):
+                function(0.5, wrong)
 
 
 def test_logsnr():
@@ -80,6 +81,41 @@ def test_there_and_back(there, back):
     torch.testing.assert_close(back(there(PHI)), PHI, rtol=1e-9, atol=1e-12)
     assert back(there(1.0)).shape == () and back(there(1.0)) == pytest.approx(1.0)
     assert there(PHI.float()).dtype == torch.float64
+
+
+OF_TIMES = torch.tensor([0.9, 0.5, 0.0])
+RANGES = [
+    (pdfast.phi_from_sigma, "sigma must be at least 0", [-1e-9, -math.inf], [0, math.inf]),
+    (pdfast.phi_from_alpha_bar, r"alpha_bar must be in \[0, 1\]", [-0.1, 1.5], [0, 1]),
+    (pdfast.phi_from_logsnr, "logsnr must be a number", [], [-math.inf, 3, math.inf]),
+    (pdfast.phi_from_flow_time, r"t must be in \[0, 1\]", [2, -1e-9], [0, 1]),
+    (lambda t: pdfast.phi_from_time(t, OF_TIMES), "t must be a number", [], [-math.inf, 0.5, math.inf]),
+    *(
+        (function, r"phi must be in \[0, pi/2\]", [-0.1, 1.6, math.inf], [0, math.pi / 2])
+        for function in (
+            pdfast.sigma_from_phi,
+            pdfast.logsnr,
+            pdfast.alpha_bar_from_phi,
+            pdfast.flow_time_from_phi,
+            lambda phi: pdfast.time_from_phi(phi, OF_TIMES),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("function, message, outside, inside", RANGES)
+def test_what_is_out_of_range_is_named(function, message, outside, inside):
+    """As a number, and in a tensor; NaN where values are not asked, as on a GPU. The ends are no error, those of float32 neither."""
+    for wrong in (*outside, math.nan):
+        for value in (wrong, torch.tensor([[inside[0], wrong]]), torch.tensor(wrong, dtype=torch.float64)):
+            with pytest.raises(ValueError, match=f"^{message}, got {wrong:g}$"):
+                function(value)
+    values = torch.tensor([*inside, *outside, math.nan])
+    assert torch.vmap(function)(values).isnan().tolist() == [i >= len(inside) for i in range(len(values))]
+    assert torch.equal(function(values[: len(inside)]), torch.vmap(function)(values[: len(inside)]))
+    assert all(not function(value).isnan() for value in inside)
+    with pytest.raises(TypeError, match=f"^{message.split()[0]} is a str: give a tensor"):
+        function("0.5")
 
 
 VARIANCE = 0.25

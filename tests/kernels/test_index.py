@@ -78,7 +78,7 @@ def test_in_compiled_code_too(triton_kernels, draw, mode):
 @pytest.mark.parametrize("parts", [1, 2])
 def test_the_kernels_write_nan_for_that_sample_alone(triton_kernels, draw, monkeypatch, value, parts):
     """As on a GPU, where nobody asks the values: the same of plain PyTorch."""
-    monkeypatch.setattr(module, "_asked", lambda index: False)
+    monkeypatch.setattr(module, "asked", lambda index: False)
     good, bad = torch.tensor([4, 0, 2]), torch.tensor([4, value, 2])
     z, output = draw(3, 2, 4, 4).requires_grad_(), draw(3, 2 * parts, 4, 4).requires_grad_()
     columns = draw(5), draw(5, parts), draw(5, parts), draw(5, parts), draw(5)
@@ -99,7 +99,7 @@ def test_the_kernels_write_nan_for_that_sample_alone(triton_kernels, draw, monke
 
 @pytest.mark.parametrize("value", [-1, 2**32])
 def test_no_noise_of_another_sample(triton_kernels, draw, monkeypatch, value):
-    monkeypatch.setattr(module, "_asked", lambda index: False)
+    monkeypatch.setattr(module, "asked", lambda index: False)
     images, phi = torch.zeros(2, 4, 4, 3, dtype=torch.uint8), draw(2)
     for mode in ("triton", "reference"):
         with use(mode):
@@ -115,7 +115,7 @@ def test_an_empty_table(draw):
 
 
 def test_rows_that_nobody_asks_for_are_nan(draw, monkeypatch):
-    monkeypatch.setattr(module, "_asked", lambda index: False)
+    monkeypatch.setattr(module, "asked", lambda index: False)
     rows = module.rows_of(draw(3, 2), torch.tensor([2, -1, 3, 0]))
     assert rows.isnan().all(1).tolist() == [False, True, True, False]
     assert module.rows_of(draw(0, 2), torch.tensor([0])).isnan().all()
@@ -144,7 +144,7 @@ def test_k_of_the_distillation_loss(draw):
 
 
 def test_k_of_the_distillation_loss_where_nobody_asks(draw, monkeypatch):
-    monkeypatch.setattr(module, "_asked", lambda index: False)
+    monkeypatch.setattr(module, "asked", lambda index: False)
     table, x, eps = build_step_table(Cosine(), 4, "v", "truncated_snr"), draw(3, 1, 4, 4), draw(3, 1, 4, 4)
     losses = distillation_loss(network, network, x, table, k=torch.tensor([4, 0, 5]), eps=eps)
     right = distillation_loss(network, network, x, table, k=torch.tensor([4, 1, 1]), eps=eps)
@@ -158,11 +158,11 @@ def test_the_debug_switch_asks_on_a_gpu_too(monkeypatch):
         device, is_cuda = torch.device("cuda"), True
         numel = staticmethod(lambda: 1)
 
-    assert not module._asked(OnGpu())
+    assert not module.asked(OnGpu())
     monkeypatch.setattr(module, "DEBUG", True)
     monkeypatch.setattr(torch._C._functorch, "is_functorch_wrapped_tensor", lambda tensor: False)
     monkeypatch.setattr(module, "Tensor", OnGpu)
-    assert module._asked(OnGpu())
+    assert module.asked(OnGpu())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     with pytest.raises(TypeError):  # it is no tensor
         module._raise_outside(OnGpu(), "index", 0, 1)

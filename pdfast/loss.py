@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdfast.diffusion import Model, StepTable, check_cond, prediction_of
+from pdfast.diffusion import Model, StepTable, check_cond, check_model, check_output, check_tensor, prediction_of
 from pdfast_kernels import ddim_step, ddim_step_weighted_loss
 from pdfast_kernels.index import in_range, rows_of
 
@@ -46,9 +46,10 @@ def teacher_steps(
     index: rows of the table, step index - 1, int64 [N]. run: what compiles a function, for the step in between.
     """
     with torch.no_grad():
-        first = teacher(z, phi.float(), cond)
+        first = check_output("the teacher", teacher(z, phi.float(), cond), z, table.prediction)
         z_mid = run(ddim_step)(z, first, table.ddim_z, table.ddim_output, index)
-        return first, teacher(z_mid, rows_of(table.phi_mid, index).float(), cond)
+        second = teacher(z_mid, rows_of(table.phi_mid, index).float(), cond)
+        return first, check_output("the teacher", second, z, table.prediction)
 
 
 def student_losses(
@@ -62,7 +63,7 @@ def student_losses(
 ) -> Tensor:
     """The weighted squared error of the student's output, a mean over C, H and W: float32 [N]."""
     return run(ddim_step_weighted_loss)(
-        output,
+        check_output("the student", output, z, table.prediction),
         z,
         first,
         second,
@@ -94,12 +95,20 @@ def distillation_loss(
     is, whatever the dtypes of x, eps and the outputs are. TypeError for a wrong dtype, ValueError for a wrong shape, device or
     prediction, and for a k out of range (on a GPU, where asking would be a wait, the losses of those images are NaN).
     """
+    check_tensor("x", x)
+    if not isinstance(table, StepTable):
+        raise TypeError(f"table is a {type(table).__name__}: give what build_step_table returns")
+    check_model("student", student)
+    check_model("teacher", teacher)
     if not x.is_floating_point():
         raise TypeError(f"images of dtype {x.dtype}: make them floats in [-1, 1], as x.float() / 127.5 - 1")
     check_predictions(table, student=student, teacher=teacher)
     check_cond(cond, len(x))
     if table.phi.device != x.device:
         raise ValueError(f"the table is on {table.phi.device}, x is on {x.device}: give table.to(x.device)")
+    for name, given in (("k", k), ("eps", eps)):
+        if given is not None:
+            check_tensor(name, given)
     if k is not None and k.dtype != torch.int64:
         raise TypeError(f"k of dtype {k.dtype}: give step indices as int64")
     if k is not None and k.shape != (len(x),):

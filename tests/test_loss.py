@@ -160,6 +160,8 @@ def test_arguments_that_do_not_fit_are_named():
     table = pdfast.build_step_table(pdfast.Cosine(), 4, "v", "snr")
     for error, words, arguments in (
         (TypeError, "k of dtype torch.int32", {"k": torch.ones(2, dtype=torch.int32)}),
+        (TypeError, "k is a int: give a tensor", {"k": 3}),
+        (TypeError, "eps is a list: give a tensor", {"eps": [0.0]}),
         (TypeError, "k of dtype torch.bool", {"k": torch.ones(2, dtype=torch.bool)}),
         (ValueError, "k has shape ..: one step index for each of the 2 images", {"k": torch.tensor(1)}),
         (ValueError, "eps has shape .2, 1, 8., x has", {"eps": x[..., 0]}),
@@ -169,6 +171,10 @@ def test_arguments_that_do_not_fit_are_named():
     ):
         with pytest.raises(error, match=words):
             pdfast.distillation_loss(v, v, x, table, **arguments)
+    with pytest.raises(TypeError, match="table is a Cosine: give what build_step_table returns"):
+        pdfast.distillation_loss(v, v, x, pdfast.Cosine())
+    with pytest.raises(TypeError, match="x is a ndarray: give a tensor"):
+        pdfast.distillation_loss(v, v, x.numpy(), table)
     with pytest.raises(ValueError, match="the table is on meta, x is on cpu: give table.to"):
         pdfast.distillation_loss(v, v, x, table.to("meta"))
     with pytest.raises(ValueError, match="would round its angles"):

@@ -17,8 +17,10 @@ from pdfast.diffusion.parameterization import (
     WEIGHTINGS,
     Prediction,
     Weighting,
+    check_output,
     check_prediction,
     check_start,
+    check_tensor,
     natural_angle,
     natural_weight,
     output_coefficient,
@@ -26,7 +28,7 @@ from pdfast.diffusion.parameterization import (
     to_v,
     to_x,
 )
-from pdfast.diffusion.samplers import Model, ancestral, check_cond, ddim, prediction_of, sample
+from pdfast.diffusion.samplers import Model, ancestral, check_cond, check_model, ddim, prediction_of, sample
 from pdfast.diffusion.schedules import AlphaBars, ClippedCosine, Cosine, Flow, Karras, LinearBeta, Schedule, StartingAt
 from pdfast.diffusion.step_table import StepTable, angles, build_step_table, ddim_coefficients
 
@@ -50,8 +52,11 @@ __all__ = [
     "angles",
     "build_step_table",
     "check_cond",
+    "check_model",
+    "check_output",
     "check_prediction",
     "check_start",
+    "check_tensor",
     "ddim",
     "ddim_coefficients",
     "flow_time_from_phi",

@@ -8,7 +8,7 @@ own output ("natural" space) that is w / sin^2 on x, w / cos^2 on eps, w on v.
 """
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -28,8 +28,15 @@ def check_prediction(prediction: str) -> None:
         raise ValueError(f"unknown prediction {prediction!r}, choose from {', '.join(PREDICTIONS)}")
 
 
+def check_tensor(name: str, value: Any) -> None:
+    """TypeError, which names the argument, for what is no tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}: give a tensor")
+
+
 def check_angles(phi: Tensor) -> None:
     """TypeError unless angles are float32 or float64: neighbouring steps are one and the same angle in 16 bits."""
+    check_tensor("phi", phi)
     if phi.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"angles of dtype {phi.dtype}: make them from float32 or float64, in which steps can be told apart"
@@ -40,6 +47,25 @@ def outputs_per_channel(prediction: Prediction) -> int:
     """P: how many tensors of the data's shape the network puts out."""
     check_prediction(prediction)
     return 2 if prediction == "both" else 1
+
+
+def check_output(name: str, output: Any, z: Tensor, prediction: Prediction) -> Tensor:
+    """What the model called `name` put out at z, [N, C, ...]. TypeError unless that is a tensor of floats, ValueError unless it is
+    [N, P*C, ...] and where z is."""
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"{name} returned a {type(output).__name__}: let it return the tensor alone, such as output[0], or output.sample of diffusers"
+        )
+    if not output.is_floating_point():
+        raise TypeError(f"{name} returned a tensor of dtype {output.dtype}: let it return floats")
+    expected = (*z.shape[:1], *(outputs_per_channel(prediction) * size for size in z.shape[1:2]), *z.shape[2:])
+    if output.shape != expected:
+        raise ValueError(
+            f"{name} returned shape {tuple(output.shape)}: of z {tuple(z.shape)}, prediction {prediction!r} is {expected}"
+        )
+    if output.device != z.device:
+        raise ValueError(f"{name} returned a tensor on {output.device}, z is on {z.device}: move the model there")
+    return output
 
 
 def check_start(prediction: Prediction, phi_start: float, least: float = SMALLEST_COS_FOR_EPS) -> None:

@@ -19,7 +19,9 @@ from pdfast.diffusion.parameterization import (
     Prediction,
     at_least_float32,
     check_angles,
+    check_output,
     check_start,
+    check_tensor,
     to_x,
 )
 from pdfast.diffusion.schedules import Schedule
@@ -44,6 +46,13 @@ def prediction_of(model: Model, said: Prediction | None = None) -> Prediction | 
     return said if own is None else own
 
 
+def check_model(name: str, model: Any) -> None:
+    """TypeError for what cannot be called, or is a class in the place of a model."""
+    if not callable(model) or isinstance(model, type):
+        what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TypeError(f"{name} is {what}: give a module, or a function, that is called as model(z, phi, cond)")
+
+
 def _column(value: Tensor, z: Tensor) -> Tensor:
     return value.to(z).reshape(1, -1).expand(len(z), -1)
 
@@ -54,17 +63,21 @@ def check_cond(cond: Any, count: int) -> None:
         raise ValueError(f"cond has shape {tuple(cond.shape)}: there are {count} samples, and it begins with as many")
 
 
-def _begin(model: Model, z: Tensor, phi: Tensor, cond: Any, prediction: Prediction | None) -> tuple[Tensor, Prediction]:
-    """The state to compute with, and what the model predicts. ValueError and TypeError for what cannot be sampled."""
+def _begin(
+    model: Model, z: Tensor, phi: Tensor, cond: Any, prediction: Prediction | None
+) -> tuple[Tensor, torch.dtype, Prediction]:
+    """The state to compute with, the dtype that the model is given, and what it predicts. ValueError and TypeError for what cannot be sampled."""
+    check_model("model", model)
+    check_tensor("z", z)
     check_angles(phi)
-    if phi.dim() != 1 or len(phi) < 2 or bool((phi[1:] > phi[:-1]).any()):
+    if phi.dim() != 1 or len(phi) < 2 or not bool((phi[1:] <= phi[:-1]).all()):  # nor NaN
         raise ValueError(f"phi of shape {tuple(phi.shape)}: give the angles of one trajectory, [steps + 1], decreasing")
     prediction = prediction_of(model, prediction)
     if prediction is None:
         raise ValueError("the model has no attribute `prediction`: say prediction=, what its outputs are")
     check_start(prediction, float(phi[0]), SMALLEST_COS_TO_SAMPLE)
     check_cond(cond, len(z))
-    return at_least_float32(z), prediction
+    return at_least_float32(z), z.dtype, prediction
 
 
 def ddim(
@@ -79,13 +92,14 @@ def ddim(
     """DDIM (Song et al. 2021) through the angles phi, float64 [steps + 1], decreasing; z is at phi[0], any angle.
 
     clip: clip each x-prediction to [-1, 1] and let eps follow, as the authors did in evaluation. prediction: of a model that does
-    not say. Returns z at phi[-1], float32 or float64.
+    not say. Returns z at phi[-1], float32 or float64. TypeError where the model returns anything but a tensor of floats, ValueError for one
+    of another shape.
     """
-    given = z.dtype
-    z, prediction = _begin(model, z, phi, cond, prediction)
+    z, given, prediction = _begin(model, z, phi, cond, prediction)
     with torch.no_grad():
         for here, there in zip(phi[:-1], phi[1:], strict=True):
             output = model(z.to(given), here.to(z.device, torch.float32).expand(len(z)), cond)
+            output = check_output("the model", output, z, prediction)
             if clip:
                 output = to_x(prediction, output, z, here.to(z)).clamp(-1, 1)
             a, b = ddim_coefficients("x" if clip else prediction, here[None], (here - there)[None])
@@ -111,11 +125,11 @@ def ancestral(
     """
     if not 0 <= variance <= 1:
         raise ValueError(f"variance must be in [0, 1], got {variance}")
-    given = z.dtype
-    z, prediction = _begin(model, z, phi, cond, prediction)
+    z, given, prediction = _begin(model, z, phi, cond, prediction)
     with torch.no_grad():
         for i, (here, there) in enumerate(zip(phi[:-1], phi[1:], strict=True)):
             output = model(z.to(given), here.to(z.device, torch.float32).expand(len(z)), cond)
+            output = check_output("the model", output, z, prediction)
             x = to_x(prediction, output, z, here.to(z)).to(z)
             if clip:
                 x = x.clamp(-1, 1)
@@ -128,7 +142,11 @@ def ancestral(
             lost = torch.sin(here + there) * torch.sin(here - there) / (sin2 * cos_next**2)
             mean = (sin2_next * cos / (cos_next * sin2)).to(z) * z + (lost * cos_next).to(z) * x
             deviation = torch.sqrt(lost * sin2**variance * sin2_next ** (1 - variance))
-            z = mean + deviation.to(z) * at_least_float32(noise(i))
+            more = noise(i)
+            check_tensor(f"noise({i})", more)
+            if more.shape != z.shape:
+                raise ValueError(f"noise({i}) has shape {tuple(more.shape)}, z has {tuple(z.shape)}: noise is like z")
+            z = mean + deviation.to(z) * at_least_float32(more)
     return z
 
 

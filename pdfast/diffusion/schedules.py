@@ -7,7 +7,7 @@ subtraction keeps 12 of float64's 16 digits, and the targets of distillation inh
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,16 @@ class Schedule(Protocol):
 
     def delta(self, u: Tensor, du: Tensor) -> Tensor:
         """phi(u) - phi(u - du) >= 0 to full relative precision; float64, shapes broadcast."""
+
+
+def check_schedule(schedule: Any, *methods: str) -> None:
+    """TypeError for what has not these methods, or is the class of a schedule in the place of one."""
+    if isinstance(schedule, type):
+        raise TypeError(f"schedule is the class {schedule.__name__}: give an instance, {schedule.__name__}(...)")
+    if not all(callable(getattr(schedule, name, None)) for name in methods):
+        raise TypeError(
+            f"schedule is a {type(schedule).__name__}: give an instance such as Cosine(), or of a class with phi(u) and delta(u, du)"
+        )
 
 
 @dataclass(frozen=True)
@@ -204,6 +214,7 @@ class StartingAt:
     u_start: float
 
     def __post_init__(self) -> None:
+        check_schedule(self.schedule, "phi", "delta")
         if not 0 < self.u_start <= 1:
             raise ValueError(f"u_start must be in (0, 1], got {self.u_start}")
 

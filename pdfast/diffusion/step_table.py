@@ -27,7 +27,7 @@ from pdfast.diffusion.parameterization import (
     natural_weight,
     output_coefficient,
 )
-from pdfast.diffusion.schedules import Schedule
+from pdfast.diffusion.schedules import Schedule, check_schedule
 from pdfast_kernels.index import in_range, rows_of
 
 
@@ -77,7 +77,11 @@ def whole_steps(steps: SupportsIndex) -> int:
 
 
 def angles(schedule: Schedule, steps: SupportsIndex) -> Tensor:
-    """The angles of a sampler with that many steps, from phi(1) down to exactly 0: float64 [steps + 1]."""
+    """The angles of a sampler with that many steps, from phi(1) down to exactly 0: float64 [steps + 1].
+
+    TypeError for what is no schedule, ValueError for what is no number of steps.
+    """
+    check_schedule(schedule, "phi")
     steps = whole_steps(steps)
     phi = schedule.phi(torch.arange(steps, -1, -1, dtype=torch.float64, device="cpu") / steps)
     phi[-1] = 0
@@ -105,8 +109,9 @@ def build_step_table(
 ) -> StepTable:
     """The table of a round with `steps` student steps, for networks of that prediction, in float32 or float64.
 
-    ValueError for eps-prediction from (almost) pure noise, and for what is unknown.
+    ValueError for eps-prediction from (almost) pure noise, and for what is unknown; TypeError for what is no schedule.
     """
+    check_schedule(schedule, "phi", "delta")
     steps = whole_steps(steps)
     check_prediction(prediction)
     if dtype not in (torch.float32, torch.float64):

@@ -18,6 +18,7 @@ from pdfast.diffusion import (
     to_v,
     to_x,
 )
+from pdfast.loss import distillation_loss
 
 MEAN, STD = 0.3, 0.5
 
@@ -179,6 +180,7 @@ def test_what_cannot_be_sampled_is_refused():
     for arguments, words in (
         ((v, z, phi.flip(0)), "decreasing"),
         ((v, z, phi[:1]), "steps \\+ 1"),
+        ((v, z, torch.full_like(phi, math.nan)), "decreasing"),
         ((v, z, phi.expand(2, 5)), "one trajectory"),
         ((Gaussian("epsilon"), z, phi), "unknown prediction 'epsilon'"),
         ((lambda z, phi, cond: z, z, phi), "say prediction="),
@@ -193,3 +195,71 @@ def test_what_cannot_be_sampled_is_refused():
         ddim(v, z, phi.half())
     with pytest.raises(TypeError, match="states of dtype torch.int64"):
         ddim(v, z.long(), phi)
+    with pytest.raises(TypeError, match="z is a list: give a tensor"):
+        ddim(v, [z], phi)
+    with pytest.raises(TypeError, match="phi is a Cosine: give a tensor"):
+        ddim(v, z, Cosine())
+    with pytest.raises(ValueError, match=r"noise\(0\) has shape \(1, 1, 2, 2\), z has"):
+        ancestral(v, z, phi, lambda i: z[:1])
+
+
+class Output(dict):
+    """As diffusers' own: a tensor by its name."""
+
+
+RETURNED = [
+    (TypeError, "a tuple: let it return the tensor alone", lambda z: (z,)),
+    (TypeError, "a Output: let it return the tensor alone, such as output.0., or output.sample", lambda z: Output(sample=z)),
+    (TypeError, "a NoneType", lambda z: None),
+    (TypeError, "a tensor of dtype torch.int64: let it return floats", torch.Tensor.long),
+    (ValueError, r"shape \(64, 2, 2, 2\): of z \(64, 1, 2, 2\), prediction 'v' is \(64, 1, 2, 2\)", lambda z: torch.cat([z, z], 1)),
+    (ValueError, r"shape \(1, 1, 2, 2\)", lambda z: z[:1]),
+    (ValueError, "a tensor on meta, z is on cpu", lambda z: z.to("meta")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error, words, returned", RETURNED, ids=str)
+def test_a_model_that_returns_something_else_is_named(error, words, returned):
+    def model(z, phi, cond):
+        return returned(z)
+
+    z, phi = draw(), angles(Cosine(), 4)
+    for call in (
+        lambda: ddim(model, z, phi, prediction="v"),
+        lambda: ddim(model, z, phi, prediction="v", clip=True),
+        lambda: sample(model, z, Cosine(), 1, prediction="v"),
+        lambda: ancestral(model, z, phi, lambda i: z, prediction="v"),
+    ):
+        with pytest.raises(error, match=f"^the model returned {words}") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    table = build_step_table(Cosine(), 4, "v", "snr")
+    for name, models in (("student", (model, Gaussian("v"))), ("teacher", (Gaussian("v"), model))):
+        with pytest.raises(error, match=f"^the {name} returned {words}"):
+            distillation_loss(*models, z.float(), table)
+
+
+@pytest.mark.parametrize(
+    "schedule, words", [("cosine", "a str: give an instance such as Cosine"), (Cosine, "the class Cosine: give an instance, Cosine"), (None, "a NoneType")]
+)  # fmt: skip
+def test_what_is_no_schedule_is_named(schedule, words):
+    for call in (
+        lambda: build_step_table(schedule, 4, "v", "snr"),
+        lambda: angles(schedule, 4),
+        lambda: sample(Gaussian("v"), draw(), schedule, 4),
+        lambda: StartingAt(schedule, 0.9),
+    ):
+        with pytest.raises(TypeError, match=f"^schedule is {words}"):
+            call()
+
+
+@pytest.mark.parametrize("model, words", [("model", "a str"), (Gaussian, "the class Gaussian"), (None, "a NoneType")])
+def test_what_is_no_model_is_named(model, words):
+    x, table = draw().float(), build_step_table(Cosine(), 4, "v", "snr")
+    for name, call in (
+        ("model", lambda: sample(model, x, Cosine(), 4, prediction="v")),
+        ("student", lambda: distillation_loss(model, Gaussian("v"), x, table)),
+        ("teacher", lambda: distillation_loss(Gaussian("v"), model, x, table)),
+    ):
+        with pytest.raises(TypeError, match=f"^{name} is {words}: give a module, or a function"):
+            call()

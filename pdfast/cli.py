@@ -219,7 +219,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
             stream.reconfigure(errors="backslashreplace")  # a console may lack letters that a name has
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:  # as where only the size of a job is told
         sys.exit(_exit_code(main))
     try:
         code = _exit_code(main)

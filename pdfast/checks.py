@@ -1,15 +1,18 @@
 """What is wrong with a run and can be known before it begins: each check raises a UsageError, in one line."""
 
 import dataclasses
-from collections.abc import Iterator
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pdfast.bounds import MOST_PARAMETERS, SETTINGS, require
-from pdfast.config import DistillConfig, RunConfig, TrainConfig, parse_updates
-from pdfast.data import ImageSource
+from pdfast.config import DistillConfig, EvaluationConfig, RunConfig, TrainConfig, parse_updates
+from pdfast.data import DIGITS_SHAPE, ImageSource, check_shape
 from pdfast.diffusion import build_step_table, check_start
 from pdfast.engine.cost import parameters_and_flops
 from pdfast.engine.optimizer import check_backend
@@ -34,6 +37,18 @@ def _plain_values(config: Any, place: str = "") -> Iterator[tuple[str, Any]]:
             yield from ((here, v) for v in (value if isinstance(value, tuple) else [value]))
 
 
+def _is_begun(config: RunConfig) -> bool:
+    """Whether the run's folder has a run, which goes on although what it was begun with would now be refused."""
+    return os.path.exists(config.run / "config.yaml")  # also where the name is too long, which is said of the folder
+
+
+def check_once(flag: str, counts: Sequence[int | str]) -> None:
+    """Raise a UsageError where a flag names a step count twice."""
+    twice = [n for n, times in Counter(map(int, counts)).items() if times > 1]
+    if twice:
+        raise UsageError(f"--{flag} names {twice[0]} steps twice: leave one")
+
+
 def check_values(config: DistillConfig | TrainConfig) -> None:
     """Raise a UsageError for values that no run can have."""
     for place, value in _plain_values(config):
@@ -45,8 +60,12 @@ def check_values(config: DistillConfig | TrainConfig) -> None:
     if isinstance(config, TrainConfig):
         if not config.evaluation_steps:
             raise UsageError("--evaluation-steps needs at least one step count")
+        if not _is_begun(config):
+            check_once("evaluation-steps", config.evaluation_steps)
         return
     default, exceptions = parse_updates(config.updates)
+    if not _is_begun(config):
+        check_once("updates", re.findall(r"(\d+):", config.updates))
     for updates in (default, *exceptions.values()):
         if updates > SETTINGS["train.updates"].high:
             raise UsageError(f"--updates must be at most {SETTINGS['train.updates'].high}, got {updates}")
@@ -69,8 +88,7 @@ def _check_network(config: RunConfig) -> None:
     if isinstance(network, NetworkConfig):
         sizes = [network.image_size >> level for level in range(len(network.channel_mult))]
         missing = [size for size in network.attention_resolutions if size not in sizes]
-        # A run that was begun before this was refused goes on, without the attention that it never had.
-        if missing and not (config.run / "config.yaml").exists():
+        if missing and not _is_begun(config):  # where it goes on, without the attention that it never had
             raise UsageError(
                 f"--network.attention-resolutions {missing[0]}: the network has no level of that size, but of "
                 f"{', '.join(map(str, sizes))}; correct it, or leave it out"
@@ -113,19 +131,19 @@ def _check_schedule(config: RunConfig) -> None:
             )
 
 
-def check_features(config: RunConfig, *, planned: bool = False) -> None:
-    """Raise a UsageError where there are no such features, or they take no images of the network's shape.
-
-    planned: the run may be for another machine than this one, so a package that is missing here is said and not refused.
-    """
+def check_plan(config: RunConfig) -> None:
+    """Raise a UsageError where the built-in data are not of the network's shape, there are no such features, or they take no
+    images of that shape. Of features whose package is not installed it is said: the run may be for another machine."""
     network, features = config.network, config.evaluation.features
-    check_feature_space(features, (network.image_size, network.image_size, network.image_channels), weights=not planned)
-    if planned and features == "mobilenet" and not mobilenet.installed():
+    shape = network.image_size, network.image_size, network.image_channels
+    if config.data == "digits":
+        check_shape(config.data, DIGITS_SHAPE, shape)
+    check_feature_space(features, shape, weights=False)
+    if features == "mobilenet" and not mobilenet.installed():
         print(f"The run needs the weights of mobilenet, which are not installed here: {mobilenet.INSTALL}")
 
 
-def check_evaluation(config: RunConfig, source: ImageSource) -> None:
-    """Raise a UsageError, before anything is trained or written, where these images cannot be evaluated as configured."""
-    evaluation = config.evaluation
+def check_evaluation(evaluation: EvaluationConfig, source: ImageSource) -> None:
+    """Raise a UsageError, before anything is trained, drawn or written, where these images cannot be evaluated as configured."""
     split_real(source.num_images, evaluation.num_samples, seed=0, reference=evaluation.reference)
-    check_features(config)
+    check_feature_space(evaluation.features, source.shape)

@@ -111,7 +111,7 @@ def _tell_torchrun(message: str) -> bool:
     return True
 
 
-def _is_rank0() -> bool:
+def is_rank0() -> bool:
     """Whether this process is rank 0, or alone."""
     return os.environ.get("RANK", "0") == "0"
 
@@ -122,7 +122,7 @@ def _print_last_line(line: str, *, of_all: bool = True) -> bool:
     told = _tell_torchrun(line)
     if told and LAUNCHED in os.environ and not interrupt.requested():
         return True
-    if _is_rank0() or of_all:
+    if is_rank0() or of_all:
         print(line, file=sys.stderr, flush=True)
     return False
 
@@ -139,14 +139,25 @@ def _format_warning(
 ) -> str:
     """Warnings of our own in one line, without their place in the code, of rank 0 alone; others as ever."""
     if Path(filename).is_relative_to(Path(__file__).parent):
-        return f"pdfast: warning: {message}\n" if _is_rank0() else ""
+        return f"pdfast: warning: {message}\n" if is_rank0() else ""
     return _FORMAT_WARNING(message, category, filename, lineno, line)
+
+
+def _shortened(reason: str) -> str:
+    """The sentences of what torch says that have room, the first in any case: of memory it says first how much was asked for."""
+    first, *others = re.split(r"(?<=\.) (?=[A-Z])", reason)
+    text = first if len(first) <= SHOWN else f"{first[:SHOWN].rpartition(' ')[0]} ..."
+    for sentence in others:
+        if len(text) + len(sentence) >= SHOWN:
+            break
+        text += f" {sentence}"
+    return text.removesuffix(".")
 
 
 def _explained(error: BaseException) -> UsageError | RunError | None:
     """What a failure of torch or Python means for people, None where that is not known."""
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    reason = re.sub(r"^\[enforce fail at [^]]*\] .*?\. ", "", reason)[:SHOWN]
+    reason = _shortened(re.sub(r"^\[enforce fail at [^]]*\] .*?\. ", "", reason))
     if isinstance(error, MemoryError) or re.search(_NO_MEMORY, str(error)):
         return RunError(
             f"out of memory ({reason}): take a smaller batch, of training by --engine.micro-batches, "
@@ -175,7 +186,7 @@ def _exit_code(main: Callable[[], None]) -> int:
         return error.exit_code
     except Interrupted as error:
         line = f"pdfast: {' '.join(str(error).split())}"
-        if _is_rank0():
+        if is_rank0():
             print(line, file=sys.stderr, flush=True)
         _tell_torchrun(line)
         return error.exit_code
@@ -219,7 +230,9 @@ def run_command(main: Callable[[], None]) -> NoReturn:
             stream.reconfigure(errors="backslashreplace")  # a console may lack letters that a name has
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:  # as where only the size of a job is told
+    if (
+        int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ
+    ):  # as where only the size of a job is told
         sys.exit(_exit_code(main))
     try:
         code = _exit_code(main)

@@ -84,7 +84,8 @@ class Models:
         self.teacher = load_model(run / "teacher", device)
         file = run / "config.yaml"
         saved_start = fields_of(DistillConfig, load_yaml(file), ("start_steps",), str(file)).get("start_steps")
-        require("start-steps", saved_start, STEPS)
+        if saved_start is not None and saved_start not in STEPS:
+            raise UsageError(f"{file}: start_steps must be {STEPS.text}, got {saved_start}")
         self.start = saved_start or 2 * max(self.students)
         for saved in (self.teacher, *self.students.values()):
             layout.for_sampling(saved.network, device, "auto", "auto")

@@ -14,7 +14,7 @@ from typing import cast
 import numpy as np
 import torch
 
-from pdfast.checks import check_evaluation, check_features, check_job
+from pdfast.checks import check_evaluation, check_job, check_plan
 from pdfast.cli import Interrupted, run_command
 from pdfast.commands import distill_arguments
 from pdfast.config import DistillConfig, TeacherConfig
@@ -29,7 +29,7 @@ from pdfast.engine.machine import Machine, open_machine
 from pdfast.engine.metrics import Losses
 from pdfast.engine.model_folder import SavedModel, check_model, fill_model_folder, load_model
 from pdfast.engine.optimizer import linear_decay
-from pdfast.engine.run import open_run
+from pdfast.engine.run import check_place, open_run
 from pdfast.engine.step import Draws, RoundTable, conversion_gradient, distillation_gradient
 from pdfast.errors import RunError, UsageError
 from pdfast.networks import Network, NetworkConfig
@@ -350,15 +350,16 @@ def total_seconds(config: DistillConfig) -> float:
 
 def main() -> None:
     config, extra = distill_arguments()
+    check_place(config.run)
     config, given_teacher = with_teachers_network(config)
     check_job(config)
     if extra.dry_run:
-        check_features(config, planned=True)
+        check_plan(config)
         print_distillation_plan(config, open_device(config.device))
         return
     with open_machine(config) as machine:
         source = open_data(config, machine.world.device)
-        check_evaluation(config, source)
+        check_evaluation(config.evaluation, source)
         with open_run(config, source, machine.world, given_teacher), RunLog(config.run, machine.world) as log:
             interrupt.install()
             say_what_begins(config, machine, source, log)

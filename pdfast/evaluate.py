@@ -8,6 +8,8 @@ reach; there is none where all real images are compared with.
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +17,7 @@ from typing import Annotated, Any, Literal
 import torch
 
 from pdfast.bounds import BATCH, SAMPLES, SEED, STEPS, require
+from pdfast.checks import check_evaluation, check_once
 from pdfast.cli import parse, run_command
 from pdfast.config import (
     EvaluationConfig,
@@ -29,7 +32,7 @@ from pdfast.config import (
 from pdfast.data import load_source
 from pdfast.engine import layout
 from pdfast.engine.device import open_device
-from pdfast.engine.files import write_json
+from pdfast.engine.files import check_file, write_json
 from pdfast.engine.model_folder import SavedModel, is_model, load_model
 from pdfast.engine.run import same_images, students_of
 from pdfast.engine.world import World
@@ -38,6 +41,8 @@ from pdfast.flags import Positional, arg
 from pdfast.reading import load_yaml, shown
 from pdfast.report.evaluator import Evaluator
 from pdfast.report.metrics import in_words
+
+REMEDY = "choose another file with --json"
 
 
 @dataclass(frozen=True)
@@ -88,9 +93,21 @@ def evaluation_settings(arguments: Arguments, run: dict[str, Any]) -> Evaluation
         raise UsageError(f"evaluation: expected fields, found {shown(saved)}")
     flags = {name: getattr(arguments, name) for name in ("features", "num_samples", "reference", "clip")}
     settings = from_plain(EvaluationConfig, saved | {k: v for k, v in flags.items() if v is not None}, "evaluation")
-    require("evaluation.batch-size", settings.batch_size, BATCH)
-    require("evaluation.num-samples", settings.num_samples, SAMPLES)
+    if settings.batch_size not in BATCH:
+        raise UsageError(f"evaluation: batch_size must be {BATCH.text}, got {settings.batch_size}")
+    require("num-samples", settings.num_samples, SAMPLES)
     return settings
+
+
+@contextmanager
+def own_flags() -> Iterator[None]:
+    """Name in a UsageError the flags of this command: those of a run's evaluation without their prefix; others it takes from the
+    run's configuration."""
+    try:
+        yield
+    except UsageError as error:
+        text = str(error).replace("--evaluation.", "--").replace("--max-bad", "the run's max_bad")
+        raise UsageError(text.replace("--loader", "the run's loader")) from None
 
 
 def models_to_judge(arguments: Arguments, device: torch.device) -> list[tuple[str, SavedModel, int]]:
@@ -132,10 +149,14 @@ def main() -> None:
     arguments = parse(Arguments, prog="python -m pdfast.evaluate", description=__doc__)
     for steps in arguments.steps:
         require("steps", steps, STEPS)
+    check_once("steps", arguments.steps)
     require("num-samples", arguments.num_samples, SAMPLES)
+    if arguments.json is not None:
+        check_file(arguments.json, REMEDY)
     device = open_device(arguments.device)
-    wanted = models_to_judge(arguments, device)
     run = run_of(arguments.model)
+    settings = evaluation_settings(arguments, run)
+    wanted = models_to_judge(arguments, device)
     data = arguments.data or run.get("data")
     seed = run.get("seed", 0) if arguments.seed is None else arguments.seed
     require("seed", seed, SEED)
@@ -144,17 +165,19 @@ def main() -> None:
     first = wanted[0][1]
     for _, saved, _ in wanted:
         saved.check_start()
+    config = first.config
+    with own_flags():
+        source = load_source(
+            data,
+            image_size=config.image_size,
+            channels=config.image_channels,
+            device=device,
+            loader=run.get("loader", "auto") if data == run.get("data") else "auto",
+            max_bad=run.get("max_bad", RunConfig.max_bad),
+        )
+        check_evaluation(settings, source)
     for network in {id(saved): saved.network for _, saved, _ in wanted}.values():
         layout.for_sampling(network, device, arguments.dtype, arguments.compile)
-    config = first.config
-    source = load_source(
-        data,
-        image_size=config.image_size,
-        channels=config.image_channels,
-        device=device,
-        loader=run.get("loader", "auto") if data == run.get("data") else "auto",
-        max_bad=run.get("max_bad", RunConfig.max_bad),
-    )
     if arguments.data is None and not same_images(run, source):
         warnings.warn(
             f"{data} holds other images than {arguments.model} was trained on: these figures are next to them, not to those of "
@@ -162,7 +185,7 @@ def main() -> None:
             stacklevel=2,
         )
     evaluator = Evaluator(
-        evaluation_settings(arguments, run),
+        settings,
         source,
         first.schedule.build(),
         seed=seed,
@@ -181,7 +204,7 @@ def main() -> None:
         print(_line("real images", "", *_figures(metrics["real_against_real"]), ""))
     print(f"n = {metrics['num_samples']}, next to {metrics['num_real']} real images, {metrics['device']}")
     if arguments.json is not None:
-        write_json(arguments.json, metrics, remedy="choose another file with --json")
+        write_json(arguments.json, metrics, REMEDY)
 
 
 if __name__ == "__main__":

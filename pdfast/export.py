@@ -7,6 +7,7 @@ The folder is loaded again before it appears, and images from the same noise are
 """
 
 import math
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from pdfast.cli import parse, run_command
 from pdfast.config import OptionalInt, to_plain
 from pdfast.diffusion import sample
 from pdfast.engine.device import open_device
-from pdfast.engine.files import check_seal, sealed, write_folder, write_json
+from pdfast.engine.files import check_folder, check_seal, sealed, write_folder, write_json
 from pdfast.engine.log import count_steps
 from pdfast.engine.model_folder import SavedModel
 from pdfast.errors import RunError, UsageError
@@ -38,6 +39,7 @@ SHOWN = 16  # images in the grid, at least as many are compared
 COMPARED = 1 << 15  # uint8 values, about
 MOST_CHANGED = 1e-3  # of them
 SEED = 0
+REMEDY = "choose another folder to write"
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ def export_pipeline(saved: SavedModel, steps: int, out: Path, device: torch.devi
         write_png(folder / "grid.png", image_grid(images[:SHOWN], columns=4, scale=max(1, 64 // images.shape[1])))
         (folder / "README.md").write_text(printable(model_card(saved, steps, model_file, changed)), encoding="utf-8")
 
-    write_folder(out, fill)
+    write_folder(out, fill, REMEDY)
     return changed
 
 
@@ -197,13 +199,14 @@ def export_plain(saved: SavedModel, out: Path) -> None:
             whole = check_seal(meta) | {"schedule": to_plain(saved.schedule)}
             write_json(folder / "config.json", sealed(whole))
 
-    write_folder(out, fill)
+    write_folder(out, fill, REMEDY)
 
 
 def main() -> None:
     arguments = parse(Arguments, prog="python -m pdfast.export", description=__doc__)
-    if arguments.out.exists():
+    if os.path.lexists(arguments.out):
         raise UsageError(f"{arguments.out} is there already: choose another folder, or delete it")
+    check_folder(arguments.out, REMEDY)
     require("steps", arguments.steps, STEPS)
     saved = find_model(arguments.model, arguments.steps, torch.device("cpu"))
     steps = arguments.steps or saved.steps or 256

@@ -29,11 +29,18 @@ def shown(value: Any) -> str:
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 4]} ..."
 
 
+def no_file(path: Path) -> str:
+    """What is there in the place of a file, for people."""
+    if path.is_dir():
+        return "it is a folder"
+    return "it is no regular file" if path.exists() else "there is no such file"
+
+
 def read_text(path: Path) -> str:
     """The text of a file. UsageError where it is missing, no regular file, too large for what it is, or not UTF-8."""
     try:
         if path.exists() and not path.is_file():
-            raise UsageError(f"cannot read {path}: it is no regular file")
+            raise UsageError(f"cannot read {path}: {no_file(path)}")
         if path.stat().st_size > LARGEST:
             raise UsageError(f"cannot read {path}: it has more than {LARGEST >> 20} MiB")
         return path.read_text(encoding="utf-8")
@@ -124,7 +131,7 @@ def read_array(path: Path) -> np.ndarray:
     """The array of a .npy file. UsageError where it is missing, damaged, or holds anything but numbers."""
     try:
         if not path.is_file():
-            raise FileNotFoundError("there is no such file")
+            raise FileNotFoundError(no_file(path))
         with open(path, "rb") as file:  # given the path, NumPy leaves a damaged file open
             array = np.load(file, allow_pickle=False)
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":

@@ -23,13 +23,15 @@ from pdfast.diffusion import ancestral, angles, noise, sample
 from pdfast.diffusion.noise import Stream
 from pdfast.engine import layout
 from pdfast.engine.device import open_device
-from pdfast.engine.files import writing
+from pdfast.engine.files import check_file, writing_file
 from pdfast.engine.model_folder import SavedModel, is_model, load_model
 from pdfast.engine.run import students_of
 from pdfast.errors import UsageError
 from pdfast.flags import Positional
 from pdfast.report.evaluator import check_finite, to_uint8
 from pdfast.report.grids import image_grid, write_png
+
+REMEDY = "choose another file with --out"
 
 
 class _Callable(ModuleType):
@@ -145,6 +147,7 @@ def main() -> None:
     require("seed", arguments.seed, SEED)
     if arguments.out.suffix not in (".png", ".npz"):
         raise UsageError(f"--out {arguments.out}: end it in .png for a grid or .npz for the arrays")
+    check_file(arguments.out, REMEDY)
     device = open_device(arguments.device)
     saved = find_model(arguments.model, arguments.steps, device)
     saved.check_start()
@@ -156,12 +159,11 @@ def main() -> None:
     began = time.perf_counter()
     images, labels, steps = draw(arguments, saved, device)
     rate = len(images) / (time.perf_counter() - began)
-    with writing(arguments.out, remedy="choose another file with --out"):
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with writing_file(arguments.out, REMEDY) as file:
         if arguments.out.suffix == ".npz":
-            np.savez(arguments.out, images=images, **({} if labels is None else {"labels": labels}))  # type: ignore[arg-type]
+            np.savez(file, images=images, **({} if labels is None else {"labels": labels}))  # type: ignore[arg-type]
         else:
-            write_png(arguments.out, picture(images))
+            write_png(file, picture(images))
     drawn = f"{len(images)} images in {steps} steps ({arguments.sampler}), {rate:.4g} images/s,"
     print(f"{drawn} from {saved.folder} -> {arguments.out}")
 

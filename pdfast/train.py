@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pdfast.checks import check_evaluation, check_features, check_job
+from pdfast.checks import check_evaluation, check_job, check_plan
 from pdfast.cli import Interrupted, run_command
 from pdfast.commands import train_arguments
 from pdfast.config import RunConfig, TeacherConfig
@@ -26,7 +26,7 @@ from pdfast.engine.machine import Machine, open_machine
 from pdfast.engine.metrics import BUCKETS, Losses
 from pdfast.engine.model_folder import fill_model_folder
 from pdfast.engine.optimizer import linear_decay, linear_warmup
-from pdfast.engine.run import open_run
+from pdfast.engine.run import check_place, open_run
 from pdfast.engine.step import Draws, teacher_gradient
 from pdfast.names import shell_word
 from pdfast.networks import Network
@@ -230,14 +230,15 @@ def say_what_begins(config: RunConfig, machine: Machine, source: ImageSource, lo
 
 def main() -> None:
     config, extra = train_arguments()
+    check_place(config.run)
     check_job(config)
     if extra.dry_run:
-        check_features(config, planned=True)
+        check_plan(config)
         print_training_plan(config, open_device(config.device))
         return
     with open_machine(config) as machine:
         source = open_data(config, machine.world.device)
-        check_evaluation(config, source)
+        check_evaluation(config.evaluation, source)
         with open_run(config, source, machine.world), RunLog(config.run, machine.world) as log:
             if (config.run / "teacher").exists():
                 log.say(f"already finished: {config.run / 'teacher'}")

@@ -262,8 +262,9 @@ def test_what_is_no_file(tmp_path, kind):
             path.symlink_to(tmp_path / "nowhere")
         case "loop":
             path.symlink_to(path)
+    said = {"pipe": "it is no regular file", "folder": "it is a folder"}.get(kind, "")
     for reader in (read_json, load_yaml, read_array):
-        with pytest.raises(UsageError, match=path.name[:50]):
+        with pytest.raises(UsageError, match=f"{path.name[:50]}.*{said}"):
             reader(path)
 
 
@@ -289,7 +290,3 @@ def test_what_stands_in_the_way_of_a_run(name, kind, tmp_path, capsys):
     }[kind](path)
     one_line(capsys, call("distill", *TINY_DISTILL, "--run", str(path.parent)), 2, str(path), "move it away")
     assert not (tmp_path / "run/teacher").exists()
-
-
-def test_a_name_that_is_too_long(tmp_path, capsys):
-    one_line(capsys, call("distill", *TINY_DISTILL, "--run", str(tmp_path / ("r" * 300))), 2, "cannot write", "--run")

@@ -2,18 +2,22 @@
 
 import fcntl
 import functools
+import io
 import json
 import os
 import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pdfast.config import parse_updates, resolve_steps
@@ -45,6 +49,7 @@ def one_line(capsys, code, expected_code, *words):
         (["--rounds", "0"], ["--rounds must be at least 1"]),
         (["--rounds", "1", "--start-steps", "3"], ["rounds = 1 does not lead from 3 to 1"]),
         (["--updates", "many"], ["'many'", "50000,2:100000"]),
+        (["--rounds", "2", "--updates", "10,1:5,1:6"], ["--updates names 1 steps twice"]),
         (["--rounds", "2", "--updates", "6,7:3"], ["a round to 7 steps", "lead to 2, 1"]),
         (["--learning-rate", "-1"], ["--learning-rate must be above 0"]),
         (["--ema", "1"], ["--ema must be in [0, 1)"]),
@@ -74,6 +79,8 @@ def test_flags(flags, words, tmp_path, capsys):
         ("distill", ["--roundz", "3"], ["Unrecognized options: --roundz", "--rounds", "--help"]),
         ("distill", ["--rounds", "three"], ["--rounds", "three"]),
         ("train", ["--network.prediction", "y"], ["--network.prediction", "'y'", "both"]),
+        ("train", ["--evaluation-steps", "16", "4", "16"], ["--evaluation-steps names 16 steps twice"]),
+        ("evaluate", ["nowhere", "--steps", "4", "2", "4"], ["--steps names 4 steps twice"]),
         ("sample", [], ["PATH"]),
     ],
 )
@@ -113,7 +120,7 @@ def test_a_teacher_of_another_shape(finished_run, tmp_path, capsys):
     np.save(tmp_path / "rgb.npy", np.zeros((200, 8, 8, 3), np.uint8))
     flags = ["--data", str(tmp_path / "rgb.npy"), "--run", str(tmp_path / "run")]
     code = call("distill", *TINY_GIVEN, *TINY_ROUNDS, "--teacher", str(finished_run / "teacher"), *flags)
-    one_line(capsys, code, 2, "(8, 8, 3)", "(8, 8, 1)", "where no teacher is given")
+    one_line(capsys, code, 2, "(8, 8, 3)", "(8, 8, 1)", "or train a network of theirs")
 
 
 def test_a_student_as_teacher_starts_at_its_own_steps(finished_run, tmp_path, capsys):
@@ -151,13 +158,17 @@ def test_a_damaged_teacher(damage, finished_run, tmp_path, capsys):
     "name, content, words",
     [
         ("nowhere", None, ["there is no folder"]),
+        ("images/0.png", "", ["is a file: give the folder"]),
         ("images", "0.png", ["holds no model", "students/0004"]),
         ("unet", "config.json", ["a part of a diffusers pipeline", "give the folder above"]),
     ],
 )
 def test_what_is_no_teacher(name, content, words, tmp_path, capsys):
     folder = tmp_path / name
-    if content:
+    if content == "":
+        folder.parent.mkdir()
+        folder.touch()
+    elif content:
         folder.mkdir()
         (folder / content).write_text('{"_class_name": "UNet2DModel"}')
     one_line(capsys, call("distill", *TINY_GIVEN, "--teacher", str(folder)), 2, str(folder), *words)
@@ -211,16 +222,91 @@ def test_two_processes_in_one_run(finished_run, capsys):
     one_line(capsys, code, 2, "another process is working in")
 
 
-def test_a_run_folder_that_is_a_file(tmp_path, capsys):
-    (tmp_path / "run").write_text("")
-    one_line(capsys, call("distill", *TINY_DISTILL, "--run", str(tmp_path / "run")), 2, str(tmp_path / "run"), "--run")
+@pytest.fixture(
+    params=[
+        "a file",
+        "a name that is too long",
+        "in a file",
+        "a dangling link",
+        "/sys/kernel",
+        "/sys/kernel/new",
+        "/proc/a/b",
+    ]
+)
+def no_place(request, tmp_path):
+    """Where nobody may write, nor root, which some tests run as."""
+    place = tmp_path / "there"
+    match request.param:
+        case "a file":
+            place.write_text("")
+        case "a name that is too long":
+            place /= "r" * 300
+        case "in a file":
+            place.write_text("")
+            place /= "new"
+        case "a dangling link":
+            place.symlink_to(tmp_path / "nowhere")
+        case name:
+            if not os.path.ismount("/sys"):
+                pytest.skip("needs a sysfs")
+            return name
+    return str(place)
 
 
-@pytest.mark.skipif(not os.path.ismount("/sys"), reason="needs a sysfs")
-@pytest.mark.parametrize("run", ["/sys/kernel", "/sys/kernel/run"])
-def test_a_run_folder_where_nobody_may_write(run, capsys):
-    """Nor root, which some tests run as: one that exists and one that does not."""
-    one_line(capsys, call("distill", *TINY_DISTILL, "--run", run), 2, run, "choose another folder with --run")
+@pytest.mark.parametrize("command", ["distill", "train"])
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_run_folder_that_cannot_be_written(command, more, no_place, monkeypatch, capsys):
+    """Said before anything is read."""
+    monkeypatch.setattr(f"pdfast.{command}.open_data", None)
+    code = call(command, *TINY_RUN, "--run", no_place, *more)
+    one_line(capsys, code, 2, f"cannot write {no_place} (", "; choose another folder with --run")
+
+
+def test_what_else_cannot_be_written(no_place, finished_run, tmp_path, monkeypatch, capsys):
+    """Said with the command's own flag, before anything is drawn or read."""
+    model = str(finished_run / "students/0001")
+    monkeypatch.setattr("pdfast.sample.draw", None)
+    monkeypatch.setattr("pdfast.export.export_pipeline", None)
+    monkeypatch.setattr("pdfast.evaluate.load_source", None)
+    monkeypatch.setattr("pdfast.data.prepare.load_cifar10", None)
+    one_line(
+        capsys, call("sample", model, "--out", f"{no_place}/a.png"), 2, f"cannot write {no_place}/a.png (", "--out"
+    )
+    one_line(capsys, call("evaluate", model, "--json", f"{no_place}/a"), 2, f"cannot write {no_place}/a (", "--json")
+    code = call("export", model, f"{no_place}/a")
+    one_line(capsys, code, 2, f"cannot write {no_place}/a (", "; choose another folder to write")
+    code = call("data.prepare", "cifar10", "nowhere", f"{no_place}/a.npz")
+    one_line(capsys, code, 2, f"cannot write {no_place}/a.npz (", "; choose another OUT")
+
+
+@pytest.mark.parametrize("kind", ["folder", "socket"])
+def test_a_file_to_write_that_is_no_file(kind, finished_run, tmp_path, capsys):
+    place = tmp_path / "a.png"
+    with socket.socket(socket.AF_UNIX) as opened:
+        place.mkdir() if kind == "folder" else opened.bind(str(place))
+        for command, flag in (("sample", "--out"), ("evaluate", "--json")):
+            code = call(command, str(finished_run), flag, str(place))
+            one_line(capsys, code, 2, f"cannot write {place} (it is a {kind}); choose another file with {flag}")
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.npz", "a.json"])
+def test_a_pipe_is_written_to(name, finished_run, tmp_path):
+    """Which cannot seek; and stays one."""
+    os.mkfifo(tmp_path / name)
+    command = ["evaluate", "--json"] if name == "a.json" else ["sample", "--count", "4", "--out"]
+    with ThreadPoolExecutor() as pool:
+        read = pool.submit((tmp_path / name).read_bytes)
+        flags = ["--steps", "1", "--device", "cpu", command[-1], str(tmp_path / name)]
+        assert call(command[0], str(finished_run), *command[1:-1], *flags) == 0
+        content = io.BytesIO(read.result(timeout=10))
+    assert (tmp_path / name).is_fifo()
+    match name:
+        case "a.npz":
+            assert np.load(content)["images"].shape == (4, 8, 8, 1)
+        case "a.png":
+            assert Image.open(content).size == (2 * 64 + 1, 2 * 64 + 1)
+        case "a.json":
+            assert [row["steps"] for row in json.load(content)["evaluation"]] == [1, 1]
 
 
 def test_a_full_disk_in_the_middle(tmp_path):
@@ -304,11 +390,36 @@ def test_what_cannot_be_judged_is_refused_before_anything_is_done(tmp_path, caps
     for name in ("train", "distill"):
         one_line(capsys, call(name, *command), 2, "--evaluation.num-samples to at most 50")
         assert not run.exists()
+    for count, advice in (
+        (7, "give more images, or do without the floor, --evaluation.reference all"),
+        (3, "give more"),
+    ):
+        np.savez(few, images=np.zeros((count, 8, 8, 1), np.uint8))
+        one_line(capsys, call("distill", *command), 2, f"{count}", f": {advice}")
     colour = tmp_path / "colour.npz"
     np.savez(colour, images=np.zeros((200, 8, 8, 3), np.uint8))
     command = [*TINY_RUN, "--data", str(colour), "--network.image-channels", "3", "--run", str(run)]
     one_line(capsys, call("distill", *command), 2, "set --evaluation.features to mobilenet")
     assert not run.exists()
+
+
+def test_evaluate_names_its_own_flags_before_it_makes_features(finished_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("pdfast.evaluate.Evaluator", None)
+    teacher = str(finished_run / "teacher")
+    one_line(
+        capsys, call("evaluate", teacher, "--num-samples", "5000"), 2, ": set --num-samples to", ", --reference all"
+    )
+    np.save(tmp_path / "colour.npy", np.zeros((200, 8, 8, 3), np.uint8))
+    flags = ["--data", str(tmp_path / "colour.npy")]
+    one_line(capsys, call("evaluate", teacher, *flags), 2, "give --data of that size, or train a network of theirs")
+
+
+def test_digits_for_a_teacher_of_another_shape(tmp_path, capsys):
+    """The data are wrong, and not the features; known without reading anything."""
+    run = ["--network.image-size", "16", "--run", str(tmp_path / "run")]
+    for more in ([], ["--dry-run"]):
+        code = call("distill", *TINY_RUN, *run, *more)
+        one_line(capsys, code, 2, "digits has images of", "(8, 8, 1), the network takes (16, 16, 1): give --data")
 
 
 def test_a_student_that_is_not_there_is_not_replaced_by_its_teacher(finished_run, tmp_path, capsys):

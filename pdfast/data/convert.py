@@ -23,7 +23,7 @@ from pdfast.data.files import Samples
 from pdfast.data.identity import contents
 from pdfast.data.pictures import BadImage, decode
 from pdfast.data.split import channel_histogram, moments
-from pdfast.engine.files import sync, write_file, write_folder, write_json, writing
+from pdfast.engine.files import write_file, write_folder, write_json, writing, writing_file
 from pdfast.errors import UsageError
 from pdfast.reading import read_json
 
@@ -144,7 +144,7 @@ def _convert_part(part: int) -> None:
         histogram = channel_histogram(array).tolist()
         write_json(folder / FACTS, {"sha256": digest.hexdigest(), "histogram": histogram, "bad": bad})
 
-    write_folder(folder, fill)
+    write_folder(folder, fill, REMEDY)
 
 
 def _write_shard(path: Path, images: np.ndarray, numbers: list[int], labels: np.ndarray | None) -> None:
@@ -184,15 +184,5 @@ def _join(parts: Path, count: int, out: Path, *, labelled: bool) -> None:
 
 def write_npz(path: Path, **arrays: np.ndarray) -> None:
     """Write an uncompressed .npz atomically; a full disk or a forbidden folder is one line and leaves nothing."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path, REMEDY):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]
-            sync(temporary)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        sync(path.parent)
+    with writing_file(path, REMEDY) as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]

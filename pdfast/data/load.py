@@ -10,6 +10,16 @@ from pdfast.data.source import ImageSource, LoaderName, ResidentImages, check_la
 from pdfast.errors import UsageError
 
 KINDS = "give `digits`, a .npy or .npz file, or a folder or file of image files, tar shards or TFRecord"
+DIGITS_SHAPE = (8, 8, 1)
+
+
+def check_shape(spec: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Raise a UsageError unless the shape (H, W, C) of the images that --data names is the expected one, of a network."""
+    if shape != expected:
+        raise UsageError(
+            f"{spec} has images of (height, width, channels) {shape}, the network takes {expected}: give --data of that "
+            "size, or train a network of theirs, with --network.image-size and --network.image-channels"
+        )
 
 
 def load_source(
@@ -60,12 +70,7 @@ def load_source(
         raise UsageError(f"{spec} is not data that pdfast reads: {KINDS}")
     if loader not in ("auto", "resident"):
         raise UsageError(f"{spec} is an array, which is always resident: leave out --loader {loader}")
-    expected = (image_size, image_size, channels)
-    if images.shape[1:] != expected:
-        raise UsageError(
-            f"{spec} has images of (height, width, channels) {images.shape[1:]}, the network takes {expected}: "
-            "prepare the data at that size, or, where no teacher is given, set --network.image-size and --network.image-channels"
-        )
+    check_shape(spec, images.shape[1:], (image_size, image_size, channels))
     numbers = None if labels is None else torch.from_numpy(labels)
     check_labels(numbers, num_classes, spec)
     return ResidentImages(path.absolute().name, torch.from_numpy(images), numbers, device)

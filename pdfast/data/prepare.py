@@ -17,11 +17,11 @@ import numpy as np
 
 from pdfast.cli import parsing, run_command
 from pdfast.data.cifar10 import load_cifar10
-from pdfast.data.convert import convert, write_npz
+from pdfast.data.convert import REMEDY, convert, write_npz
 from pdfast.data.fashion_mnist import load_fashion_mnist
 from pdfast.data.formats import find_images
 from pdfast.data.split import Split, channel_statistics
-from pdfast.engine.files import writing
+from pdfast.engine.files import check_file, check_folder, writing_file
 from pdfast.errors import UsageError
 from pdfast.flags import Positional, arg, reader
 from pdfast.names import shell_word
@@ -82,8 +82,11 @@ def images(
     sheet = out.with_name(f"{out.stem}.png")
     if out.suffix == ".npz":
         _check_out(out, sheet)
-    elif out.suffix or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+    elif out.suffix or (os.path.exists(out) and (not out.is_dir() or any(out.iterdir()))):
         raise UsageError(f"cannot write {out}: name a file that ends in .npz, or a new folder for tar shards")
+    else:
+        check_folder(out, REMEDY)
+        check_file(sheet, REMEDY)
     if size < 2 or jobs < 0:  # an image of one pixel a side is none that --data takes
         raise UsageError("--size is at least 2, --jobs at least 0")
     encoded = find_images(source)
@@ -93,8 +96,8 @@ def images(
         )
     print(f"found         {encoded.description}", flush=True)
     done = convert(encoded, out, size, channels, jobs=jobs or os.cpu_count() or 1, max_bad=max_bad)
-    with writing(sheet, "choose another OUT"):
-        write_png(sheet, image_grid(done.shown, columns=8, scale=max(1, 64 // size)))
+    with writing_file(sheet, REMEDY) as file:
+        write_png(file, image_grid(done.shown, columns=8, scale=max(1, 64 // size)))
     for problem in [*encoded.problems.items(), *done.bad.items()]:
         print(f"left out      {problem[0]}: {problem[1]}")
     print(f"images        {done.images} of {size}x{size}x{channels}, and {len(done.bad)} left out")
@@ -118,12 +121,12 @@ def _say(classes: int, mean: np.ndarray, std: np.ndarray, out: Path) -> None:
 
 def _check_out(out: Path, *others: Path) -> None:
     for path in (out, *others):
-        if path.is_file():
+        if os.path.isfile(path):
             raise UsageError(f"{path} is there already: choose another OUT, or delete it")
-    if out.suffix != ".npz" or out.is_dir():
+    if out.suffix != ".npz" or os.path.isdir(out):
         raise UsageError(f"cannot write {out}: name a file that ends in .npz")
-    if out.parent.exists() and not out.parent.is_dir():
-        raise UsageError(f"cannot write {out}: {out.parent} is no folder, choose another OUT")
+    for path in (out, *others):
+        check_file(path, REMEDY)
 
 
 def _save(out: Path, train: Split, test: Split, options: str) -> None:

@@ -7,8 +7,10 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO
 
 from pdfast.errors import RunError, UsageError
 
@@ -23,17 +25,20 @@ _FORBIDDEN = {
     errno.ENAMETOOLONG,
     errno.ELOOP,
 }
-RUN_REMEDY = "choose another folder with --run"
+_REMEDY = ContextVar("_REMEDY", default="choose another folder with --run")
+"""What to do where a place cannot be written: what the outermost `writing` says holds for all that is written within."""
 SEAL = "checksum"
 """The field of a JSON file that holds the hash of all others."""
 
 
 @contextmanager
-def writing(path: Path, remedy: str = RUN_REMEDY) -> Iterator[None]:
+def writing(path: Path, remedy: str | None = None) -> Iterator[None]:
     """Turn an OSError while writing `path` into one line: RunError for a full disk, UsageError for a forbidden folder.
 
+    remedy: what to do about the latter; by default what the block around this one says, else to choose another --run.
     Other libraries report a full disk in exceptions of their own, so the errno is looked for in the message as well.
     """
+    before = _REMEDY.set(remedy or _REMEDY.get())
     try:
         yield
     except (UsageError, RunError):
@@ -47,12 +52,45 @@ def writing(path: Path, remedy: str = RUN_REMEDY) -> Iterator[None]:
                 "free some space and run the same command again"
             ) from None
         if number in _FORBIDDEN or "os error 13" in text or "os error 30" in text:
-            raise UsageError(f"cannot write {path} ({os.strerror(number or errno.EACCES)}); {remedy}") from None
+            raise UsageError(f"cannot write {path} ({os.strerror(number or errno.EACCES)}); {_REMEDY.get()}") from None
         if isinstance(error, OSError):
             raise RunError(
                 f"could not write {path}: {error.strerror or error}; what was saved before is kept"
             ) from None
         raise
+    finally:
+        _REMEDY.reset(before)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def check_folder(path: Path, remedy: str | None = None) -> None:
+    """Raise a UsageError, before any work, where the folder `path` cannot be made or written to; RunError for a full disk. It
+    is tried in a temporary folder in the deepest part of the path that exists."""
+    there = path
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    with writing(path, remedy):
+        try:
+            with TemporaryDirectory(prefix=".pdfast-", dir=there) as tried:
+                if there != path:
+                    (tried / _temporary(path).relative_to(there)).mkdir(parents=True)
+        except OSError as error:
+            if error.errno in _FULL:
+                raise
+            raise UsageError(f"cannot write {path} ({error.strerror}); {_REMEDY.get()}") from None
+
+
+def check_file(path: Path, remedy: str) -> None:
+    """Raise a UsageError, before any work, where the file `path` cannot be written; RunError for a full disk."""
+    if not os.path.lexists(path):
+        check_folder(path, remedy)
+    elif path.is_dir() or path.is_socket():
+        raise UsageError(f"cannot write {path} (it is a {'folder' if path.is_dir() else 'socket'}); {remedy}")
+    elif _appears(path):
+        check_folder(path.parent, remedy)
 
 
 def sync(path: Path) -> None:
@@ -64,25 +102,42 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, content: bytes | str, remedy: str = RUN_REMEDY) -> None:
-    """Write a file atomically: readers see the old content or the new. What is no plain file, such as a link or a device, is
+def _appears(path: Path) -> bool:
+    """Whether a file that is written appears by a rename; what is no plain file, such as a link, a pipe or a device, is
     written to and not replaced."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    content = content.encode() if isinstance(content, str) else content
+    return not path.is_symlink() and (path.is_file() or not path.exists())
+
+
+@contextmanager
+def writing_file(path: Path, remedy: str | None = None) -> Iterator[BinaryIO]:
+    """Open a file that is written atomically: readers see the old content or, after the block, the new. What is no plain file,
+    such as a link, a pipe or a device, is written to and not replaced."""
+    temporary = _temporary(path)
     with writing(path, remedy):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            path.write_bytes(content)
+        if not _appears(path):
+            with open(path, "wb") as file:
+                yield file
             return
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
         sync(path.parent)
 
 
-def write_json(path: Path, value: Any, remedy: str = RUN_REMEDY) -> None:
+def write_file(path: Path, content: bytes | str, remedy: str | None = None) -> None:
+    """Write a file as `writing_file` does."""
+    with writing_file(path, remedy) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, value: Any, remedy: str | None = None) -> None:
     """Write JSON as `write_file` does."""
     write_file(path, json.dumps(value, indent=2, allow_nan=False) + "\n", remedy)
 
@@ -104,10 +159,10 @@ def _hash_of(value: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+def write_folder(path: Path, fill: Callable[[Path], None], remedy: str | None = None) -> None:
     """Create the folder `path` atomically: `fill` writes into a temporary one, which is synced and renamed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path):
+    temporary = _temporary(path)
+    with writing(path, remedy):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:

@@ -88,6 +88,8 @@ def load_model(folder: Path, device: torch.device) -> SavedModel:
             f"{folder} holds a pickle, which runs code when it is read: write a folder from it with {edm.SCRIPT}, where that "
             "is of EDM's authors"
         )
+    if folder.is_file():
+        raise UsageError(f"{folder} is a file: give the folder of a model, where this may be its weights")
     if not folder.is_dir():
         raise UsageError(
             f"there is no folder {folder}: give a model's, with config.json and *.safetensors, or a diffusers pipeline's on this "

@@ -15,10 +15,11 @@ from typing import IO, Any
 
 import yaml
 
+from pdfast.cli import is_rank0
 from pdfast.config import RunConfig, ScheduleConfig, from_plain, to_plain, to_yaml
 from pdfast.data import ImageSource
 from pdfast.engine.checkpoint import clear_finished
-from pdfast.engine.files import sha256, write_file, writing
+from pdfast.engine.files import check_folder, sha256, write_file, writing
 from pdfast.engine.model_folder import SavedModel
 from pdfast.engine.world import World
 from pdfast.errors import UsageError
@@ -56,7 +57,6 @@ def open_run(config: RunConfig, source: ImageSource, world: World, teacher: Save
         def open_folder() -> None:
             with writing(config.run):
                 config.run.mkdir(parents=True, exist_ok=True)
-                _check_places(config.run)
                 lock = until_the_end.enter_context(open(config.run / ".lock", "w"))
             _begin_or_resume(config, source, _facts(config, source, teacher), lock)
             clear_finished(config.run)
@@ -65,8 +65,12 @@ def open_run(config: RunConfig, source: ImageSource, world: World, teacher: Save
         yield
 
 
-def _check_places(run: Path) -> None:
-    """UsageError where something else has the name of one of the run's files or folders: a pipe would be waited for."""
+def check_place(run: Path) -> None:
+    """Raise a UsageError, in rank 0 and before any work, where the run's folder cannot be made or written to, or something else
+    has the name of one of its files or folders: a pipe would be waited for."""
+    if not is_rank0():
+        return
+    check_folder(run)
     for name in (".lock", "config.yaml", "log.jsonl", "report.html", "grid.png"):
         if (run / name).exists() and not (run / name).is_file():
             raise UsageError(f"{run / name} is no regular file: move it away")

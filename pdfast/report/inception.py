@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pdfast.engine.files import sha256
 from pdfast.errors import UsageError
 from pdfast.names import utf8_path
+from pdfast.reading import no_file
 
 # Of https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -222,7 +223,9 @@ def check_weights(path: Path) -> None:
 
 def _read_weights(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
     if not path.is_file():
-        raise UsageError(f"there are no Inception weights at {path}: give pytorch-fid's pt_inception-2015-12-05 file")
+        raise UsageError(
+            f"there are no Inception weights at {path} ({no_file(path)}): give pytorch-fid's pt_inception-2015-12-05"
+        )
     try:
         with utf8_path(path) as named:
             if path.suffix == ".safetensors":

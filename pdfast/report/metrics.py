@@ -188,24 +188,25 @@ def split_real(num_images: int, n: int, seed: int, reference: Reference = "half"
     """Two disjoint sets of n image indices, int64: the reference, and one whose distance to it is real images' own. Where the
     reference is all, those of all images, and none.
 
-    UsageError where there are fewer than 2 n images for two sets.
+    UsageError where there are fewer than 2 n images for two sets, or none of 4.
     """
     if n <= NEIGHBOURS:
         raise UsageError(
             f"--evaluation.num-samples must be at least {NEIGHBOURS + 1}, got {n}: precision and recall look for the "
             "third nearest other image, and no other metric asks for more"
         )
+    if num_images <= NEIGHBOURS:
+        raise UsageError(
+            f"there are {num_images} real images, generated ones are compared with at least {NEIGHBOURS + 1}: give more"
+        )
     if reference == "all":
-        if num_images <= NEIGHBOURS:
-            raise UsageError(
-                f"there are {num_images} real images, generated ones are compared with at least {NEIGHBOURS + 1}: give more"
-            )
         return permutation(seed, 0, num_images), torch.empty(0, dtype=torch.int64)
     if 2 * n > num_images:
+        most = num_images // 2
+        fewer = f"set --evaluation.num-samples to at most {most}" if most > NEIGHBOURS else "give more images"
         raise UsageError(
             f"{n} evaluation samples need {2 * n} real images (a reference and as many held out for the floor), "
-            f"there are {num_images}: set --evaluation.num-samples to at most {num_images // 2}, "
-            "or do without the floor, --evaluation.reference all"
+            f"there are {num_images}: {fewer}, or do without the floor, --evaluation.reference all"
         )
     order = permutation(seed, 0, num_images)
     return order[:n], order[n : 2 * n]

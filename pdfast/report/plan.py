@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from pdfast.cli import is_rank0
 from pdfast.config import DistillConfig, RunConfig, TrainConfig
 from pdfast.engine.cost import Job, activation_bytes, communication, inputs, memory, parameters_and_flops
 from pdfast.engine.layout import chosen_dtype
@@ -145,14 +146,9 @@ def _print_teacher(config: RunConfig, forward: float) -> float:
     return seconds
 
 
-def _silent() -> bool:
-    """Whether another process prints the plan."""
-    return os.environ.get("RANK", "0") != "0"
-
-
 def print_training_plan(config: TrainConfig, device: torch.device) -> None:
     """The plan of `pdfast.train`."""
-    if _silent():
+    if not is_rank0():
         return
     stages = _stages(config, device)
     print(f"plan of {config.run}: a teacher for {config.data}")
@@ -162,7 +158,7 @@ def print_training_plan(config: TrainConfig, device: torch.device) -> None:
 
 def print_distillation_plan(config: DistillConfig, device: torch.device) -> None:
     """The plan of `pdfast.distill`: an update costs two forwards of the teacher and three forwards' worth of the student."""
-    if _silent():
+    if not is_rank0():
         return
     stages = _stages(config, device)
     print(

@@ -261,7 +261,9 @@ def test_an_empty_folder_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     solid(tmp_path / "train" / "cat" / "1.png", 1, "L")
     message = refusal(find_images, tmp_path, names=tmp_path)
-    assert "holds no image files, directly or one folder down" in message and ".png" in message
+    assert (
+        "directly or one folder down, only 1 .txt, 1 deeper folders, 1 folders: give" in message and ".png" in message
+    )
 
 
 def test_a_mixed_folder_is_refused(tmp_path):

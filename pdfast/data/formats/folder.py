@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pdfast.data.encoded import FILES, EncodedImages
 from pdfast.data.formats.label_file import LABEL_FILE, labels_of
-from pdfast.data.formats.names import hidden, in_words
+from pdfast.data.formats.names import hidden, in_words, what_is
 from pdfast.data.pictures import SUFFIXES
 from pdfast.errors import UsageError
 
@@ -62,4 +62,4 @@ def found_in(folder: Path) -> str:
     """What there is in it, and in its subfolders, for people."""
     top = [child for child in folder.iterdir() if not hidden(child.name)]
     down = [file for child in top if child.is_dir() for file in child.iterdir() if not hidden(file.name)]
-    return in_words([*(child for child in top if not child.is_dir()), *down])
+    return in_words([*map(what_is, top), *(f"deeper {what_is(f)}" if f.is_dir() else what_is(f) for f in down)])

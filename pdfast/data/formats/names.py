@@ -55,8 +55,8 @@ def what_is(path: Path) -> str:
     return path.suffix.lower() or "without suffix"
 
 
-def in_words(paths: Iterable[Path]) -> str:
-    """How many there are with which suffix: `40 .webm, 3 .txt`."""
-    counts = Counter(map(what_is, paths))
+def in_words(found: Iterable[str]) -> str:
+    """How many there are of what `what_is` says: `40 .webm, 3 .txt`."""
+    counts = Counter(found)
     words = [f"{count} {what}" for what, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:SHOWN]]
     return ", ".join([*words, "..."] if len(counts) > SHOWN else words) or "nothing"

@@ -69,6 +69,39 @@ def test_a_failure_is_one_line_and_the_code_of_the_process(
     assert ended(monkeypatch, capsys, failed(tmp_path, monkeypatch, failures), processes) == (code, lines)
 
 
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--nproc-per-node", "x", "-m", "pdfast.distill"], ["--nproc-per-node x"]),
+        (["--nproc-per-node", "0", "-m", "pdfast.distill"], ["--nproc-per-node 0"]),
+        (["--nproc-per-node", "xpu", "-m", "pdfast.distill"], ["--nproc-per-node xpu", "not available"]),
+        (["--nnodes", "x", "-m", "pdfast.distill"], ["--nnodes x"]),
+        (["--nnodes", "3:2", "-m", "pdfast.distill"], ["--nnodes 3:2"]),
+        (["--max-restarts", "-1", "-m", "pdfast.distill"], ["max_restarts"]),
+        (["--rdzv-backend", "x", "--rdzv-endpoint", "localhost:0", "-m", "pdfast.distill"], ["backend 'x'"]),
+        (["--master-port", "x", "-m", "pdfast.distill"], ["--master-port", "'x'"]),
+        (["-m", "pdfast.nosuch"], ["no module pdfast.nosuch"]),
+        (["-m", "nosuch.distill"], ["no module nosuch.distill"]),
+        (["-m", "pdfast.engine"], ["no module pdfast.engine"]),  # a package that does not run
+        (["pdfast.distill"], ["no script pdfast.distill", "-m"]),
+        (["--no-python", "pdfast.distill"], ["no program pdfast.distill"]),
+        ([], ["training_script"]),
+    ],
+)
+def test_what_cannot_be_launched_is_a_line(flags, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pdfast.launch", *flags])
+    with pytest.raises(SystemExit) as end:
+        run_command(launch.main)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert (
+        end.value.code == 2
+        and line.startswith("pdfast: error: ")
+        and line.endswith("see python -m pdfast.launch --help")
+    )
+    for word in words:
+        assert word in line
+
+
 def test_a_signal_is_130_and_no_traceback(monkeypatch, capsys):
     assert ended(monkeypatch, capsys, SignalException("got it", signal.SIGINT)) == (130, [])
 

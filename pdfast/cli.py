@@ -211,6 +211,12 @@ def _exit_code(main: Callable[[], None]) -> int:
     return 0
 
 
+def _had_process_groups() -> bool:
+    """Whether this process has been one of several."""
+    world = sys.modules.get("pdfast.engine.world")  # not imported here: it takes torch
+    return world is not None and world.opened_process_groups
+
+
 def _leave(code: int) -> NoReturn:
     """End this process, which is one of several, without taking the interpreter down: a thread of gloo that still has to let
     go of a tensor would abort the process there (torch 2.13), after all its work was done."""
@@ -230,13 +236,13 @@ def run_command(main: Callable[[], None]) -> NoReturn:
             stream.reconfigure(errors="backslashreplace")  # a console may lack letters that a name has
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if (
-        int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ
-    ):  # as where only the size of a job is told
-        sys.exit(_exit_code(main))
     try:
         code = _exit_code(main)
     except Exception:  # of which nothing is known
+        if not _had_process_groups():
+            raise
         traceback.print_exc()
         code = 1
-    _leave(code)
+    if _had_process_groups():
+        _leave(code)
+    sys.exit(code)

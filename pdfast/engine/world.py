@@ -22,6 +22,8 @@ from pdfast.errors import RunError, UsageError
 
 PATIENCE = timedelta(hours=2)  # of a collective; the watchdog ends a run that hangs long before
 T = TypeVar("T")
+opened_process_groups = False
+"""Whether this process has been one of several: gloo's threads may outlive the groups."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,8 @@ def open_world(device_name: str, shard: int = 1) -> Iterator[World]:
     if size == 1:
         yield World(device)
         return
+    global opened_process_groups
+    opened_process_groups = True
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend,

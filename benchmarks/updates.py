@@ -231,7 +231,7 @@ class Pdfast:
             flip = noise.integer(draws.key(Stream.FLIP), draws.index, 2).bool()
             x = torch.where(flip[:, None, None, None], x.flip(-1), x)
         eps = noise.normal(draws.key(Stream.NOISE), draws.index, config.network.image_shape)
-        return Batch(x, eps, draws.step_indices(self._rounds.table.steps), draws.labels)
+        return Batch(x, eps, draws.step_indices(self._rounds.table.count), draws.labels)
 
     def references(self) -> tuple[Network, Network]:
         device, network = self.setting.device, self.setting.config.network

@@ -88,7 +88,7 @@ class Rounds:
         losses, k = distillation_gradient(
             self.student, self.teacher, self.draws, self.table, micro_batches, self.machine.compiled
         )
-        self.losses.add(losses, k, self.table.steps)
+        self.losses.add(losses, k, self.table.count)
         self.optimizer.step(losses.mean())
 
     def begin(self, last: Path, round_index: int, steps: int) -> None:
@@ -111,7 +111,7 @@ class Rounds:
     def _differ(self) -> bool:
         """Tell whether the outputs of student and teacher differ for a few images. Neither compiled nor with a gradient: beside
         the CUDA graph of the round before there is no memory for another update."""
-        phi = self.table.rows.phi[self.draws.step_indices(self.table.steps) - 1]
+        phi = self.table.rows.phi[self.draws.step_indices(self.table.count) - 1]
         few = slice(min(COMPARED, len(phi) // self.config.engine.micro_batches))
         labels = None if self.draws.labels is None else self.draws.labels[few]
         z = self.draws.diffused(phi)[few]

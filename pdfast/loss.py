@@ -32,44 +32,63 @@ def check_predictions(table: StepTable, **models: Model) -> None:
             )
 
 
-def teacher_steps(
+def teacher_outputs(
     teacher: Model,
     z: Tensor,
-    phi: Tensor,
     table: StepTable,
     index: Tensor,
     cond: Any = None,
     run: Callable[[Callable], Callable] = as_it_is,
-) -> tuple[Tensor, Tensor]:
-    """The teacher's two outputs, [N, P*C, H, W], at z and where its DDIM step takes it; no gradient.
+    average: Model | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the target is a combination of: z and the last two outputs, [N, P*C, ...]; no gradient.
 
-    index: rows of the table, step index - 1, int64 [N]. run: what compiles a function, for the step in between.
+    With more than two parts z's place is taken by the sum of all that comes before the last two, in z's dtype. index: rows of the
+    table, k - 1, int64 [N]. run: what compiles a function, for the steps in between. average: the student's own average, which
+    takes the last part where the table says so.
     """
+    step, start, outputs = run(ddim_step), z, []
     with torch.no_grad():
-        first = check_output("the teacher", teacher(z, phi.float(), cond), z, table.prediction)
-        z_mid = run(ddim_step)(z, first, table.ddim_z, table.ddim_output, index)
-        second = teacher(z_mid, rows_of(table.phi_mid, index).float(), cond)
-        return first, check_output("the teacher", second, z, table.prediction)
+        for j, phi in enumerate(table.angles[:-1]):
+            last = j == table.parts - 1
+            model = average if last and table.last_by_average and average is not None else teacher
+            name = "the average" if model is average else "the teacher"
+            outputs.append(check_output(name, model(z, rows_of(phi, index).float(), cond), z, table.prediction))
+            if not last:
+                z = step(z, outputs[-1], table.step_z[j], table.step_output[j], index)
+            if j < table.parts - 2:
+                start = step(start, outputs[-1], _coefficient_of_start(table, j), table.target_output[j], index)
+        first, second = outputs[-2:]
+        if (
+            table.last_by_average
+        ):  # where the teacher's step ends a segment nothing is left to do, whatever is said there
+            weight = rows_of(table.target_output[-1], index).abs().sum(1)
+            second = torch.where((weight == 0).view(-1, *(1,) * (second.dim() - 1)), 0, second)
+        return start, first, second
+
+
+def _coefficient_of_start(table: StepTable, summed: int) -> Tensor:
+    """What z, or the sum with `summed` outputs that took its place, is multiplied by: float [R]."""
+    return table.target_z if summed == 0 else torch.ones_like(table.target_z)
 
 
 def student_losses(
     output: Tensor,
-    z: Tensor,
+    start: Tensor,
     first: Tensor,
     second: Tensor,
     table: StepTable,
     index: Tensor,
     run: Callable[[Callable], Callable] = as_it_is,
 ) -> Tensor:
-    """The weighted squared error of the student's output, a mean over C, H and W: float32 [N]."""
+    """The weighted squared error of the student's output from what `teacher_outputs` gave, a mean over all but N: float32 [N]."""
     return run(ddim_step_weighted_loss)(
-        check_output("the student", output, z, table.prediction),
-        z,
+        check_output("the student", output, start, table.prediction),
+        start,
         first,
         second,
-        table.target_z,
-        table.target_output,
-        table.target_output_mid,
+        _coefficient_of_start(table, table.parts - 2),
+        *table.target_output[-2:],
         table.output,
         table.weight,
         index,
@@ -86,23 +105,32 @@ def distillation_loss(
     k: Tensor | None = None,
     eps: Tensor | None = None,
     generator: torch.Generator | None = None,
+    average: Model | None = None,
 ) -> Tensor:
     """The loss of each image, float32 [N], with a gradient to the student alone.
 
-    x: images in about [-1, 1], float [N, C, ...]. table: of the student's number of steps, on x's device. k: step indices in
-    1..steps, int64 [N], and eps: noise like x; both drawn, with the generator, where not given. student and teacher: of one
-    prediction, that of the table. cond: handed to both; a tensor begins with N. z and the target are float32, or float64 where x
+    x: images in about [-1, 1], float [N, C, ...]. table: of the student's number of steps, on x's device. k: rows of the table, in
+    1..len(table), int64 [N], and eps: noise like x; both drawn, with the generator, where not given. student and teacher: of one
+    prediction, that of the table. average: the student's own average, for a table whose last part it takes. cond: handed to all;
+    a tensor begins with N. z and the target are float32, or float64 where x
     is, whatever the dtypes of x, eps and the outputs are. TypeError for a wrong dtype, ValueError for a wrong shape, device or
     prediction, and for a k out of range (on a GPU, where asking would be a wait, the losses of those images are NaN).
     """
     check_tensor("x", x)
     if not isinstance(table, StepTable):
         raise TypeError(f"table is a {type(table).__name__}: give what build_step_table returns")
-    check_model("student", student)
-    check_model("teacher", teacher)
+    models = {"student": student, "teacher": teacher} | ({} if average is None else {"average": average})
+    for name, model in models.items():
+        check_model(name, model)
     if not x.is_floating_point():
         raise TypeError(f"images of dtype {x.dtype}: make them floats in [-1, 1], as x.float() / 127.5 - 1")
-    check_predictions(table, student=student, teacher=teacher)
+    if table.last_by_average != (average is not None):
+        raise ValueError(
+            "average: this table's last part is taken by the student's average; give it"
+            if table.last_by_average
+            else "average: no part of this table is taken by the student's average; leave it out"
+        )
+    check_predictions(table, **models)
     check_cond(cond, len(x))
     if table.phi.device != x.device:
         raise ValueError(f"the table is on {table.phi.device}, x is on {x.device}: give table.to(x.device)")
@@ -117,14 +145,13 @@ def distillation_loss(
         raise TypeError(f"eps of dtype {eps.dtype}: give noise as floats")
     if eps is not None and eps.shape != x.shape:
         raise ValueError(f"eps has shape {tuple(eps.shape)}, x has {tuple(x.shape)}: noise is like x")
-    steps = len(table.phi)
     if k is None:
-        k = torch.randint(1, steps + 1, (len(x),), device=x.device, generator=generator)
+        k = torch.randint(1, len(table) + 1, (len(x),), device=x.device, generator=generator)
     if eps is None:
         eps = torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)
-    index = in_range("distillation_loss", "k", k, 1, steps + 1) - 1
+    index = in_range("distillation_loss", "k", k, 1, len(table) + 1) - 1
     phi = rows_of(table.phi, index)
     column = (-1, *(1,) * (x.dim() - 1))
     z = torch.cos(phi).view(column) * x + torch.sin(phi).view(column) * eps
-    first, second = teacher_steps(teacher, z, phi, table, index, cond)
-    return student_losses(student(z, phi.float(), cond), z, first, second, table, index)
+    start, first, second = teacher_outputs(teacher, z, table, index, cond, average=average)
+    return student_losses(student(z, phi.float(), cond), start, first, second, table, index)

@@ -137,7 +137,7 @@ def test_a_round_that_was_begun_from_another_teacher(finished_run, tmp_path, mon
     assert "was begun from another teacher than there is now" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("prediction", ["x", "both", "eps"])
+@pytest.mark.parametrize("prediction", ["flow", "both", "eps"])
 def test_other_predictions(prediction, tmp_path):
     start = ["--schedule.u-start", "0.95"] if prediction == "eps" else []
     run = str(tmp_path / "run")

@@ -215,6 +215,6 @@ def test_what_makes_no_sense_is_refused():
         with pytest.raises(ValueError, match=words):
             pdfast.build_step_table(pdfast.Cosine(), steps, prediction, "snr")
     table = pdfast.build_step_table(pdfast.Cosine(), torch.tensor(4), "v", "snr")
-    assert len(table.phi) == 4
+    assert len(table) == table.steps == 4
     with pytest.raises(TypeError, match="dtype torch.uint8"):
         pdfast.distillation_loss(network("v", 0), network("v", 0), torch.zeros(2, 1, 8, 8, dtype=torch.uint8), table)

@@ -1,5 +1,20 @@
 """The mathematics of diffusion and of Progressive Distillation: pure functions of tensors."""
 
+from pdfast.diffusion.circle import (
+    PREDICTIONS,
+    Prediction,
+    check_output,
+    check_start,
+    check_tensor,
+    conversion_coefficients,
+    ddim_coefficients,
+    natural_angle,
+    output_coefficient,
+    outputs_per_channel,
+    parameterization,
+    to_v,
+    to_x,
+)
 from pdfast.diffusion.noise_levels import (
     alpha_bar_from_phi,
     flow_time_from_phi,
@@ -12,25 +27,10 @@ from pdfast.diffusion.noise_levels import (
     sigma_from_phi,
     time_from_phi,
 )
-from pdfast.diffusion.parameterization import (
-    PREDICTIONS,
-    WEIGHTINGS,
-    Prediction,
-    Weighting,
-    check_output,
-    check_prediction,
-    check_start,
-    check_tensor,
-    natural_angle,
-    natural_weight,
-    output_coefficient,
-    outputs_per_channel,
-    to_v,
-    to_x,
-)
 from pdfast.diffusion.samplers import Model, ancestral, check_cond, check_model, ddim, prediction_of, sample
 from pdfast.diffusion.schedules import AlphaBars, ClippedCosine, Cosine, Flow, Karras, LinearBeta, Schedule, StartingAt
-from pdfast.diffusion.step_table import StepTable, angles, build_step_table, ddim_coefficients
+from pdfast.diffusion.step_table import StepTable, angles, build_closure_table, build_step_table
+from pdfast.diffusion.weights import WEIGHTINGS, Weighting, natural_weight
 
 __all__ = [
     "PREDICTIONS",
@@ -50,13 +50,14 @@ __all__ = [
     "alpha_bar_from_phi",
     "ancestral",
     "angles",
+    "build_closure_table",
     "build_step_table",
     "check_cond",
     "check_model",
     "check_output",
-    "check_prediction",
     "check_start",
     "check_tensor",
+    "conversion_coefficients",
     "ddim",
     "ddim_coefficients",
     "flow_time_from_phi",
@@ -65,6 +66,7 @@ __all__ = [
     "natural_weight",
     "output_coefficient",
     "outputs_per_channel",
+    "parameterization",
     "phi_from_alpha_bar",
     "phi_from_flow_time",
     "phi_from_logsnr",

@@ -14,18 +14,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pdfast.diffusion.parameterization import (
-    SMALLEST_COS_TO_SAMPLE,
+from pdfast.diffusion.circle import (
+    SMALLEST_SINE_TO_SAMPLE,
     Prediction,
     at_least_float32,
     check_angles,
     check_output,
     check_start,
     check_tensor,
+    ddim_coefficients,
     to_x,
 )
 from pdfast.diffusion.schedules import Schedule
-from pdfast.diffusion.step_table import angles, ddim_coefficients
+from pdfast.diffusion.step_table import angles
 from pdfast_kernels import ddim_step
 
 
@@ -75,7 +76,7 @@ def _begin(
     prediction = prediction_of(model, prediction)
     if prediction is None:
         raise ValueError("the model has no attribute `prediction`: say prediction=, what its outputs are")
-    check_start(prediction, float(phi[0]), SMALLEST_COS_TO_SAMPLE)
+    check_start(prediction, float(phi[0]), SMALLEST_SINE_TO_SAMPLE)
     check_cond(cond, len(z))
     return at_least_float32(z), z.dtype, prediction
 

@@ -82,15 +82,23 @@ class LinearBeta:
     def _integral(self, u: Tensor) -> Tensor:
         return u * (self.beta_min + 0.5 * (self.beta_max - self.beta_min) * u)
 
-    def phi(self, u: Tensor) -> Tensor:
+    def _sin_and_cos(self, u: Tensor) -> tuple[Tensor, Tensor]:
         integral = self._integral(u)
-        return torch.atan2(torch.sqrt(-torch.expm1(-integral)), torch.exp(-0.5 * integral))
+        return torch.sqrt(-torch.expm1(-integral)), torch.exp(-0.5 * integral)
+
+    def phi(self, u: Tensor) -> Tensor:
+        return torch.atan2(*self._sin_and_cos(u))
 
     def delta(self, u: Tensor, du: Tensor) -> Tensor:
         # sin(phi - psi) = (alpha_psi^2 - alpha_phi^2) / sin(phi + psi), the numerator by expm1 of the integral's step.
         step = du * (self.beta_min + 0.5 * (self.beta_max - self.beta_min) * (2 * u - du))
         numerator = torch.exp(-self._integral(u - du)) * -torch.expm1(-step)
-        return torch.asin(numerator / torch.sin(self.phi(u) + self.phi(u - du)))
+        return torch.asin(numerator / _sine_of_sum(*self._sin_and_cos(u), *self._sin_and_cos(u - du)))
+
+
+def _sine_of_sum(sin: Tensor, cos: Tensor, other_sin: Tensor, other_cos: Tensor) -> Tensor:
+    """sin(phi + psi); from the angles it would lose digits near pi."""
+    return sin * other_cos + cos * other_sin
 
 
 def _from_no_noise(alpha_bars: Tensor) -> Tensor:
@@ -121,7 +129,8 @@ class AlphaBars:
         table = _from_no_noise(alpha_bars)
         self.knots = table_angles(alpha_bars)
         """The angles at u = 0, 1/T, ..., 1: float64 [T + 1]."""
-        self._rises = torch.asin((table[:-1] - table[1:]) / torch.sin(self.knots[1:] + self.knots[:-1]))
+        sin, cos = torch.sqrt(1 - table), torch.sqrt(table)
+        self._rises = torch.asin((table[:-1] - table[1:]) / _sine_of_sum(sin[1:], cos[1:], sin[:-1], cos[:-1]))
         flat = int((self.knots == 0).sum())  # one, where the betas do not begin with 0
         if flat > 1:
             self._rises[:flat] = self.knots[flat] / flat

@@ -1,78 +1,124 @@
-"""The step table of a round: all that depends on time, for each of N student steps, computed once in float64.
+"""The step table of a round: all that depends on time, for each row that an update can draw, computed once in float64.
 
-Row k in 1..N is the student step from u = k/N to (k-1)/N, which spans the teacher's steps over (k-1/2)/N (Algorithm 2 of
-Salimans & Ho 2022). With d1 = phi - phi_mid, d2 = phi_mid - phi_next and d = d1 + d2, the output that takes the student to
-where the teacher's two DDIM steps end is, in the network's own prediction,
+A row says where the student's one step begins, phi_0 = phi, where it must land, phi_m = phi_next, and which m parts lead there.
+In Progressive Distillation (Algorithm 2 of Salimans & Ho 2022) row k in 1..N is the student step from u = k/N to (k-1)/N, and
+the parts are m = 2 DDIM steps of the teacher; by a factor m it takes m. In a table of transitive closure (Berthelot et al. 2023)
+there is a row for every point of the teacher's grid: one step of the teacher, then the student's own average to the end of the
+row's segment.
 
-    x    [ sin(phi_next) sin(d1) x1 + sin(phi) sin(d2) x2 ] / (sin(phi_mid) sin(d))
-    eps  [ cos(phi_next) sin(d1) e1 + cos(phi) sin(d2) e2 ] / (cos(phi_mid) sin(d))
-    v    [ sin(d1) cos(d2) v1 + sin(d2) v2 - sin(d1) sin(d2) z ] / sin(d)
+With o_j what the network that takes part j says at its start, the point at theta_j, and (1) of `circle` applied m times,
 
-where nothing cancels. The last angle is 0 for every schedule, so that row 1 is the teacher's second x by itself.
+    A_j = sin(theta_j - phi_j) / sin(theta_j - phi_{j-1})     B_j = sin(phi_j - phi_{j-1}) / sin(theta_j - phi_{j-1})
+    T_j = A_{j+1} ... A_m
+
+the output that takes the student to the same end in one step is
+
+    o = c_0 z + sum_j c_j o_j          c_j = sin(theta_1 - phi_0) B_j T_j / sin(phi_m - phi_0)                           (2)
+                                       c_0 = sum_{j>=2} c_j sin(theta_j - theta_1) / sin(theta_1 - phi_0)
+
+where nothing cancels. The last angle is 0 for every schedule, so that row 1 of an x-network is the teacher's last x by itself.
 """
 
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
-from pdfast.diffusion.parameterization import (
+from pdfast.diffusion.circle import (
     Prediction,
-    Weighting,
-    check_prediction,
     check_start,
-    natural_weight,
     output_coefficient,
+    parameterization,
+    step_coefficients,
 )
 from pdfast.diffusion.schedules import Schedule, check_schedule
+from pdfast.diffusion.weights import Weighting, natural_weight
 from pdfast_kernels.index import in_range, rows_of
 
 
 @dataclass(frozen=True, eq=False)
 class StepTable:
-    """One row a step: tensors [N], those that multiply a network's output [N, P]. The arguments of the linear operations
-    in `pdfast_kernels`, in their order."""
+    """R rows: tensors [R], those that multiply a network's output [R, P], one of them for each of the m parts. The arguments of
+    the linear operations in `pdfast_kernels`."""
 
     prediction: Prediction  # of the networks that it is for
-    phi: Tensor  # the student's and the teacher's first angle
-    phi_mid: Tensor  # the teacher's second angle
-    phi_next: Tensor  # where the step ends
-    ddim_z: Tensor  # z_mid = ddim_z z + ddim_output o1
-    ddim_output: Tensor
-    target_z: Tensor  # target = target_z z + target_output o1 + target_output_mid o2
-    target_output: Tensor
-    target_output_mid: Tensor
-    output: Tensor  # natural prediction of the student = output o
-    weight: Tensor  # of the squared error of the natural prediction
+    steps: int  # of the student
+    last_by_average: bool  # the last part is the student's own average's, not the teacher's
+    angles: tuple[Tensor, ...]  # m + 1: where the student and each part begin, and where all end
+    step_z: tuple[Tensor, ...]  # m - 1: z = step_z z + step_output o, the parts but the last
+    step_output: tuple[Tensor, ...]
+    target_z: Tensor  # target = target_z z + sum_j target_output[j] o_j
+    target_output: tuple[Tensor, ...]  # m
+    output: Tensor  # the student's point of the circle = output o
+    weight: Tensor  # of the squared error of that point
+
+    def __len__(self) -> int:
+        """R, the number of rows."""
+        return len(self.weight)
+
+    @property
+    def phi(self) -> Tensor:
+        """Where the student's step begins, [R]."""
+        return self.angles[0]
+
+    @property
+    def parts(self) -> int:
+        """m: how many networks' outputs lead to the target."""
+        return len(self.target_output)
 
     def columns(self) -> tuple[Tensor, ...]:
         """All of its tensors, in their order."""
-        return tuple(getattr(self, field.name) for field in fields(self) if field.name != "prediction")
+        return (
+            *self.angles,
+            *self.step_z,
+            *self.step_output,
+            self.target_z,
+            *self.target_output,
+            self.output,
+            self.weight,
+        )
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "StepTable":
-        return StepTable(self.prediction, *map(function, self.columns()))
+    def map(self, function: Callable[[Tensor], Tensor]) -> "StepTable":
+        """The table of `function` of every column."""
+
+        def each(columns: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            return tuple(map(function, columns))
+
+        return StepTable(
+            self.prediction,
+            self.steps,
+            self.last_by_average,
+            each(self.angles),
+            each(self.step_z),
+            each(self.step_output),
+            function(self.target_z),
+            each(self.target_output),
+            function(self.output),
+            function(self.weight),
+        )
 
     def rows(self, k: Tensor) -> "StepTable":
-        """The rows of step indices k in 1..N, int64 [n]. ValueError for another k (on a GPU a row of NaN)."""
-        index = in_range("StepTable.rows", "k", k, 1, len(self.phi) + 1) - 1
-        return self._map(lambda column: rows_of(column, index))
+        """The rows k in 1..R, in a table of one step for each student step of its index, int64 [n]. ValueError for another k (on a
+        GPU a row of NaN)."""
+        index = in_range("StepTable.rows", "k", k, 1, len(self) + 1) - 1
+        return self.map(lambda column: rows_of(column, index))
 
     def to(self, device: torch.device | str) -> "StepTable":
         """The same table on another device."""
-        return self._map(lambda column: column.to(device))
+        return self.map(lambda column: column.to(device))
 
 
-def whole_steps(steps: SupportsIndex) -> int:
-    """Return a number of steps, of NumPy or PyTorch too, as an int. ValueError for what is no whole number, or below 1."""
+def whole_steps(steps: SupportsIndex, least: int = 1, what: str = "steps") -> int:
+    """Return a number of steps, of NumPy or PyTorch too, as an int. ValueError for what is no whole number, or below `least`."""
     try:
         number = operator.index(steps)
     except TypeError:
         number = 0
-    if number < 1 or isinstance(steps, bool):
-        raise ValueError(f"the number of steps must be a whole number, at least 1, got {steps!r}")
+    if number < least or isinstance(steps, bool):
+        raise ValueError(f"the number of {what} must be a whole number, at least {least}, got {steps!r}")
     return number
 
 
@@ -88,18 +134,30 @@ def angles(schedule: Schedule, steps: SupportsIndex) -> Tensor:
     return phi
 
 
-def ddim_coefficients(prediction: Prediction, phi: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """z' = a z + sum_p b_p o_p, the DDIM step from angle phi down to phi - delta: float64 ([N], [N, P]) for [N]."""
-    match prediction:
-        case "x":
-            return torch.sin(phi - delta) / torch.sin(phi), (torch.sin(delta) / torch.sin(phi))[:, None]
-        case "eps":
-            return torch.cos(phi - delta) / torch.cos(phi), (-torch.sin(delta) / torch.cos(phi))[:, None]
-    return torch.cos(delta), -torch.sin(delta)[:, None] * output_coefficient(prediction, phi)
-
-
 def build_step_table(
     schedule: Schedule,
+    steps: SupportsIndex,
+    prediction: Prediction,
+    weighting: Weighting,
+    *,
+    factor: SupportsIndex = 2,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> StepTable:
+    """The table of a round with `steps` student steps, each `factor` steps of the teacher, in float32 or float64.
+
+    prediction: of both networks. ValueError for eps-prediction from (almost) pure noise, and for what is unknown; TypeError for what
+    is no schedule.
+    """
+    steps, factor = whole_steps(steps), whole_steps(factor, 2, "teacher steps in one of the student's")
+    first = factor * torch.arange(1, steps + 1, device="cpu")
+    grid = torch.stack([first - j for j in range(factor + 1)])
+    return _build(schedule, grid, factor * steps, steps, False, prediction, weighting).map(_cast(dtype, device))
+
+
+def build_closure_table(
+    schedule: Schedule,
+    teacher_steps: SupportsIndex,
     steps: SupportsIndex,
     prediction: Prediction,
     weighting: Weighting,
@@ -107,50 +165,71 @@ def build_step_table(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> StepTable:
-    """The table of a round with `steps` student steps, for networks of that prediction, in float32 or float64.
+    """The table of transitive closure (TRACT; Berthelot et al. 2023) from `teacher_steps` to `steps`, which divides it.
 
-    ValueError for eps-prediction from (almost) pure noise, and for what is unknown; TypeError for what is no schedule.
+    Row k in 1..teacher_steps begins at u = k / teacher_steps; the teacher's step ends at the point before, the student's average
+    goes on to the end of the segment. Where that is the same point, its output has no weight, and it is asked at the start of the
+    teacher's step. Other arguments and errors as of `build_step_table`.
     """
-    check_schedule(schedule, "phi", "delta")
-    steps = whole_steps(steps)
-    check_prediction(prediction)
+    steps, teacher_steps = whole_steps(steps), whole_steps(teacher_steps)
+    if teacher_steps % steps:
+        raise ValueError(f"teacher_steps {teacher_steps} must be a multiple of steps, {steps}")
+    segment = teacher_steps // steps
+    first = torch.arange(1, teacher_steps + 1, device="cpu")
+    grid = torch.stack([first, first - 1, (first - 1) // segment * segment])
+    table = _build(schedule, grid, teacher_steps, steps, True, prediction, weighting)
+    return table.map(_cast(dtype, device))
+
+
+def _cast(dtype: torch.dtype, device: torch.device | str) -> Callable[[Tensor], Tensor]:
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"a table in {dtype} would round its angles: choose torch.float32 or torch.float64")
-    k = torch.arange(1, steps + 1, dtype=torch.float64, device="cpu")
-    half = torch.tensor(0.5 / steps, dtype=torch.float64, device="cpu")
-    u, u_mid = k / steps, (k - 0.5) / steps
-    phi, phi_mid = schedule.phi(u), schedule.phi(u_mid)
-    phi_next = torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), phi[:-1]])
-    d1 = schedule.delta(u, half)
-    d2 = torch.cat([phi_mid[:1], schedule.delta(u_mid[1:], half)])
-    check_start(prediction, float(phi[-1]))
+    return lambda column: column.to(device, dtype).contiguous()
 
-    sin_d = torch.sin(d1 + d2)
-    target_z = torch.zeros_like(phi)
-    match prediction:
-        case "x":
-            first = torch.sin(phi_next) * torch.sin(d1) / (torch.sin(phi_mid) * sin_d)
-            second = torch.sin(phi) * torch.sin(d2) / (torch.sin(phi_mid) * sin_d)
-        case "eps":
-            first = torch.cos(phi_next) * torch.sin(d1) / (torch.cos(phi_mid) * sin_d)
-            second = torch.cos(phi) * torch.sin(d2) / (torch.cos(phi_mid) * sin_d)
-        case _:
-            first = torch.sin(d1) * torch.cos(d2) / sin_d
-            second = torch.sin(d2) / sin_d
-            target_z = -torch.sin(d1) * torch.sin(d2) / sin_d
-    output = output_coefficient(prediction, phi)
-    ddim_z, ddim_output = ddim_coefficients(prediction, phi, d1)
-    table = StepTable(
-        prediction=prediction,
-        phi=phi,
-        phi_mid=phi_mid,
-        phi_next=phi_next,
-        ddim_z=ddim_z,
-        ddim_output=ddim_output,
-        target_z=target_z,
-        target_output=first[:, None] * output,
-        target_output_mid=second[:, None] * output_coefficient(prediction, phi_mid),
-        output=output,
-        weight=natural_weight(prediction, weighting, phi),
+
+def _build(
+    schedule: Schedule,
+    grid: Tensor,
+    size: int,
+    steps: int,
+    last_by_average: bool,
+    prediction: Prediction,
+    weighting: Weighting,
+) -> StepTable:
+    """The table in float64 of rows through the points u = grid / size; grid: int64 [m + 1, R], not increasing in its columns."""
+    check_schedule(schedule, "phi", "delta")
+    says = parameterization(prediction)
+    u = grid.double() / size
+    phi = torch.where(grid == 0, 0, schedule.phi(u))
+    check_start(prediction, float(phi[0, -1]))
+    # A step that ends at 0 is as long as its angle: schedules may begin a little above.
+    lengths = torch.where(grid[1:] == 0, phi[:-1], schedule.delta(u[:-1], (grid[:-1] - grid[1:]).double() / size))
+    lengths = torch.where(grid[1:] == grid[:-1], 0, lengths)
+    gone = torch.cumsum(lengths, dim=0)
+
+    parts = len(lengths)
+    through, by_output = zip(
+        *(step_coefficients(prediction, phi[j], phi[j + 1], lengths[j]) for j in range(parts)), strict=True
     )
-    return table._map(lambda column: column.to(device, dtype))
+    # Backwards, with T_j in `onwards`; -sin(gone[-1]) = sin(psi - phi_0).
+    onwards, target_z, of_points = torch.ones_like(phi[0]), torch.zeros_like(phi[0]), []
+    for j in reversed(range(parts)):
+        share = -by_output[j] * onwards / torch.sin(gone[-1])
+        of_points.append(says.distance(phi[0]) * share)
+        if j > 0:
+            target_z = target_z - share * torch.sin(says.slope * gone[j - 1])
+        onwards = through[j] * onwards
+    asked = [torch.where(length == 0, phi[0], start) for length, start in zip(lengths, phi[:-1], strict=True)]
+    outputs = [output_coefficient(prediction, start) for start in asked]
+    return StepTable(
+        prediction=prediction,
+        steps=steps,
+        last_by_average=last_by_average,
+        angles=(*asked, phi[-1]),
+        step_z=through[:-1],
+        step_output=tuple(b[:, None] * o for b, o in zip(by_output[:-1], outputs[:-1], strict=True)),
+        target_z=target_z,
+        target_output=tuple(c[:, None] * o for c, o in zip(reversed(of_points), outputs, strict=True)),
+        output=outputs[0],
+        weight=natural_weight(prediction, weighting, phi[0]),
+    )

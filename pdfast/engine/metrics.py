@@ -25,10 +25,10 @@ class Losses:
         self._bucket = torch.arange(BUCKETS, device=world.device)
         self._bad = torch.zeros((), dtype=torch.int64, device=world.device)
 
-    def add(self, losses: Tensor, k: Tensor, steps: Tensor) -> None:
-        """losses [n] of samples with step indices k [n] in 1..steps."""
+    def add(self, losses: Tensor, k: Tensor, count: Tensor) -> None:
+        """losses [n] of samples with rows k [n] in 1..count, of a step table or of times."""
         finite = torch.isfinite(losses)
-        member = ((k - 1) * BUCKETS // steps)[:, None] == self._bucket
+        member = ((k - 1) * BUCKETS // count)[:, None] == self._bucket
         member = (member & finite[:, None]).double()
         values = torch.where(finite, losses, 0).double()
         self._sums.add_(torch.stack([values @ member, member.sum(0)]))

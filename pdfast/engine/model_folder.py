@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pdfast.bounds import STEPS
 from pdfast.config import ScheduleConfig, from_plain, to_plain
-from pdfast.diffusion.parameterization import SMALLEST_COS_TO_SAMPLE, check_start
+from pdfast.diffusion.circle import SMALLEST_SINE_TO_SAMPLE, check_start
 from pdfast.engine.files import SEAL, check_seal, sealed, sha256, write_json
 from pdfast.errors import UsageError
 from pdfast.names import utf8_path
@@ -51,7 +51,7 @@ class SavedModel:
         """UsageError for a network that cannot be sampled from where its schedule ends."""
         phi = float(self.schedule.build().phi(torch.ones((), dtype=torch.float64)))
         try:
-            check_start(self.config.prediction, phi, SMALLEST_COS_TO_SAMPLE)
+            check_start(self.config.prediction, phi, SMALLEST_SINE_TO_SAMPLE)
         except ValueError as error:
             raise UsageError(f"{self.folder}: {error}") from None
 

@@ -27,7 +27,7 @@ from pdfast.diffusion import (
 from pdfast.diffusion.noise import Stream
 from pdfast.engine.layout import last_of_batch
 from pdfast.engine.world import World
-from pdfast.loss import as_it_is, check_predictions, student_losses, teacher_steps
+from pdfast.loss import as_it_is, check_predictions, student_losses, teacher_outputs
 from pdfast.networks import Network
 from pdfast_kernels import diffuse, weighted_loss
 
@@ -78,9 +78,9 @@ class Draws:
         """Diffusion times, uniform in (0, 1): float64 [n]."""
         return noise.uniform(self.key(Stream.TIME), self.index)
 
-    def step_indices(self, steps: Tensor) -> Tensor:
-        """Step indices, uniform in 1..steps: int64 [n]."""
-        return 1 + noise.integer(self.key(Stream.TIME), self.index, steps)
+    def step_indices(self, rows: Tensor) -> Tensor:
+        """Rows of a step table, uniform in 1..rows: int64 [n]."""
+        return 1 + noise.integer(self.key(Stream.TIME), self.index, rows)
 
     def diffused(self, phi: Tensor) -> Tensor:
         """The images, flipped where that is drawn, and their noise, at angles phi [n]: float32 [n, C, H, W]."""
@@ -92,19 +92,21 @@ class RoundTable:
     """The step table of the round under way, in tensors that serve all rounds."""
 
     def __init__(self, largest: StepTable) -> None:
-        """largest: the table of the round with the most steps, on the device."""
+        """largest: the table of the round with the most rows, on the device."""
         self.rows = largest
-        self.steps = torch.full((), len(largest.phi), dtype=torch.int64, device=largest.phi.device)
+        self.count = torch.full((), len(largest), dtype=torch.int64, device=largest.phi.device)
 
     def set(self, table: StepTable) -> None:
-        """Begin a round: rows past its last are left, and not used. ValueError for a table of another prediction."""
+        """Begin a round: rows past its last are left, and not used. ValueError for a table of another prediction, or of other parts."""
         if table.prediction != self.rows.prediction:
             raise ValueError(
                 f"a round that predicts {table.prediction!r} after one that predicts {self.rows.prediction!r}"
             )
+        if (table.parts, table.last_by_average) != (self.rows.parts, self.rows.last_by_average):
+            raise ValueError(f"a round of {table.parts} parts a step after one of {self.rows.parts}")
         for column, values in zip(self.rows.columns(), table.columns(), strict=True):
             column[: len(values)] = values
-        self.steps.fill_(len(table.phi))
+        self.count.fill_(len(table))
 
 
 def _parts(count: int, micro_batches: int) -> list[slice]:
@@ -199,7 +201,7 @@ def conversion_gradient(
 
 def _images_at_steps(draws: Draws, table: RoundTable) -> tuple[Tensor, Tensor, Tensor]:
     """For the student: step indices k [n], the angle [n] of each, and the images there."""
-    k = draws.step_indices(table.steps)
+    k = draws.step_indices(table.count)
     phi = table.rows.phi[k - 1]
     return k, phi, draws.diffused(phi)
 
@@ -223,12 +225,12 @@ def distillation_gradient(
     student.zero_grad(set_to_none=True)
     k, phi, z = run(_images_at_steps)(draws, table)
     index = k - 1
-    first, second = teacher_steps(teacher, z, phi, rows, index, draws.labels, run)
+    start, first, second = teacher_outputs(teacher, z, rows, index, draws.labels, run)
     losses = []
     parts = _parts(len(z), micro_batches)
     for part in parts:
         output = student(z[part], phi[part], _of(draws.labels, part))
-        loss = student_losses(output, z[part], first[part], second[part], rows, index[part], run)
+        loss = student_losses(output, start[part], first[part], second[part], rows, index[part], run)
         last_of_batch(student, part is parts[-1])
         (loss.mean() / micro_batches).backward()
         losses.append(loss.detach())

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pdfast.diffusion import Prediction
+from pdfast.diffusion import Prediction, conversion_coefficients, parameterization
 from pdfast.errors import UsageError
 from pdfast.networks import Network
 from pdfast.networks.network import Around
@@ -44,25 +44,17 @@ class ConvertedConfig(Around):
 
 
 def regular_angles(prediction: Prediction, end: float) -> tuple[float, float]:
-    """Those of [0, end] at which v is an exact combination of z and what such a network predicts."""
-    if prediction == "eps":
-        return 0.0, min(math.acos(LEAST), end)
-    return (math.asin(LEAST), end) if prediction == "x" else (0.0, end)
+    """Those of [0, end] at which v is an exact combination of z and what such a network predicts: |sin(theta - phi)| >= LEAST."""
+    says = parameterization(prediction)
+    if says.slope == 1:
+        return 0.0, end
+    singular, reach = says.quarters * math.pi / 2 / (1 - says.slope), math.asin(LEAST) / (1 - says.slope)
+    return (singular + reach, end) if singular <= 0 else (0.0, min(singular - reach, end))
 
 
 def coefficients(prediction: Prediction, phi: Tensor) -> tuple[Tensor, Tensor]:
-    """(a, b), [N] and [N, P], of v = a z + sum_p b_p o_p, for the outputs o of a network that predicts eps, x or both."""
-    cos, sin = torch.cos(phi), torch.sin(phi)
-    match prediction:
-        case "eps":
-            divisor = cos.clamp(min=LEAST)
-            return -sin / divisor, (1 / divisor)[:, None]
-        case "x":
-            divisor = sin.clamp(min=LEAST)
-            return cos / divisor, (-1 / divisor)[:, None]
-        case "both":
-            return torch.zeros_like(phi), torch.stack([-sin, cos], dim=1)
-    return torch.zeros_like(phi), torch.ones_like(phi)[:, None]
+    """(a, b), [N] and [N, P], of v = a z + sum_p b_p o_p, for the outputs o of a network of that prediction."""
+    return conversion_coefficients(prediction, "v", phi, LEAST)
 
 
 class Converted(Network):

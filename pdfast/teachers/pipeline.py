@@ -110,8 +110,8 @@ def combination(network: Network, phi: Tensor) -> tuple[Network, tuple[Tensor, T
     if isinstance(network, Converted):
         a, b = coefficients(network.network.prediction, phi)
         return network.network, (torch.ones_like(phi), a, b)
-    if network.prediction == "both":
-        a, b = coefficients("both", phi)
+    if network.prediction not in NAMES:
+        a, b = coefficients(network.prediction, phi)
         return network, (torch.ones_like(phi), a, b)
     if isinstance(network, EDMNetwork) or (isinstance(network, DiffusersNetwork) and network.preconditioned):
         s, a, b = network.coefficients(phi)

@@ -54,6 +54,8 @@ def x_hat(prediction, output, z, alpha, sigma):
         return (z - sigma * output) / alpha
     if prediction == "v":
         return alpha * z - sigma * output
+    if prediction == "flow":  # eps - x
+        return (z - sigma * output) / (alpha + sigma)
     x, eps = output
     return sigma**2 * x + alpha * (z - sigma * eps)  # = sigma^2 x~ + alpha^2 (z - sigma eps~) / alpha
 
@@ -65,27 +67,35 @@ def weight(weighting, alpha, sigma):
 
 
 class Algorithm2:
-    """One sample of Algorithm 2: t = i/N, t' = t - 0.5/N, t'' = t - 1/N. No noise is left at t'' = 0."""
+    """One sample of Algorithm 2: t = i/N, t' = t - 0.5/N, t'' = t - 1/N; or of m teacher steps in one of the student's, through any
+    times. No noise is left at time 0."""
 
-    def __init__(self, schedule, N, i, x, eps):
-        t = mp.mpf(i) / N
-        self.alpha, self.sigma = schedule(t)
-        self.alpha1, self.sigma1 = schedule(t - mp.mpf(0.5) / N)
-        self.alpha2, self.sigma2 = schedule(t - mp.mpf(1) / N) if i > 1 else (mp.mpf(1), mp.mpf(0))
-        self.z = self.alpha * x + self.sigma * eps
+    def __init__(self, schedule, times, x, eps):
+        self.levels = [schedule(t) if t > 0 else (mp.mpf(1), mp.mpf(0)) for t in times]
+        alpha, sigma = self.levels[0]
+        self.states = [alpha * x + sigma * eps]
 
-    def teacher_first(self, prediction, output):
-        x = x_hat(prediction, output, self.z, self.alpha, self.sigma)
-        self.z1 = self.alpha1 * x + self.sigma1 / self.sigma * (self.z - self.alpha * x)
-        return self.z1
-
-    def teacher_second(self, prediction, output):
-        x = x_hat(prediction, output, self.z1, self.alpha1, self.sigma1)
-        z2 = self.alpha2 * x + self.sigma2 / self.sigma1 * (self.z1 - self.alpha1 * x)
-        ratio = self.sigma2 / self.sigma
-        self.x_target = (z2 - ratio * self.z) / (self.alpha2 - ratio * self.alpha)
-        return self.x_target
+    def teacher(self, prediction, output):
+        """One DDIM step with what the teacher says; at the last, the target of x."""
+        (alpha, sigma), (alpha1, sigma1) = self.levels[len(self.states) - 1 :][:2]
+        x = x_hat(prediction, output, self.states[-1], alpha, sigma)
+        self.states.append(alpha1 * x + sigma1 / sigma * (self.states[-1] - alpha * x))
+        if len(self.states) == len(self.levels):
+            alpha0, sigma0 = self.levels[0]
+            ratio = sigma1 / sigma0
+            self.x_target = (self.states[-1] - ratio * self.states[0]) / (alpha1 - ratio * alpha0)
 
     def loss(self, prediction, output, weighting):
-        x = x_hat(prediction, output, self.z, self.alpha, self.sigma)
-        return weight(weighting, self.alpha, self.sigma) * (self.x_target - x) ** 2
+        alpha, sigma = self.levels[0]
+        x = x_hat(prediction, output, self.states[0], alpha, sigma)
+        return weight(weighting, alpha, sigma) * (self.x_target - x) ** 2
+
+
+def times_of_step(N, i, m=2):
+    """Those of student step i of N and of the teacher's m steps in it."""
+    return [mp.mpf(i) / N - mp.mpf(j) / (m * N) for j in range(m)] + [mp.mpf(i - 1) / N]
+
+
+def times_of_closure(T, N, i):
+    """Those of row i: a point of the teacher's grid, the next, and the end of its segment (TRACT, Berthelot et al. 2023)."""
+    return [mp.mpf(i) / T, mp.mpf(i - 1) / T, mp.mpf((i - 1) // (T // N)) / N]

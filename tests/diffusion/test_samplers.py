@@ -34,7 +34,8 @@ class Gaussian:
         variance = cos**2 * STD**2 + sin**2
         x = MEAN + cos * STD**2 / variance * (z - cos * MEAN)
         eps = sin / variance * (z - cos * MEAN)
-        return {"x": x, "eps": eps, "v": cos * eps - sin * x, "both": torch.cat([x, eps], 1)}[self.prediction]
+        said = {"x": x, "eps": eps, "v": cos * eps - sin * x, "both": torch.cat([x, eps], 1), "flow": eps - x}
+        return said[self.prediction]
 
 
 def draw(n=64):
@@ -74,9 +75,11 @@ def test_a_perfect_student_is_two_steps_of_its_teacher(prediction):
         return teacher(state, phi.float())  # as the sampler hands angles on
 
     first = network(z, rows.phi)
-    z_mid = column(rows.ddim_z) * z + mix(first, rows.ddim_output)
-    target = column(rows.target_z) * z + mix(first, rows.target_output)
-    target = target + mix(network(z_mid, rows.phi_mid), rows.target_output_mid)
+    z_mid = column(rows.step_z[0]) * z + mix(first, rows.step_output[0])
+    target = column(rows.target_z) * z + mix(first, rows.target_output[0])
+    target = target + mix(network(z_mid, rows.angles[1]), rows.target_output[1])
+    if prediction == "flow":
+        target = target * math.sqrt(2)  # the point at theta, as an output
 
     class Student:
         def __init__(self):

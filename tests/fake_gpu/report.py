@@ -44,8 +44,7 @@ def images(share_of_gpu: float) -> ResidentImages:
 
 
 def table(steps: int) -> StepTable:
-    columns = (torch.empty(c.shape, dtype=c.dtype, device=WORLD.device) for c in TABLES[steps].columns())
-    return StepTable(TABLES[steps].prediction, *columns)
+    return TABLES[steps].map(lambda c: torch.empty(c.shape, dtype=c.dtype, device=WORLD.device))
 
 
 def waits(images: ResidentImages, update: Callable[[Draws, Optimizer], None], network: torch.nn.Module) -> list[str]:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pdfast.diffusion import Cosine, StartingAt, build_step_table, to_x
+from pdfast.diffusion import PREDICTIONS, Cosine, StartingAt, build_step_table, to_x
 from pdfast_kernels import use
 from pdfast_kernels.ddim_step_weighted_loss import ddim_step_weighted_loss, ddim_step_weighted_loss_and_grad
 from tests.kernels.compare import RELATIVE, assert_relative, channels_last
@@ -69,7 +69,7 @@ def test_values_and_gradients(triton_kernels, draw, arguments, shape, parts, lay
     assert_relative(both[1], theirs)
 
 
-@pytest.mark.parametrize("prediction", ["x", "eps", "v", "both"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_the_distillation_loss_of_every_prediction(triton_kernels, draw, prediction):
     """The columns of a real table, and the paper's target: where the teacher's two steps end."""
     table = build_step_table(StartingAt(Cosine(), 0.9), 4, prediction, "snr", dtype=torch.float64)
@@ -89,7 +89,7 @@ def test_the_distillation_loss_of_every_prediction(triton_kernels, draw, predict
     x, _ = x_and_step(z, o, phi, phi)
     snr = 1 / torch.tan(phi) ** 2
     expected = (snr * (x - x_target) ** 2).mean((1, 2, 3))
-    columns = table.target_z, table.target_output, table.target_output_mid, table.output, table.weight
+    columns = table.target_z, *table.target_output, table.output, table.weight
     tensors = [t.float() for t in (o, z, o1, o2, *columns)]
     assert_relative(ddim_step_weighted_loss(*tensors, k), expected)
 

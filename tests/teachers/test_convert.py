@@ -22,7 +22,7 @@ from tests.commands import ROOT, TINY_GIVEN, TINY_RUN, call
 from tests.networks.test_unet import perturbed
 from tests.teachers.pipelines import save
 
-PREDICTIONS = ("x", "eps", "both")
+PREDICTIONS = ("x", "eps", "both", "flow")
 
 
 def inner(prediction):

@@ -38,6 +38,7 @@ NETWORKS = {
     "attention everywhere, wider than the embedding": lambda p: ours(attention=(8, 4), mult=(2, 2), emb=24),
     "classes": lambda p: ours(classes=5),
     "both": lambda p: ours("both"),
+    "flow": lambda p: ours("flow"),
     "converted from x": lambda p: perturbed(ConvertedConfig(ours("x").config).build()),
     "converted from eps": lambda p: perturbed(ConvertedConfig(ours("eps", classes=3).config).build()),
     "diffusers, v": lambda p: diffusers_network(p, DDPMScheduler(1000, prediction_type="v_prediction")),

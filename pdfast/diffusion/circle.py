@@ -12,6 +12,7 @@ which is the DDIM step to psi, an Euler step of a flow's equation, and the conve
 A new parameterization is a row of PARAMETERIZATIONS and a word of Prediction.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -125,6 +126,7 @@ def at_least_float32(state: Tensor) -> Tensor:
     return state.float() if state.dtype.itemsize < 4 else state
 
 
+@functools.cache
 def outputs_per_channel(prediction: str) -> int:
     """P: how many tensors of the data's shape the network puts out."""
     return len(parameterization(prediction).outputs(torch.zeros(())))

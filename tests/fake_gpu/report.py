@@ -69,7 +69,7 @@ def of_updates() -> dict[str, list[str]]:
 
     def distill(draws: Draws, optimizer: Optimizer) -> None:
         values, k = distillation_gradient(student, teacher, draws, rows, micro_batches=2)
-        losses.add(values, k, rows.steps)
+        losses.add(values, k, rows.count)
         optimizer.step(values.mean())
 
     def convert(draws: Draws, optimizer: Optimizer) -> None:

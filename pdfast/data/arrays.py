@@ -3,22 +3,25 @@
 import io
 import math
 import os
+import warnings
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
-from pdfast.data.source import LARGEST_LABEL
+from pdfast.data.source import LARGEST_LABEL, NUMBERED
 from pdfast.errors import UsageError
 
 HEADER = 1 << 14  # bytes from the start that hold an array's header; NumPy takes no longer ones either
+SHOWN, LONGEST_NAME = 8, 40  # arrays that a message lists, and characters of their names
 READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def load_array_file(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """uint8 images [N, H, W, C] and int64 labels [N] (None where there are none) of a .npy or .npz file.
 
-    A .npz holds `images` and optionally `labels`, or a single array of images under any name. UsageError, in one line
+    A .npz holds `images` and optionally `labels`, or a single array of images under any name; what seem to be labels of another name are
+    not read, with a warning. UsageError, in one line
     that names the path, for anything else. Nothing is unpickled, and nothing is read before its header is known to fit.
     """
     try:
@@ -52,7 +55,10 @@ def _of_archive(file: IO[bytes], path: Path) -> tuple[np.ndarray, np.ndarray | N
     with np.load(file, allow_pickle=False) as loaded:
         names = loaded.files
         if "images" not in names and len(names) != 1:
-            raise UsageError(f"{path} has no array `images` (it has {sorted(names)}): save one under that name")
+            raise UsageError(
+                f"{path} has no array `images`, but {_listed(loaded) or 'none at all'}: save the images under that name, and their "
+                "labels, where there are some, as `labels`"
+            )
         wanted = ["images" if "images" in names else names[0], *(name for name in ("labels",) if name in names)]
         headers = []
         for name in wanted:
@@ -65,12 +71,44 @@ def _of_archive(file: IO[bytes], path: Path) -> tuple[np.ndarray, np.ndarray | N
         for labels_shape, labels_dtype in of_labels:
             if labels_shape != shape[:1]:
                 raise UsageError(
-                    f"{path} has labels of shape {labels_shape} for {shape[0]} images: give one label an image"
+                    f"{path} has labels of shape {labels_shape} for {shape[0]} images: give one label an image, as {shape[:1]}"
                 )
             if not np.issubdtype(labels_dtype, np.integer):
                 raise UsageError(f"{path} has labels of dtype {labels_dtype}: number the classes from 0, as integers")
+        if not of_labels and (like_labels := [name for name in names if _is_of_labels(loaded, name, shape[0])]):
+            warnings.warn(
+                f"{path} has no array `labels`, but {_listed(loaded)}: if `{like_labels[0]}` has the labels, save it under that name",
+                stacklevel=2,
+            )
         arrays = [loaded[name] for name in wanted]
         return arrays[0], arrays[1] if len(arrays) > 1 else None
+
+
+def _member(loaded: Any, name: str) -> tuple[tuple[int, ...], str] | None:
+    """Shape and dtype of an array of an archive, None for another file."""
+    try:
+        with loaded.zip.open(f"{name}.npy") as member:
+            start = io.BytesIO(member.read(HEADER))
+        shape, _, dtype = READERS[np.lib.format.read_magic(start)](start)
+    except Exception:  # what it is will be said if it is read
+        return None
+    return shape, str(dtype)
+
+
+def _listed(loaded: Any) -> str:
+    """The arrays of an archive, for people."""
+    listed = []
+    for name in sorted(loaded.files)[:SHOWN]:
+        shape, dtype = _member(loaded, name) or ((), "no array")
+        listed.append(
+            f"`{name[:LONGEST_NAME]}` ({dtype} {list(shape)})" if shape else f"`{name[:LONGEST_NAME]}` ({dtype})"
+        )
+    return ", ".join(listed + ["..."] * (len(loaded.files) > SHOWN))
+
+
+def _is_of_labels(loaded: Any, name: str, count: int) -> bool:
+    found = _member(loaded, name)
+    return found is not None and found[0] in ((count,), (count, 1)) and np.issubdtype(found[1], np.integer)
 
 
 def _header(opened: IO[bytes], size: int, path: Path) -> tuple[tuple[int, ...], np.dtype]:
@@ -108,5 +146,5 @@ def _check_images(shape: tuple[int, ...], dtype: np.dtype, path: Path) -> None:
 def _checked_labels(labels: np.ndarray, path: Path) -> np.ndarray:
     for label in (int(labels.min()), int(labels.max())):
         if not 0 <= label <= LARGEST_LABEL:
-            raise UsageError(f"{path} has the label {label}: number the classes from 0")
+            raise UsageError(f"{path} has the label {label}: {NUMBERED}")
     return labels.astype(np.int64)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pdfast.data.pictures import BadImage
-from pdfast.data.source import LARGEST_LABEL
+from pdfast.data.source import LARGEST_LABEL, NUMBERED
 from pdfast.errors import UsageError
 
 FILES = "image files"
@@ -44,7 +44,7 @@ class EncodedImages:
     def add(self, name: str, label: int, offset: int, size: int) -> None:
         """The next image, in the last of `files`; a negative label is none. UsageError for one that numbers no class."""
         if label > LARGEST_LABEL:
-            raise UsageError(f"{self.files[-1]}: {name} has the label {label}: number the classes from 0")
+            raise UsageError(f"{self.files[-1]}: {name} has the label {label}: {NUMBERED}")
         self.names.append(name)
         self._found.append((max(label, -1), len(self.files) - 1, offset, size))
 

@@ -14,10 +14,12 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from pdfast.bounds import NETWORK
 from pdfast.diffusion.noise import permutation
 from pdfast.errors import UsageError
 
 LARGEST_LABEL = (1 << 31) - 1
+NUMBERED = f"number the classes from 0, one after the other (labels are at most {LARGEST_LABEL})"
 SHARE_OF_GPU = 0.25  # of its free memory, which the images of a data set may take
 LoaderName = Literal["auto", "resident", "dali", "portable"]
 
@@ -120,9 +122,12 @@ def check_labels(labels: Tensor | None, num_classes: int, spec: str) -> None:
             "teacher is given, leave out --network.num-classes"
         )
     if (largest := int(labels.max())) >= num_classes:
+        others = f"set --network.num-classes {largest + 1}"
+        if largest >= NETWORK["num_classes"].high:  # identifiers, no numbers of classes
+            others = "number the classes from 0, one after the other, and set --network.num-classes to their number"
         raise UsageError(
             f"{spec} has the label {largest}, the network is conditioned on {num_classes} classes, 0 to {num_classes - 1}: give "
-            f"images of these classes, or, where no teacher is given, set --network.num-classes {largest + 1}"
+            f"images of these classes, or, where no teacher is given, {others}"
         )
 
 

@@ -47,6 +47,15 @@ def test_npz_without_labels(tmp_path):
     assert np.array_equal(images, IMAGES) and labels is None
 
 
+@pytest.mark.parametrize("name, labels", [("label", LABELS), ("y", LABELS[:, None].astype(np.uint8))])
+def test_labels_of_another_name_are_not_passed_over_in_silence(tmp_path, name, labels):
+    path = saved(tmp_path / "a.npz", images=IMAGES, more=LABELS[:3], **{name: labels})
+    with pytest.warns(
+        UserWarning, match=f"has no array `labels`, but .*: if `{name}` has the labels, save it under that name"
+    ):
+        assert load_array_file(path)[1] is None
+
+
 def test_npz_of_a_single_array(tmp_path):
     for path in (saved(tmp_path / "a.npz", IMAGES), saved(tmp_path / "b.npz", data=IMAGES)):
         images, labels = load_array_file(path)
@@ -63,13 +72,21 @@ def test_npz_of_a_single_array(tmp_path):
         ({"images": np.uint8(3)}, "shape (): make it [N, H, W, C]"),
         ({"images": IMAGES[:0]}, "holds no images"),
         ({"images": IMAGES[:, :0]}, "holds no images"),
-        ({"images": IMAGES, "labels": LABELS[:5]}, "labels of shape (5,) for 6 images: give one label an image"),
+        (
+            {"images": IMAGES, "labels": LABELS[:5]},
+            "labels of shape (5,) for 6 images: give one label an image, as (6,)",
+        ),
         ({"images": IMAGES, "labels": LABELS[:, None]}, "labels of shape (6, 1) for 6 images"),
         ({"images": IMAGES, "labels": LABELS - 1}, "has the label -1: number the classes from 0"),
         ({"images": IMAGES, "labels": LABELS.astype(np.uint64) - np.uint64(1)}, "has the label 18446744073709551615"),
         ({"images": IMAGES, "labels": LABELS / 2}, "labels of dtype float64: number the classes from 0"),
         ({"images": IMAGES, "labels": LABELS > 0}, "labels of dtype bool"),
-        ({"x": IMAGES, "y": IMAGES}, "has no array `images` (it has ['x', 'y']): save one under that name"),
+        (
+            {"y": LABELS, "x": IMAGES},
+            "has no array `images`, but `x` (uint8 [6, 4, 5, 3]), `y` (int64 [6]): save the images under that name, and their labels, "
+            "where there are some, as `labels`",
+        ),
+        ({f"x{i}" * 99: LABELS for i in range(99)}, "` (int64 [6]), ...: save"),
     ],
 )
 def test_wrong_arrays_are_refused(tmp_path, arrays, expected):
@@ -124,4 +141,4 @@ def test_an_archive_of_other_files_is_refused(tmp_path):
 
 def test_an_empty_archive_is_refused(tmp_path):
     path = saved(tmp_path / "a.npz")
-    assert "it has []" in refusal(load_array_file, path, names=path)
+    assert "no array `images`, but none at all" in refusal(load_array_file, path, names=path)

@@ -61,6 +61,10 @@ def test_a_label_of_another_class_is_refused_at_the_start(tmp_path, written):
     message = refusal(load_source, str(path), image_size=8, channels=1, num_classes=8, max_bad=1.0, names=path)
     assert "has the label 8, the network is conditioned on 8 classes, 0 to 7" in message
     assert "set --network.num-classes 9" in message
+    if written is not as_folders:  # identifiers: no network has so many classes
+        path = written(tmp_path, [10**6] * len(LABELS))
+        message = refusal(load_source, str(path), image_size=8, channels=1, num_classes=8, max_bad=1.0, names=path)
+        assert "1000001" not in message and "number the classes from 0, one after the other, and set" in message
 
 
 @pytest.mark.parametrize("labels", [[1 << 31], [1 << 40], [2**64 - 1], [-5]])

@@ -92,8 +92,11 @@ def test_a_row_may_be_repeated(labels):
 
 @pytest.mark.parametrize("label", [1 << 31, 1 << 63, 10**90])
 def test_a_label_that_numbers_no_class(labels, tmp_path, label):
-    message = refusal(labels, f"b.png,0\na.png,{label}\n", names=tmp_path / "a.png")
-    assert f"a.png has the label {label}: number the classes from 0" in message
+    message = refusal(labels, f"b.png,0\na.png,{label}\n", names=tmp_path / "labels.csv")
+    assert (
+        f"row 2: 'a.png' has the label {label}: number the classes from 0" in message
+        and "at most 2147483647" in message
+    )
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "name,label\n", "images/a.png,1\nA.PNG,1\n"])

@@ -123,11 +123,13 @@ def test_a_file_is_a_source_of_its_name(tmp_path):
     assert np.array_equal(every.images[..., 0].numpy(), images) and np.array_equal(every.labels.numpy(), labels)
 
 
-@pytest.mark.parametrize("shape", [(5, 4, 4, 1), (5, 8, 4, 3), (5, 4, 8, 3), (5, 3, 4, 4)])
+@pytest.mark.parametrize("shape", [(5, 4, 4, 1), (5, 8, 4, 3), (5, 4, 8, 3), (5, 3, 4, 4), (5, 1, 9, 9), (5, 3, 4, 3)])
 def test_images_of_another_shape_are_refused(tmp_path, shape):
     np.save(tmp_path / "mine.npy", np.zeros(shape, dtype=np.uint8))
     message = refusal(load_source, str(tmp_path / "mine.npy"), image_size=4, channels=3, names=tmp_path / "mine.npy")
     assert str(shape[1:]) in message and "(4, 4, 3)" in message
+    channels_first = shape in ((5, 3, 4, 4), (5, 1, 9, 9))  # of an image 3 pixels high nothing is guessed
+    assert ("channels first, so save them as [N, H, W, C], by images.transpose" in message) == channels_first
 
 
 def test_what_is_not_there_is_refused(tmp_path):

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pdfast.data.encoded import label_from
+from pdfast.data.source import LARGEST_LABEL, NUMBERED
 from pdfast.errors import UsageError
 
 LABEL_FILE = "labels.csv"
@@ -19,12 +20,14 @@ def labels_of(path: Path, names: list[str]) -> list[int]:
     """The label of each name, -1 where the file has none.
 
     Names are compared as their bytes are, else in Unicode's composed form, for macOS takes them apart. UsageError for a row
-    of another form, a name with two labels, or where no row is of an image; a warning where some are not.
+    of another form, a label that numbers no class, a name with two labels, or where no row is of an image; a warning where some are not.
     """
     text = _text(path)
     label_of: dict[str, int] = {}
     known = set(names)
     for row, name, label in _rows(path, text, known):
+        if label > LARGEST_LABEL:
+            raise UsageError(f"{path}, row {row}: {name!r} has the label {label}: {NUMBERED}")
         if label_of.setdefault(name, label) != label:
             raise UsageError(
                 f"{path}, row {row}: {name!r} has the label {label} and, above, {label_of[name]}: leave one"

@@ -329,7 +329,7 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 
 T = TypeVar("T")
-FACTS = {"command", "images_sha256", "teacher_sha256", "features_sha256", "data_sha256"}
+FACTS = {"command", "images_sha256", "images_alone_sha256", "teacher_sha256", "features_sha256", "data_sha256"}
 """Keys of a saved configuration beside its fields; the last was written by the version before."""
 
 

@@ -34,7 +34,7 @@ from pdfast.engine import layout
 from pdfast.engine.device import open_device
 from pdfast.engine.files import check_file, write_json
 from pdfast.engine.model_folder import SavedModel, is_model, load_model
-from pdfast.engine.run import same_images, students_of
+from pdfast.engine.run import changed_data, students_of
 from pdfast.engine.world import World
 from pdfast.errors import UsageError
 from pdfast.flags import Positional, arg
@@ -178,9 +178,9 @@ def main() -> None:
         check_evaluation(settings, source)
     for network in {id(saved): saved.network for _, saved, _ in wanted}.values():
         layout.for_sampling(network, device, arguments.dtype, arguments.compile)
-    if arguments.data is None and not same_images(run, source):
+    if arguments.data is None and (changed := changed_data(run, source)):
         warnings.warn(
-            f"{data} holds other images than {arguments.model} was trained on: these figures are next to them, not to those of "
+            f"{data} holds other {changed} than {arguments.model} was trained on: these figures are next to them, not to those of "
             "its report",
             stacklevel=2,
         )

@@ -50,7 +50,10 @@ def test_log_has_a_line_for_every_logged_update(finished_run):
 
 def test_the_saved_configuration_gives_the_same_run(finished_run, tmp_path):
     plain = load_yaml(finished_run / "config.yaml")
-    assert "--rounds 2" in plain.pop("command") and len(plain.pop("images_sha256")) == 64
+    assert (
+        "--rounds 2" in plain.pop("command")
+        and len(plain.pop("images_sha256")) == len(plain.pop("images_alone_sha256")) == 64
+    )
     config = from_plain(DistillConfig, plain, "config.yaml")
     assert (config.rounds, config.start_steps, config.end_steps) == (2, 4, 1)
     again = tmp_path / "again"

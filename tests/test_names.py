@@ -113,7 +113,7 @@ def test_tar_members(place):
     members = {f"{NAME}/{NAME}{i}.png": encoded(PIXELS[i]) for i in range(4)}
     path = write_tar(place / f"{NAME}.tar", members, "w")
     source = load_source(str(path), image_size=8, channels=1)
-    assert source.num_images == 4 and len(source.identity.sha256) == len(source.identity.earlier) == 64
+    assert source.num_images == 4 and len(source.identity.hashes.everything) == len(source.identity.earlier) == 64
 
 
 def test_a_console_that_has_no_such_letters(place, monkeypatch):

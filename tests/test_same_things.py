@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from pdfast.data import ResidentImages
-from pdfast.engine.run import open_run
+from pdfast.engine.run import changed_data, open_run
 from pdfast.engine.world import World
 from pdfast.errors import UsageError
 from pdfast.presets import DIGITS
@@ -141,6 +141,27 @@ def test_figures_of_exchanged_images_are_their_own(begun, capsys):
     assert after != before and len(caught) == 1
     write_images(begun / "images")
     assert floor()[0] == before
+
+
+def test_what_of_the_data_was_changed_is_said(tmp_path):
+    images, labels = torch.zeros(2, 8, 8, 1, dtype=torch.uint8), torch.tensor([0, 1])
+    config, file = dataclasses.replace(DIGITS, run=tmp_path / "run"), tmp_path / "run/config.yaml"
+
+    def begin(*data):
+        with open_run(config, ResidentImages("some", *data), World(torch.device("cpu"))):
+            return load_yaml(file)
+
+    saved = begin(images, labels)
+    for what, data in (("labels", (images, 1 - labels)), ("labels", (images,)), ("images", (images + 1, labels))):
+        assert changed_data(saved, ResidentImages("some", *data)) == what
+        with pytest.raises(UsageError, match=f"run was begun with other {what} than those of"):
+            begin(*data)
+    assert begin(images, labels) == saved and changed_data(saved, ResidentImages("some", images, labels)) is None
+    del saved["images_alone_sha256"]  # as before it was written: it is from then on
+    file.write_text(yaml.safe_dump(saved, sort_keys=False))
+    with pytest.raises(UsageError, match="other images than"):
+        begin(images, 1 - labels)
+    assert "images_alone_sha256" in begin(images, labels)
 
 
 def test_features_are_known_by_their_file(tmp_path):

@@ -8,6 +8,7 @@ import torch
 
 from pdfast.data.encoded import EncodedImages
 from pdfast.data.pictures import BadImage
+from pdfast.data.source import Hashes
 from pdfast.diffusion.noise import permutation
 
 EVERYTHING = 1 << 31  # bytes of encoded images up to which all are read; of a larger set, a sample of as many
@@ -15,14 +16,16 @@ SEED = 0  # of the sample
 CHUNK = 256  # images that a thread reads at a time
 
 
-def of_files(encoded: EncodedImages, size: int, channels: int) -> str:
+def of_files(encoded: EncodedImages, size: int, channels: int) -> Hashes:
     """Of encoded images, as they are decoded at that size: all sizes and labels, and the bytes of all images where they are
     no more than `EVERYTHING`, else those of a sample that is spread evenly."""
-    digest = hashlib.sha256(f"encoded {size} {channels} {encoded.labels is not None}\n".encode())
     sizes = encoded.places[:, 2]
-    digest.update(sizes.tobytes())
+    everything, images = (
+        hashlib.sha256(f"encoded {size} {channels} {labels is not None}\n".encode() + sizes.tobytes())
+        for labels in (encoded.labels, None)
+    )
     if encoded.labels is not None:
-        digest.update(encoded.labels.tobytes())
+        everything.update(encoded.labels.tobytes())
     count, total = len(encoded), int(sizes.sum())
     if total > EVERYTHING:
         sample = permutation(SEED, 0, count)[: max(1, count * EVERYTHING // total)]
@@ -31,8 +34,9 @@ def of_files(encoded: EncodedImages, size: int, channels: int) -> str:
     chunks = sample.sort().values.split(CHUNK)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for part in pool.map(lambda chunk: contents(encoded, chunk.tolist()), chunks):
-            digest.update(part)
-    return digest.hexdigest()
+            everything.update(part)
+            images.update(part)
+    return Hashes(everything.hexdigest(), images.hexdigest())
 
 
 def contents(encoded: EncodedImages, indices: list[int]) -> bytes:

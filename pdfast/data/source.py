@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -68,16 +68,24 @@ class BadImages:
             )
 
 
+class Hashes(NamedTuple):
+    """SHA-256, in hexadecimal."""
+
+    everything: str
+    """Of the images, in their order, and their labels."""
+    images: str
+    """Of the images alone; the same where they have no labels."""
+
+
 class Identity:
     """What a data set is known by, whatever it is called and wherever it lies; found when it is asked for, since that reads it."""
 
-    def __init__(self, find: Callable[[], str], find_earlier: Callable[[], str] | None = None) -> None:
+    def __init__(self, find: Callable[[], Hashes], find_earlier: Callable[[], str] | None = None) -> None:
         """find_earlier: what the version before wrote down, where that is another."""
-        self._find, self._find_earlier = find, find_earlier or (lambda: self.sha256)
+        self._find, self._find_earlier = find, find_earlier or (lambda: self.hashes.everything)
 
     @cached_property
-    def sha256(self) -> str:
-        """In hexadecimal."""
+    def hashes(self) -> Hashes:
         return self._find()
 
     @cached_property
@@ -103,12 +111,14 @@ class ImageSource(Protocol):
         """The images at `indices`, int64 [n], in the data set's own order."""
 
 
-def of_tensors(images: Tensor, labels: Tensor | None = None) -> str:
+def of_tensors(images: Tensor, labels: Tensor | None = None) -> Hashes:
     """Of uint8 images [N, H, W, C] and labels, int64 [N], or none."""
     digest = hashlib.sha256(str(tuple(images.shape)).encode())
-    for tensor in (images,) if labels is None else (images, labels):
-        digest.update(tensor.cpu().contiguous().numpy().data)
-    return digest.hexdigest()
+    digest.update(images.cpu().contiguous().numpy().data)
+    of_images = digest.hexdigest()
+    if labels is not None:
+        digest.update(labels.cpu().contiguous().numpy().data)
+    return Hashes(digest.hexdigest(), of_images)
 
 
 def check_labels(labels: Tensor | None, num_classes: int, spec: str) -> None:

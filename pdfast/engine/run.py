@@ -33,6 +33,8 @@ KNOWN_BY = {
     "features_sha256": ("evaluation.features", "other features than those of"),
 }
 """Hashes in the saved configuration, each of the contents behind a setting, which may then be spelled otherwise."""
+IMAGES_ALONE = "images_alone_sha256"
+"""The hash of the images without their labels, which says what of them was changed."""
 
 LONG, SHOWN = 300, 60  # characters of a value in a message
 
@@ -81,7 +83,8 @@ def check_place(run: Path) -> None:
 
 
 def _facts(config: RunConfig, source: ImageSource, teacher: SavedModel | None) -> dict[str, str]:
-    facts = {"images_sha256": source.identity.sha256}
+    hashes = source.identity.hashes
+    facts = {"images_sha256": hashes.everything, IMAGES_ALONE: hashes.images}
     if teacher is not None:
         facts["teacher_sha256"] = teacher.weights_sha256()
     if (features := Path(config.evaluation.features)).is_file():
@@ -89,11 +92,15 @@ def _facts(config: RunConfig, source: ImageSource, teacher: SavedModel | None) -
     return facts
 
 
-def same_images(saved: dict[str, Any], source: ImageSource) -> bool:
-    """Whether these are the images that a run was begun with whose configuration is `saved`."""
+def changed_data(saved: dict[str, Any], source: ImageSource) -> str | None:
+    """What of these data, `images` or `labels` alone, is not that which a run was begun with whose configuration is `saved`."""
     if "images_sha256" in saved:
-        return saved["images_sha256"] == source.identity.sha256
-    return saved.get("data_sha256") == source.identity.earlier
+        same = saved["images_sha256"] == source.identity.hashes.everything
+    else:
+        same = saved.get("data_sha256") == source.identity.earlier
+    if same:
+        return None
+    return "labels" if saved.get(IMAGES_ALONE) == source.identity.hashes.images else "images"
 
 
 def _begin_or_resume(config: RunConfig, source: ImageSource, facts: dict[str, str], lock: IO[str]) -> None:
@@ -114,7 +121,7 @@ def _begin_or_resume(config: RunConfig, source: ImageSource, facts: dict[str, st
         return
     saved = load_yaml(path)
     before = {name: value for name, value in saved.items() if name not in ("command", "data_sha256")}
-    if same_images(saved, source):
+    if changed_data(saved, source) is None:
         before["images_sha256"] = facts["images_sha256"]  # also of a run that an earlier version began
     before["schedule"] = _schedule_of(saved, path)
     _refuse_changes(before, now, config.run)
@@ -148,13 +155,15 @@ def _refuse_changes(before: dict, now: dict, run: Path) -> None:
     for fact, (path, other) in KNOWN_BY.items():
         if fact in now and (fact in before or fact == "images_sha256"):
             if before.get(fact) != now[fact]:
+                if fact == "images_sha256" and before.get(IMAGES_ALONE) == now[IMAGES_ALONE]:
+                    other = "other labels than those of"
                 value = reduce(lambda fields, name: fields[name], path.split("."), now)
                 raise UsageError(
                     f"{run} was begun with {other} {value}: give what it was begun with, or choose another folder with --run"
                 )
             proven.add(path)
     for path, old, new in _changes(before, now):
-        if path not in proven and path not in KNOWN_BY:
+        if path not in proven and path not in KNOWN_BY and path != IMAGES_ALONE:
             raise UsageError(
                 f"{run} was begun with {path} = {_shown(old)}, now it is {_shown(new)}: give the same value, or choose another "
                 "folder with --run"

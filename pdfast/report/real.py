@@ -65,7 +65,7 @@ class RealImages:
             kept = _Kept(
                 {
                     "format": FORMAT,
-                    "images": [of_tensors(part) for part in images()],
+                    "images": [of_tensors(part).everything for part in images()],
                     "reference": reference,
                     "space": space.name,
                     "weights": space.sha256,

@@ -37,7 +37,7 @@ KINDS = pytest.mark.parametrize("write", [folder_of, tar_of, tfrecord_of])
 
 
 def known_by(path, loader="auto", size=8):
-    return load_source(str(path), image_size=size, channels=3, loader=loader).identity.sha256
+    return load_source(str(path), image_size=size, channels=3, loader=loader).identity.hashes.everything
 
 
 @KINDS
@@ -73,6 +73,8 @@ def test_names_do_not_count_but_the_order_and_the_labels_do(tmp_path):
         (tmp_path / "a/labels.csv").write_text(f"0.bmp,{labels}\n")
         labelled[labels] = known_by(tmp_path / "a")
     assert len({before, *labelled.values()}) == 3
+    alone = load_source(str(tmp_path / "a"), image_size=8, channels=3).identity.hashes.images
+    assert alone == before == identity.of_files(find_images(tmp_path / "b"), 8, 3).images
 
 
 def test_of_a_set_that_is_large_an_even_sample_is_read(tmp_path, monkeypatch):

@@ -76,7 +76,7 @@ def test_attributes():
 
 
 def fingerprint(images: Tensor, labels: Tensor | None = None, name: str = "a") -> str:
-    return ResidentImages(name, images, labels).identity.sha256
+    return ResidentImages(name, images, labels).identity.hashes.everything
 
 
 def test_the_fingerprint_is_of_the_content_only():

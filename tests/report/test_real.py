@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pdfast.data import ResidentImages
-from pdfast.data.source import Identity
+from pdfast.data.source import Hashes, Identity
 from pdfast.engine.world import World
 from pdfast.errors import UsageError
 from pdfast.report import real
@@ -114,7 +114,7 @@ def test_one_other_image_among_those_compared_is_noticed(cache, changed):
     for value in (0, 255):
         images[parts[changed][7]] = value
         exchanged = ResidentImages("images", images)
-        exchanged.identity = Identity(lambda: "0" * 64)
+        exchanged.identity = Identity(lambda: Hashes("0" * 64, "0" * 64))
         space = Pixels()
         said.append(everything(RealImages(exchanged, space, N, ALONE)))
         assert space.seen == 2 * N + 30

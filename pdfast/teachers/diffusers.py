@@ -27,10 +27,12 @@ from pdfast.networks.layers import upsample
 from pdfast.reading import read_json, shown
 from pdfast.teachers import preconditioning
 from pdfast.teachers.schedulers import (
+    DISCRETE,
     EDM,
     MOST_TIMES,
     PREDICTIONS,
     alpha_bars,
+    check_written_for,
     library,
     read_edm_scheduler,
     read_scheduler,
@@ -221,7 +223,10 @@ def load_pipeline(folder: Path) -> tuple[DiffusersNetwork, ScheduleConfig]:
     if parts["scheduler"][:1] != ["diffusers"] or len(parts["scheduler"]) != 2:
         raise UsageError(f"the scheduler of {folder} is {shown(parts['scheduler'])}: only one of diffusers is read")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json", infinite=True)  # as DPM-Solver's clipping is
-    scheduler["_class_name"] = parts["scheduler"][1]
+    name = parts["scheduler"][1]
+    if name in (*DISCRETE, *EDM):
+        check_written_for(scheduler, name, f"the scheduler of {folder}")
+    scheduler["_class_name"] = name
     schedule, scheduler, prediction = read_scheduler(scheduler, f"the scheduler of {folder}")
     config = _config(read_json(folder / "unet" / "config.json"), scheduler, prediction, f"the unet of {folder}")
     weights, where = _read_weights(folder / "unet")

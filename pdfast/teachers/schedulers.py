@@ -24,6 +24,12 @@ DISCRETE = (
     "UniPCMultistepScheduler",
 )
 EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+WHY_NOT = {
+    "FlowMatch": "flow matching, which is not read yet",
+    "LCM": "a student that was distilled already, which is no teacher",
+    "TCD": "a student that was distilled already, which is no teacher",
+}
+"""What schedulers are for that are not read, by how the names of their classes begin."""
 MOST_TIMES = 1 << 20
 
 
@@ -61,10 +67,33 @@ def _arguments(name: str) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(getattr(library(), name).__init__).parameters
 
 
+def _with_reason(name: Any) -> str:
+    """Return the name of a class that is not read, for people, with the reason where it has one of its own."""
+    reasons = [reason for start, reason in WHY_NOT.items() if isinstance(name, str) and name.startswith(start)]
+    return f"{shown(name)} ({reasons[0]})" if reasons else shown(name)
+
+
+def check_written_for(scheduler: Mapping[str, Any], name: Any, where: str) -> None:
+    """Raise a UsageError where a configuration, in its `_class_name`, is that of a scheduler of another kind than the class
+    `name`, for which it is to be read: diffusers would leave out what that does not take."""
+    own = scheduler.get("_class_name")
+    if own is not None and not any(own in kind and name in kind for kind in (DISCRETE, EDM)):
+        raise UsageError(
+            f"{where} is a {shown(name)}, its scheduler_config.json is of {_with_reason(own)}: give the scheduler that the network "
+            "was trained with"
+        )
+
+
 def _kept(cls: type, scheduler: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return those of the fields of `cls` that the scheduler's class takes, as plain data. UsageError for one of a wrong type."""
     taken = _arguments(scheduler["_class_name"])
-    names = [name for name in cls.__annotations__ if name in taken and scheduler.get(name) is not None]
+    given = [name for name in cls.__annotations__ if name in taken and name in scheduler]
+    names = [name for name in given if scheduler[name] is not None]
+    for name in given:
+        if scheduler[name] is None and taken[name].default is not None:
+            raise UsageError(
+                f"{where} has no {name}, but null: give its value, or leave it out for {shown(taken[name].default)}"
+            )
     kept = fields_of(cls, dict(scheduler), names, where)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
 
@@ -74,7 +103,7 @@ def alpha_bars(scheduler: Mapping[str, Any], where: str = "the scheduler of this
     read, and for settings that make no table."""
     name = scheduler.get("_class_name")
     if name not in DISCRETE:
-        raise UsageError(f"{where} is a {shown(name)}: choose one of {', '.join(DISCRETE)}")
+        raise UsageError(f"{where} is a {_with_reason(name)}: choose one of {', '.join(DISCRETE)}")
     given = _kept(_OfTheTable, scheduler, where)
     times = max(given.get("num_train_timesteps", 1), len(given.get("trained_betas", ())))
     if not 1 <= min(times, given.get("num_train_timesteps", 1)) <= times <= MOST_TIMES:
@@ -97,7 +126,7 @@ def read_scheduler(scheduler: Mapping[str, Any], where: str) -> tuple[ScheduleCo
         kept = read_edm_scheduler(scheduler, where)
         return preconditioning.schedule(kept["sigma_min"], kept["sigma_max"]), kept, "v"
     if name not in DISCRETE:
-        raise UsageError(f"{where} is a {shown(name)}: choose one of {', '.join((*DISCRETE, *EDM))}")
+        raise UsageError(f"{where} is a {_with_reason(name)}: choose one of {', '.join((*DISCRETE, *EDM))}")
     said = scheduler.get("prediction_type", "epsilon")
     if not isinstance(said, str) or said not in PREDICTIONS:
         raise UsageError(f"{where} has prediction_type {shown(said)}: need one of {', '.join(PREDICTIONS)}")

@@ -180,6 +180,15 @@ BAD_DISCRETE = [
     {"prediction_type": {}},
     {"prediction_type": None},
     {"prediction_type": "flow_prediction"},
+    {"num_train_timesteps": None},
+    {"beta_start": None},
+    {"beta_schedule": None},
+    {"rescale_betas_zero_snr": None},
+    {"_class_name": "EulerDiscreteScheduler"},
+    {"_class_name": "EDMEulerScheduler"},
+    {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+    {"_class_name": "LCMScheduler"},
+    {"_class_name": ["DDIMScheduler"]},
     {"beta_start": "0.1"},
     {"beta_start": math.nan},
     {"beta_end": math.inf},
@@ -205,7 +214,28 @@ def test_no_schedule(scheduler, tmp_path):
             if scheduler is DDIMScheduler and "use_flow_sigmas" in values:
                 load_pipeline(tmp_path)  # it has no such argument
             else:
-                assert "scheduler" in refusal(load_pipeline, tmp_path, names=tmp_path), values
+                message = refusal(load_pipeline, tmp_path, names=tmp_path)
+                assert "scheduler" in message and (None not in values.values() or next(iter(values)) in message), values
+
+
+def test_a_scheduler_that_is_not_read_is_refused_with_the_reason(tmp_path):
+    """By the class that model_index.json names, as by that of scheduler_config.json under one that is read."""
+    save(tmp_path, DDIMScheduler(100, prediction_type="v_prediction"))
+    for name, reason in (
+        ("FlowMatchHeunDiscreteScheduler", "not read yet"),
+        ("LCMScheduler", "distilled already"),
+        ("TCDScheduler", "no teacher"),
+    ):
+        with changed(tmp_path / "scheduler/scheduler_config.json", _class_name=name):
+            message = refusal(load_pipeline, tmp_path, names=tmp_path)
+            assert f"its scheduler_config.json is of '{name}'" in message and reason in message
+        with changed(tmp_path / "model_index.json", scheduler=["diffusers", name]):
+            message = refusal(load_pipeline, tmp_path, names=tmp_path)
+            assert f"is a '{name}'" in message and f"{reason}" in message and "choose one of DDPMScheduler" in message
+    with pytest.raises(UsageError, match="is a 'LCMScheduler' .a student that was distilled already"):
+        adapt(unet(), diffusers.LCMScheduler())
+    with changed(tmp_path / "scheduler/scheduler_config.json", _class_name=None):
+        load_pipeline(tmp_path)  # as of one that was written by hand
 
 
 BAD_SIGMAS = [
@@ -223,6 +253,7 @@ BAD_SIGMAS = [
     {"sigma_data": -0.5},
     {"sigma_data": math.nan},
     {"sigma_data": None},
+    {"sigma_max": None},
     {"prediction_type": "sample"},
     {"prediction_type": ["epsilon"]},
     {"prediction_type": None},
@@ -237,6 +268,8 @@ def names_what_is_wrong(load, folder, values):
 
 def test_no_schedule_of_edm(tmp_path):
     save(tmp_path, EDMEulerScheduler())
+    with changed(tmp_path / "scheduler/scheduler_config.json", _class_name="DDIMScheduler"):
+        assert "is of 'DDIMScheduler'" in refusal(load_pipeline, tmp_path, names=tmp_path)
     for values in BAD_SIGMAS:
         with changed(tmp_path / "scheduler/scheduler_config.json", **values):
             names_what_is_wrong(load_pipeline, tmp_path, values)

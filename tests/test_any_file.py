@@ -185,7 +185,9 @@ def test_logs(tmp_path_factory, data):
     run = tmp_path_factory.mktemp("l")
     lines = b"".join(json.dumps(data.draw(changed(line))).encode() + b"\n" for line in LOG)
     (run / "log.jsonl").write_bytes(data.draw(damaged(lines)))
-    entries = [entry for _, entry in read_log(run / "log.jsonl")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        entries = [entry for _, entry in read_log(run / "log.jsonl")]
     html._loss_curves(entries, "distill")
     html._losses_by_step(html._last_lines(entries))
     stage = html.Stage(1, metrics({1: 2.0}, {}), None)

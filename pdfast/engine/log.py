@@ -5,8 +5,11 @@ The first process alone writes; in the others all this is silent.
 
 import contextlib
 import json
+import re
 import sys
 import time
+import warnings
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -40,38 +43,56 @@ SCALARS = (
 )
 
 
+CHECKSUM = re.compile(rb', "crc32": (\d{1,10})}\n?$')
+"""The end of a line: the CRC-32 of the line as it would be without."""
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    text = json.dumps(entry).encode()
+    return text[:-1] + b', "crc32": %d}\n' % zlib.crc32(text)
+
+
 def read_log(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """The lines of a log.jsonl with what they say. What is no line of a log, such as one that was cut off by a kill, is left
-    out; UsageError where the file is none that can be read."""
+    """The lines of a log.jsonl with what they say. What is no line of a log, or does not have its checksum, is left out with a
+    warning, a last one that was cut off by a kill without; UsageError where the file is none that can be read."""
     if path.exists() and not path.is_file():
         raise UsageError(f"{path} is no regular file: move it away")
     try:
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error}") from None
-    return [(line, entry) for line in lines if line.endswith(b"\n") and (entry := _entry(line)) is not None]
+    read = [(line, _entry(line)) for line in lines if line.endswith(b"\n")]
+    damaged = [number for number, (_, entry) in enumerate(read, 1) if entry is None]
+    if damaged:
+        others = f", as {len(damaged) - 1} more are" if damaged[1:] else ""
+        warnings.warn(f"{path}, line {damaged[0]} is damaged and left out{others}", stacklevel=2)
+    return [(line, entry) for line, entry in read if entry is not None]
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:
-    """What a line says, None where that is nothing that a run writes."""
+    """What a line says, None where that is nothing that a run writes. Those of earlier versions have no checksum."""
+    if (checksum := CHECKSUM.search(line)) and int(checksum[1]) != zlib.crc32(line[: checksum.start()] + b"}"):
+        return None
     try:
         entry = parse_json(line.decode())
     except ValueError:
         return None
-    if not isinstance(entry, dict) or not _is_number(entry.get("steps"), int):
+    if not isinstance(entry, dict) or not _is_number(entry.get("steps"), int) or entry.get("steps") == 0:
         return None
+    entry.pop("crc32", None)
     if "event" in entry:
-        return entry if all(isinstance(entry.get(name, ""), str) for name in ("event", "message", "name")) else None
+        texts = {"event", *({"warning": ["message"], "bad image": ["name"]}.get(str(entry["event"]), []))}
+        return entry if all(isinstance(entry.get(name), str) for name in texts) and "update" not in entry else None
     losses = entry.get("loss_by_step") or []
     numbers = [entry.get(name) for name in (*SCALARS, "seconds", "images")]
     numbers += losses if isinstance(losses, list) else [losses]
-    whole = isinstance(losses, list) and "steps" in entry and type(entry.get("update")) is int
+    whole = isinstance(losses, list) and "steps" in entry and type(entry.get("update")) is int and entry["update"] > 0
     return entry if whole and all(_is_number(number, float) for number in numbers) else None
 
 
 def _is_number(value: Any, kind: type) -> bool:
-    """Whether it is a whole number (`int`), or any (`float`), or None."""
-    return value is None or type(value) is int or type(value) is kind
+    """Whether it is a whole number (`int`), or any (`float`), from 0 on, or None."""
+    return value is None or (type(value) in (int, kind) and value >= 0)
 
 
 class RunLog:
@@ -103,7 +124,7 @@ class RunLog:
         """One JSON line."""
         if self.first:
             with writing(self.path):
-                self._file.write(json.dumps(entry).encode() + b"\n")
+                self._file.write(_line(entry))
                 self._file.flush()
 
     def watch(self, source: ImageSource) -> None:

@@ -26,7 +26,8 @@ def test_a_line_that_was_cut_off_takes_none_with_it(tmp_path):
     (tmp_path / "log.jsonl").write_text(whole + '{"steps": 1, "upda')
     with RunLog(tmp_path, ALONE) as log:
         log.record({"steps": 1, "update": 4, "loss": 0.25})
-    assert (tmp_path / "log.jsonl").read_text() == whole + '{"steps": 1, "update": 4, "loss": 0.25}\n'
+    content = (tmp_path / "log.jsonl").read_text()
+    assert content.startswith(whole) and [entry["loss"] for _, entry in read_log(tmp_path / "log.jsonl")] == [0.5, 0.25]
 
 
 def test_a_bad_image_has_one_line_however_often_a_run_is_resumed(tmp_path):
@@ -45,13 +46,35 @@ def test_a_bad_image_has_one_line_however_often_a_run_is_resumed(tmp_path):
     [
         b"\xff\xfe\n", b"[" * 100_000 + b"\n", b'{"steps": 1, "update": "2"}\n', b'{"steps": 1, "update": 2, "loss": NaN}\n',
         b'{"steps": 1, "update": 2, "loss_by_step": 3}\n', b'{"steps": [1], "update": 2}\n', b'{"steps": 1, "update": null}\n',
+        b'{"steps": 1, "update": 2, "loss": -0.5}\n', b'{"steps": 0, "update": 2}\n', b'{"steps": 1, "update": 0}\n',
+        b'{"event": "warning", "steps": 1, "messagf": "slow"}\n', b'{"event": "warning", "message": "slow", "update": 3}\n',
         b"3\n", b"[]\n", b'{"event": 7}\n', b'{"event": "warning", "steps": 1, "message": 7}\n', b'{"steps": true, "update": 1}\n',
     ],
 )  # fmt: skip
 def test_what_is_no_line_is_left_out(tmp_path, line):
     whole = b'{"steps": 1, "update": 2, "loss": 0.5}\n'
-    (tmp_path / "log.jsonl").write_bytes(line + whole)
-    assert [entry for _, entry in read_log(tmp_path / "log.jsonl")] == [json.loads(whole)]
+    (tmp_path / "log.jsonl").write_bytes(whole + line + whole + line)
+    with pytest.warns(UserWarning, match="log.jsonl, line 2 is damaged and left out, as 1 more are$"):
+        assert [entry for _, entry in read_log(tmp_path / "log.jsonl")] == 2 * [json.loads(whole)]
+
+
+def test_a_flipped_bit_changes_no_figure(tmp_path):
+    """Of each bit of a line: the line is left out, or says what it said."""
+    path, said = (
+        tmp_path / "log.jsonl",
+        {"phase": "distill", "steps": 1, "update": 25, "loss": 0.125, "loss_by_step": [0.5, None]},
+    )
+    with RunLog(tmp_path, ALONE) as log:
+        log.record(said)
+    line = path.read_bytes()
+    assert read_log(path) == [(line, said)]
+    flips = [line[:i] + bytes([line[i] ^ 1 << bit]) + line[i + 1 :] for i in range(len(line) - 1) for bit in range(8)]
+    path.write_bytes(
+        b"".join(flip for flip in flips if flip.count(b"\n") == 1 and flip.splitlines(keepends=True) == [flip])
+    )
+    with pytest.warns(UserWarning, match="line 1 is damaged"):
+        left = [entry for _, entry in read_log(path)]
+    assert len(left) < 60 and all(said.items() <= entry.items() for entry in left)
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe"])

@@ -17,7 +17,9 @@ def check_shape(spec: str, shape: tuple[int, ...], expected: tuple[int, ...]) ->
     """Raise a UsageError unless the shape (H, W, C) of the images that --data names is the expected one, of a network."""
     if shape == expected:
         return
-    do = "give --data of that size, or train a network of theirs, with --network.image-size and --network.image-channels"
+    do = (
+        "give --data of that size, or train a network of theirs, with --network.image-size and --network.image-channels"
+    )
     if shape[0] in (1, 3) and shape[2] not in (1, 3):
         do = "they seem to have their channels first, so save them as [N, H, W, C], by images.transpose(0, 2, 3, 1)"
     raise UsageError(f"{spec} has images of (height, width, channels) {shape}, the network takes {expected}: {do}")

@@ -221,7 +221,7 @@ RETURNED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("error, words, returned", RETURNED, ids=str)
+@pytest.mark.parametrize("error, words, returned", RETURNED, ids=[words for _, words, _ in RETURNED])
 def test_a_model_that_returns_something_else_is_named(error, words, returned):
     def model(z, phi, cond):
         return returned(z)

@@ -10,20 +10,17 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.work import Work
 
-Call = Callable[[], Any]
 
-
-def error(call: Call, work: Work, mode: str) -> float:
+def error(call: Callable[[], Any], work: Work, mode: str) -> float:
     """The largest difference, of the largest value of its tensor: of the results and of what is written in place (mode
     fwd), of the gradients (bwd), or of both (full)."""
     ours = _values(call, work, mode)
     with _in_float64(work):
         exact = _values(work.same_numbers or work.plain, work, mode)
-    pairs = zip(ours, exact, strict=True)
-    return max(_relative(one, other) for one, other in pairs if one is not None)
+    return max(_relative(one, other) for one, other in zip(ours, exact, strict=True) if one is not None)
 
 
-def _values(call: Call, work: Work, mode: str) -> list[Tensor | None]:
+def _values(call: Callable[[], Any], work: Work, mode: str) -> list[Tensor | None]:
     """What is written in place is then as it was before."""
     before = [tensor.clone() for tensor in work.writes]
     with torch.set_grad_enabled(mode != "fwd"):
@@ -34,15 +31,11 @@ def _values(call: Call, work: Work, mode: str) -> list[Tensor | None]:
         tensor.copy_(saved)
     if mode == "fwd":
         return values
-    gradients = torch.autograd.grad(result, work.differentiated, _gradient(result), allow_unused=True)
-    return [*gradients] if mode == "bwd" else values + [*gradients]
-
-
-def _gradient(result: Tensor) -> Tensor:
-    """The same numbers for any floating-point type: bf16's."""
+    # The same gradient for any floating-point type: bf16's numbers.
     generator = torch.Generator(result.device).manual_seed(1)
-    shape, device = result.shape, result.device
-    return torch.randn(shape, generator=generator, device=device).bfloat16().to(result.dtype)
+    drawn = torch.randn(result.shape, generator=generator, device=result.device).bfloat16().to(result.dtype)
+    gradients = torch.autograd.grad(result, work.differentiated, drawn, allow_unused=True)
+    return [*gradients] if mode == "bwd" else [*values, *gradients]
 
 
 @contextmanager

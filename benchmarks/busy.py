@@ -13,16 +13,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
-from benchmarks.arguments import Parser
-from benchmarks.header import ROOT, header
+from benchmarks.command import ROOT, Parser, Report, count, header
 from pdfast.config import EngineConfig
 from pdfast.presets import PRESETS
 
@@ -41,18 +38,17 @@ POLICIES = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREAD
 class Case:
     """The processes of a case, which make updates when they are told how many."""
 
-    def __init__(self, count: int, threads: int, told: dict[str, str]) -> None:
+    def __init__(self, processes: int, threads: int, told: dict[str, str]) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         kept = {name: value for name, value in os.environ.items() if name not in POLICIES}
-        mesh = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        mesh = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = kept | mesh | told | {"OMP_NUM_THREADS": str(threads)}
         command = [sys.executable, "-m", "benchmarks.busy", "--worker"]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
-        self._processes = [
-            subprocess.Popen(command, env=environment | {"RANK": str(rank)}, **pipes) for rank in range(count)
-        ]
+        ranks = range(processes)
+        self._processes = [subprocess.Popen(command, env=environment | {"RANK": str(r)}, **pipes) for r in ranks]
         self.run(3)
 
     def run(self, updates: int) -> tuple[list[float], float]:
@@ -71,7 +67,8 @@ class Case:
 
 def work() -> None:
     """What a process of a case does."""
-    from benchmarks.updates import Pdfast, open_setting
+    from benchmarks.ours import Pdfast
+    from benchmarks.updates import open_setting
 
     preset, device = PRESETS["digits"], torch.device("cpu")
     with open_setting(preset, device, preset.batch_size, EngineConfig()) as (setting, machine):
@@ -88,58 +85,45 @@ def work() -> None:
             print(json.dumps([elapsed, 1e3 * (time.process_time() - before) / len(elapsed)]), flush=True)
 
 
-@contextmanager
-def busy_processes(count: int) -> Iterator[None]:
-    """Within it, so many processes keep a core busy each."""
-    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser("benchmarks.busy", description="An update of the digits beside busy processes.")
     parser.add_argument("--busy", nargs="+", type=int, default=[0, 1, 2], metavar="K", help="processes beside it")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--turns", type=int, default=5, help="of each case")
-    parser.add_argument("--updates", type=int, default=15, help="in a turn")
+    parser.add_argument("--turns", type=count, default=5, help="of each case")
+    parser.add_argument("--updates", type=count, default=15, help="in a turn")
     parser.add_argument("--list", action="store_true", help="print the cases, and nothing else")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--worker", action="store_true", help="a process of a case: for this command itself")
-    options = parser.parse_args(arguments)
-    parser.check_writable(options.json)
+    options = parser.parse(arguments)
     if options.worker:
         work()
         return 0
     if options.list:
         print("\n".join(options.cases))
         return 0
+    numbers = "ms {ms:.1f}, least_ms {least_ms:.1f}, on_cores_ms {on_cores_ms:.1f}"
+    report = Report(options.json, header(torch.device("cpu")), "{busy} busy, load {load:.1f}  {case:<17}", numbers)
     cases = {name: Case(*CASES[name]) for name in options.cases}
-    rows = []
-    for count in options.busy:
-        elapsed: dict[str, list[float]] = {name: [] for name in cases}
-        on_cores: dict[str, list[float]] = {name: [] for name in cases}
-        loads = []
-        with busy_processes(count):
+    for busy in options.busy:
+        beside = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
+        try:
+            turns = {name: [] for name in cases}
+            loads = []
             for _ in range(options.turns):
                 for name, case in cases.items():
-                    times, cores = case.run(options.updates)
-                    elapsed[name] += times
-                    on_cores[name].append(cores)
+                    turns[name].append(case.run(options.updates))
                     loads.append(os.getloadavg()[0])
-        for name, values in elapsed.items():
-            row = {"ms": median(values), "least_ms": min(values), "on_cores_ms": median(on_cores[name])}
-            row = {name: round(value, 1) for name, value in row.items()}
-            rows.append({"busy": count, "case": name, "load": min(loads)} | row)
-            print(f"{count} busy, load {min(loads):.1f}  {name:<17}", ", ".join(f"{k} {v:.1f}" for k, v in row.items()))
+        finally:
+            for process in beside:
+                process.kill()
+                process.wait()
+        for name, seen in turns.items():
+            elapsed = [ms for times, _ in seen for ms in times]
+            row = {"ms": median(elapsed), "least_ms": min(elapsed), "on_cores_ms": median(ms for _, ms in seen)}
+            row = {what: round(value, 1) for what, value in row.items()}
+            report.add({"busy": busy, "case": name, "load": min(loads), **row})
     for case in cases.values():
         case.close()
-    if options.json:
-        lines = ",\n".join(json.dumps(row) for row in rows)
-        options.json.write_text(f'{{"header": {json.dumps(header(torch.device("cpu")))}, "rows": [\n{lines}\n]}}\n')
     return 0
 
 

@@ -13,7 +13,7 @@
 # eager eager64 compile compile64 diffusers diffusers64
 #                  520  the same update as others make it, each under its own defaults
 # sanitizer        520  compute-sanitizer on the operations at small shapes
-# run              400  a run of cifar10-fast killed and resumed, and what checkpoints and logging cost (both need tyro)
+# run              400  a run killed and resumed, and what checkpoints and logging cost cifar10-fast (both need tyro)
 # loader           200  images/s of the loaders on the image files in DATA (a folder), and the data wait of a step
 # tune             500  the fastest launch configurations of attention and group_norm
 #
@@ -110,7 +110,7 @@ for part in $parts; do
         pytest sanitizer 520 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
             "$python" -m pytest tests/gpu/test_operations.py -k "twice_the_error and bfloat16" ;;
     run)
-        run run 250 "$python" -m benchmarks.resume --device cuda --json "$out/run.json"
+        pytest run 250 "$python" -m pytest tests/test_resume.py
         run run 150 "$python" -m benchmarks.safety --device cuda --updates 100 --json "$out/safety.json" ;;
     loader) run loader 200 "$python" -m benchmarks.loader --device cuda --data "$DATA" --batch 256 --workers 15 --seconds 10 \
         --json "$out/loader.json" ;;

@@ -8,29 +8,26 @@ training step, of a small U-Net at the images' size, with each of pdfast's loade
 waiting for data, and its rate as a share of that of a loop whose data are already there.
 """
 
-import json
 import os
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.arguments import Parser
-from benchmarks.header import header
-from benchmarks.providers import Unavailable
+from benchmarks.command import Parser, Report, Row, Unavailable, count, header
 from pdfast.data import ImageSource, LoaderName, load_source
 from pdfast.data.encoded import EncodedImages
 from pdfast.data.files import spare_cores
 from pdfast.data.formats import SHARDS, find_images
 from pdfast.data.pictures import decode
 from pdfast.diffusion import Cosine
-from pdfast.engine.device import open_device
 from pdfast.engine.step import Draws, teacher_gradient
 from pdfast.engine.world import World
 from pdfast.errors import UsageError
@@ -40,25 +37,18 @@ OURS = tuple(name for name in get_args(LoaderName) if name != "auto")
 OTHERS = ("webdataset", "dataloader")
 SEED = 0
 
-Row = dict[str, Any]
-
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser("benchmarks.loader", description="Images/s of loaders, and the data wait of a training step.")
     parser.add_argument("--data", required=True, metavar="PATH", help="what --data of pdfast.distill takes, in files")
-    parser.add_argument("--image-size", type=int, default=64, metavar="N")
-    parser.add_argument("--batch", type=int, default=128, metavar="N")
+    parser.add_argument("--image-size", type=count, default=64, metavar="N")
+    parser.add_argument("--batch", type=count, default=128, metavar="N")
     parser.add_argument("--loaders", nargs="+", choices=[*OURS, *OTHERS], default=[*OURS, *OTHERS])
     parser.add_argument("--workers", type=int, metavar="N", help="processes of webdataset and dataloader")
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each row, and each training step")
-    parser.add_argument("--device", choices=["cuda", "cpu"])
+    parser.add_measuring(10.0)
     parser.add_argument("--json", type=Path, metavar="FILE")
-    options = parser.parse_args(arguments)
-    parser.check_writable(options.json)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda, but there is no GPU: say --device cpu")
+    options = parser.parse(arguments)
     options.workers = max(spare_cores(), 0) if options.workers is None else options.workers
-    options.device = open_device(options.device or "auto")
     try:
         encoded = find_images(Path(options.data))
     except UsageError as error:
@@ -67,22 +57,22 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"{options.data} holds no encoded images: give a folder or a file of them")
     said = header(options.device) | {"data": Path(options.data).name, "images": len(encoded), "kind": encoded.kind}
     said |= {"image_size": options.image_size, "batch": options.batch, "mean_bytes": int(encoded.places[:, 2].mean())}
-    print(", ".join(f"{key} {value}" for key, value in said.items()))
-    rows = []
+    numbers = (
+        "{images_per_second:10.0f} images/s {cpu_us:9.1f} CPU us an image {images_per_second_a_core:9.0f} images/s "
+    )
+    numbers += (
+        "a core   first batch after {first_s:.1f} s; training waits {data_wait:.1%}, {of_no_data:.1%} of the rate "
+    )
+    report = Report(options.json, said, "{loader:<12}", numbers + "without data")
     for name in options.loaders:
         row: Row = {"loader": name}
         try:
-            row |= _drawing(lambda name=name: _batches(name, encoded, options), options)
+            row |= _drawing(name, encoded, options)
             if name in OURS:
                 row |= _training(_source(name, options), options)
-        except (Unavailable, UsageError) as reason:
-            row["unavailable"] = str(reason)
-        rows.append(row)
-        _print(row)
-        if options.json:
-            lines = ",\n".join(json.dumps(row) for row in rows)
-            options.json.write_text(f'{{"header": {json.dumps(said)}, "rows": [\n{lines}\n]}}\n')
-    _summary({row["loader"]: row for row in rows if "unavailable" not in row})
+        except (Unavailable, UsageError) as failure:
+            row["unavailable"] = str(failure)
+        report.add(row)
     return 0
 
 
@@ -91,12 +81,12 @@ def _source(name: str, options: Namespace) -> ImageSource:
 
 
 def _batches(name: str, encoded: EncodedImages, options: Namespace) -> Iterator[object]:
+    if name in OURS:
+        return _source(name, options).stream(torch.arange(options.batch), options.batch, 0, SEED)
     if name == "webdataset":
         return _webdataset(encoded, options)
-    if name == "dataloader":
-        loading = {"shuffle": True, "num_workers": options.workers, "batch_size": options.batch, "drop_last": True}
-        return _without_end(DataLoader(_Plain(encoded, options.image_size), **loading))
-    return _source(name, options).stream(torch.arange(options.batch), options.batch, 0, SEED)
+    loading = {"shuffle": True, "num_workers": options.workers, "batch_size": options.batch, "drop_last": True}
+    return _without_end(DataLoader(_Plain(encoded, options.image_size), **loading))
 
 
 class _Plain(Dataset):
@@ -136,48 +126,43 @@ def _without_end(loader: DataLoader) -> Iterator[object]:
 
 def _cpu_seconds() -> float:
     """Of this process and its children, living ones too."""
-    total = sum(os.times()[:4])
-    me, tick = str(os.getpid()), os.sysconf("SC_CLK_TCK")
+    total, tick = sum(os.times()[:4]), os.sysconf("SC_CLK_TCK")
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
         except OSError:  # it has just ended
             continue
-        if fields[1] == me:
+        if fields[1] == str(os.getpid()):
             total += (int(fields[11]) + int(fields[12])) / tick
     return total
 
 
-def _drawing(batches: Callable[[], Iterator[object]], options: Namespace) -> Row:
+def _drawing(name: str, encoded: EncodedImages, options: Namespace) -> Row:
     began = time.perf_counter()
-    stream = batches()
+    stream = _batches(name, encoded, options)
     next(stream)
     first = time.perf_counter() - began
-    count, start, cpu = 0, time.perf_counter(), _cpu_seconds()
+    images, start, cpu = 0, time.perf_counter(), _cpu_seconds()
     while time.perf_counter() < start + options.seconds:
         next(stream)
-        count += options.batch
-    seconds, cpu = time.perf_counter() - start, _cpu_seconds() - cpu
-    return {"first_s": first, "images_per_second": count / seconds, "cpu_us": 1e6 * cpu / count}
+        images += options.batch
+    seconds, cpu = time.perf_counter() - start, (_cpu_seconds() - cpu) / images
+    rates = {"images_per_second": images / seconds, "images_per_second_a_core": 1 / cpu if cpu else None}
+    return {"first_s": first, **rates, "cpu_us": 1e6 * cpu}
 
 
 def _training(source: ImageSource, options: Namespace) -> Row:
     """Of a small U-Net at the images' size: the share of the time that is spent in waiting, and the rate next to that of the
     same loop whose batch stays."""
-    levels = max(options.image_size.bit_length() - 3, 1)
-    network = NetworkConfig(
-        image_size=options.image_size,
-        image_channels=3,
-        channels=8,
-        channel_mult=(1,) * levels,
-        num_res_blocks=1,
-        attention_resolutions=(),
-        head_dim=8,
-        emb_channels=32,
-        num_groups=2,
-        prediction="v",
-    )
-    model, schedule = UNet(network).to(options.device), Cosine()
+    levels = (1,) * max(options.image_size.bit_length() - 3, 1)
+    shape: dict[str, Any] = {
+        "image_size": options.image_size,
+        "image_channels": 3,
+        "channels": 8,
+        "channel_mult": levels,
+    }
+    shape |= {"num_res_blocks": 1, "attention_resolutions": (), "head_dim": 8, "emb_channels": 32, "num_groups": 2}
+    model, schedule = UNet(NetworkConfig(**shape, prediction="v")).to(options.device), Cosine()
     draws = Draws(source, World(options.device), seed=SEED, batch_size=options.batch, flip=True, conditional=False)
     draws.load(0, 0)
     shares, rates, update = [], {True: [], False: []}, 0
@@ -193,25 +178,8 @@ def _training(source: ImageSource, options: Namespace) -> Row:
             rates[loading].append(options.batch / seconds)
             if loading:
                 shares.append((draws.waited - waited) / seconds)
-    fed, still = (float(np.median(rates[loading])) for loading in (True, False))
-    return {"data_wait": float(np.median(shares)), "trained_images_per_second": fed, "of_no_data": fed / still}
-
-
-def _print(row: Row) -> None:
-    if "unavailable" in row:
-        print(f"{row['loader']:<12} unavailable: {row['unavailable']}", flush=True)
-        return
-    text = f"{row['loader']:<12} {row['images_per_second']:10.0f} images/s {row['cpu_us']:9.1f} CPU us an image"
-    text += f" {1e6 / row['cpu_us']:10.0f} images/s a core   first batch after {row['first_s']:.1f} s"
-    if "data_wait" in row:
-        text += f"; training waits {row['data_wait']:.1%}, {row['of_no_data']:.1%} of the rate without data"
-    print(text, flush=True)
-
-
-def _summary(rows: dict[str, Row]) -> None:
-    if {"dali", "portable"} <= rows.keys():
-        ratio = rows["portable"]["cpu_us"] / rows["dali"]["cpu_us"]
-        print(f"dali: {ratio:.2f}x the images/s a core of portable")
+    fed, still = median(rates[True]), median(rates[False])
+    return {"data_wait": median(shares), "trained_images_per_second": fed, "of_no_data": fed / still}
 
 
 if __name__ == "__main__":

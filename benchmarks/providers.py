@@ -5,10 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.cases import Case
+from benchmarks.command import Unavailable
 from benchmarks.work import EPS, Work
 from pdfast_kernels import dispatch
 
@@ -22,28 +22,49 @@ SDPA = {
 NAMES = ("pdfast", "eager", "compile", "apex", "liger", *SDPA)
 
 
-class Unavailable(Exception):
-    """Why a provider cannot run a case."""
-
-
 def call_of(provider: str, case: Case, work: Work) -> Call:
     """The forward of `work` by `provider`. Unavailable with the reason, where that is known before it runs."""
-    if provider == "pdfast":
-        return work.kernels
-    if provider == "eager":
-        return work.plain
+    if provider in ("pdfast", "eager"):
+        return work.kernels if provider == "pdfast" else work.plain
     if provider == "compile":
         if case.op == "adam_ema":
             raise Unavailable("reads its scalars on the host")
         torch._dynamo.reset()
         return torch.compile(work.plain, fullgraph=True)
+    if case.op != (of := "attention" if provider in SDPA else "group_norm"):
+        raise Unavailable(f"for {of} alone")
     if provider in SDPA:
-        if case.op != "attention":
-            raise Unavailable("for attention alone")
-        return _with_backend(work.plain, SDPA[provider])
-    if case.op != "group_norm":
-        raise Unavailable("for group_norm alone")
-    return _apex(case, work) if provider == "apex" else _liger(case, work)
+        return sdpa_kernel(SDPA[provider])(work.plain)
+    if "film" in case.name:
+        raise Unavailable("has no FiLM")
+    if work.reads[0].device.type != "cuda":
+        raise Unavailable("runs on a GPU alone")
+    try:
+        return _apex(case, work) if provider == "apex" else _liger(case, work)
+    except ImportError as error:
+        raise Unavailable(f"{provider} is not installed ({error})") from None
+
+
+def _apex(case: Case, work: Work) -> Call:
+    from apex.contrib.group_norm import GroupNorm
+
+    x, weight, bias = work.reads[:3]
+    act = "silu" if "silu" in case.name else ""
+    norm = GroupNorm(case.make.keywords["groups"], x.shape[1], eps=EPS, act=act).cuda().to(x.dtype)
+    norm.weight, norm.bias = torch.nn.Parameter(weight.to(x.dtype)), torch.nn.Parameter(bias.to(x.dtype))
+    if x.shape[1] not in GroupNorm.SUPPORTED_CHANNELS:
+        raise Unavailable(f"falls back to PyTorch for {x.shape[1]} channels")
+    return lambda: norm(x)
+
+
+def _liger(case: Case, work: Work) -> Call:
+    from liger_kernel.ops.group_norm import LigerGroupNormFunction
+
+    if "silu" in case.name:
+        raise Unavailable("has no SiLU")
+    x, weight, bias = work.reads[:3]
+    x, groups = x.detach().contiguous().requires_grad_(), case.make.keywords["groups"]  # NCHW: what it takes
+    return lambda: LigerGroupNormFunction.apply(x, weight, bias, x.shape[1], groups, EPS)
 
 
 def fallback(call: Call) -> str | None:
@@ -60,46 +81,3 @@ def fallback(call: Call) -> str | None:
             raise Unavailable(str(caught[-1].message).partition(" (Triggered")[0]) from None
     said = [str(w.message) for w in caught if "runs in PyTorch" in str(w.message) or "fall" in str(w.message).lower()]
     return said[0] if said else None
-
-
-def _with_backend(call: Call, backend: SDPBackend) -> Call:
-    def run():
-        with sdpa_kernel(backend):
-            return call()
-
-    return run
-
-
-def _norm_inputs(case: Case, work: Work) -> tuple[Tensor, Tensor, Tensor]:
-    if "film" in case.name:
-        raise Unavailable("has no FiLM")
-    if work.reads[0].device.type != "cuda":
-        raise Unavailable("runs on a GPU alone")
-    x, weight, bias = work.reads[:3]
-    return x, weight, bias
-
-
-def _apex(case: Case, work: Work) -> Call:
-    x, weight, bias = _norm_inputs(case, work)
-    try:
-        from apex.contrib.group_norm import GroupNorm
-    except ImportError as error:
-        raise Unavailable(f"apex is not installed ({error})") from None
-    act = "silu" if "silu" in case.name else ""
-    norm = GroupNorm(case.make.keywords["groups"], x.shape[1], eps=EPS, act=act).cuda().to(x.dtype)
-    norm.weight, norm.bias = torch.nn.Parameter(weight.to(x.dtype)), torch.nn.Parameter(bias.to(x.dtype))
-    if x.shape[1] not in GroupNorm.SUPPORTED_CHANNELS:
-        raise Unavailable(f"falls back to PyTorch for {x.shape[1]} channels")
-    return lambda: norm(x)
-
-
-def _liger(case: Case, work: Work) -> Call:
-    x, weight, bias = _norm_inputs(case, work)
-    try:
-        from liger_kernel.ops.group_norm import LigerGroupNormFunction
-    except ImportError as error:
-        raise Unavailable(f"Liger is not installed ({error})") from None
-    if "silu" in case.name:
-        raise Unavailable("has no SiLU")
-    x, groups = x.detach().contiguous().requires_grad_(), case.make.keywords["groups"]  # NCHW: what it takes
-    return lambda: LigerGroupNormFunction.apply(x, weight, bias, x.shape[1], groups, EPS)

@@ -9,15 +9,15 @@ The formulas outside of the networks are those published, and run op by op: they
 """
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.providers import Unavailable
-from benchmarks.updates import Batch, Setting, distillation_losses, reference
+from benchmarks.command import Unavailable
+from benchmarks.updates import Batch, Mark, Network, Setting, distillation_losses, reference
 from pdfast.diffusion import angles, ddim_coefficients
 from pdfast.engine.cost import parameters_and_flops
 from pdfast.networks import NetworkConfig, UNet
@@ -37,11 +37,6 @@ def plain_unet(network: NetworkConfig, weights: Mapping[str, Tensor]) -> UNet:
                 setattr(module, name, nn.Conv2d(in_channels, out_channels, size, padding=size // 2))
     model.load_state_dict({name: w.permute(0, 3, 1, 2) if w.dim() == 4 else w for name, w in weights.items()})
     return model
-
-
-def _unet64(network: NetworkConfig, model: nn.Module) -> Callable[..., Tensor]:
-    state = {name: w.permute(0, 2, 3, 1) if w.dim() == 4 else w for name, w in model.state_dict().items()}
-    return reference(network, state)
 
 
 class _Diffusers(nn.Module):
@@ -65,30 +60,26 @@ class _Diffusers(nn.Module):
 class Rival:
     """A training loop as others write it."""
 
-    def __init__(
-        self, setting: Setting, teacher: nn.Module, student: nn.Module, *, mode: str | None, fused: bool
-    ) -> None:
-        """mode: of torch.compile, None for none; fused: with all that the `compile` loop has."""
+    def __init__(self, setting: Setting, networks: list[nn.Module], mode: str | None, fused: bool) -> None:
+        """networks: teacher and student; mode: of torch.compile, None for none; fused: with all that the `compile` loop has."""
         self.setting, self._fused, self._mode = setting, fused, mode
         bf16 = fused and setting.bf16
         self.dtype = "bf16 autocast" if bf16 else "fp32"
         self._autocast = torch.autocast(setting.device.type, torch.bfloat16, enabled=bf16)
         layout = torch.channels_last if fused else torch.contiguous_format
-        self._teacher = teacher.to(setting.device, memory_format=layout).eval().requires_grad_(False)
-        self._student = student.to(setting.device, memory_format=layout).train()
+        self._teacher, self._student = (network.to(setting.device, memory_format=layout) for network in networks)
+        self._teacher.eval().requires_grad_(False)
         self._call_teacher, self._call_student = self._teacher, self._student
         if mode is not None:
             torch._dynamo.reset()
             options: dict[str, Any] = {"mode": mode, "dynamic": False}
             self._call_teacher = torch.compile(self._teacher, **options)
             self._call_student = torch.compile(self._student, **options)
-        config = setting.config
         self._optimizer = torch.optim.AdamW(
-            self._student.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True if fused else None
+            self._student.parameters(), lr=setting.config.learning_rate, weight_decay=0.0, fused=True if fused else None
         )
-        self._mark: Callable[[str], None] = lambda stage: None
-        self.losses = torch.empty(0)
-        self._batch: Batch | None = None
+        self.watch(lambda stage: None)
+        self.losses, self._batch = torch.empty(0), None
 
     @property
     def cost(self) -> tuple[int, int]:
@@ -105,28 +96,22 @@ class Rival:
 
     @contextlib.contextmanager
     def _as_they_run(self):
-        cudnn = torch.backends.cudnn
-        before = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32
         # PyTorch's own defaults, where a run of ours has others, but for what the `compile` loop sets.
-        cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = self._fused, False, True
-        try:
-            with dispatch.use("reference"):
-                if self._mode == "reduce-overhead":
-                    torch.compiler.cudagraph_mark_step_begin()
-                yield
-        finally:
-            cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = before
+        flags = torch.backends.cudnn.flags(enabled=True, benchmark=self._fused, deterministic=False, allow_tf32=True)
+        with flags, dispatch.use("reference"):
+            if self._mode == "reduce-overhead":
+                torch.compiler.cudagraph_mark_step_begin()
+            yield
 
     def _draw(self) -> Batch:
-        setting, n = self.setting, self.setting.config.batch_size
-        drawn = setting.source.take(torch.randint(setting.source.num_images, (n,), device=setting.device))
+        setting, n, device = self.setting, self.setting.config.batch_size, self.setting.device
+        drawn = setting.source.take(torch.randint(setting.source.num_images, (n,), device=device))
         x = drawn.images.permute(0, 3, 1, 2).float() / 127.5 - 1
         if setting.config.flip:
-            x = torch.where(torch.rand(n, 1, 1, 1, device=setting.device) < 0.5, x.flip(-1), x)
-        k = torch.randint(1, setting.steps + 1, (n,), device=setting.device)
-        return Batch(x, torch.randn_like(x), k, drawn.labels)
+            x = torch.where(torch.rand(n, 1, 1, 1, device=device) < 0.5, x.flip(-1), x)
+        return Batch(x, torch.randn_like(x), torch.randint(1, setting.steps + 1, (n,), device=device), drawn.labels)
 
-    def _network(self, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def _network(self, call: Network) -> Network:
         def run(z: Tensor, phi: Tensor, cond: Tensor | None) -> Tensor:
             with self._autocast:
                 return call(z, phi, cond).float()
@@ -150,31 +135,33 @@ class Rival:
         assert self._batch
         return self._batch
 
-    def references(self) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-        network = self.setting.config.network
-        if isinstance(self._student, _Diffusers):
-            copies = [_Diffusers(network).to(self.setting.device).double() for _ in range(2)]
-            for copy, own in zip(copies, (self._teacher, self._student), strict=True):
-                copy.load_state_dict(own.state_dict())
-            return copies[0], copies[1]
-        return _unet64(network, self._teacher), _unet64(network, self._student)
+    def references(self) -> list[Network]:
+        return [self._in_float64(network) for network in (self._teacher, self._student)]
+
+    def _in_float64(self, network: nn.Module) -> Network:
+        config, weights = self.setting.config.network, network.state_dict()
+        if not isinstance(network, _Diffusers):
+            ours = {name: w.permute(0, 2, 3, 1) if w.dim() == 4 else w for name, w in weights.items()}
+            return reference(config, ours)
+        copy = _Diffusers(config).to(self.setting.device).double()
+        copy.load_state_dict(weights)
+        return copy
 
     def tensors(self) -> list[Tensor]:
         states = [value for state in self._optimizer.state.values() for value in state.values()]
         return [*self._teacher.parameters(), *self._student.parameters(), *states]
 
-    def watch(self, mark: Callable[[str], None]) -> None:
+    def watch(self, mark: Mark) -> None:
         self._mark = mark
 
     @torch.no_grad()
     def sample(self, steps: int) -> None:
         config, device = self.setting.config, self.setting.device
-        n, prediction = config.batch_size, config.network.prediction
+        n, classes = config.batch_size, config.network.num_classes
         z = torch.randn(n, *config.network.image_shape, device=device)
-        classes = config.network.num_classes
         labels = torch.randint(classes, (n,), device=device) if classes else None
         phi = angles(config.schedule.build(), steps)
-        scale, shift = ddim_coefficients(prediction, phi[:-1], phi[:-1] - phi[1:])
+        scale, shift = ddim_coefficients(config.network.prediction, phi[:-1], phi[:-1] - phi[1:])
         with self._as_they_run():
             network = self._network(self._call_teacher)
             for here, a, b in zip(phi[:-1], scale, shift, strict=True):
@@ -185,15 +172,15 @@ class Rival:
 
 def eager(setting: Setting) -> Rival:
     networks = [plain_unet(setting.config.network, weights) for weights in setting.weights]
-    return Rival(setting, *networks, mode=None, fused=False)
+    return Rival(setting, networks, mode=None, fused=False)
 
 
 def compiled(setting: Setting, mode: str) -> Rival:
     networks = [plain_unet(setting.config.network, weights) for weights in setting.weights]
-    return Rival(setting, *networks, mode=mode, fused=True)
+    return Rival(setting, networks, mode=mode, fused=True)
 
 
 def diffusers(setting: Setting, mode: str | None) -> Rival:
     torch.manual_seed(0)
     networks = [_Diffusers(setting.config.network) for _ in range(2)]
-    return Rival(setting, *networks, mode=mode, fused=mode is not None)
+    return Rival(setting, networks, mode=mode, fused=mode is not None)

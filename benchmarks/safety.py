@@ -8,145 +8,125 @@ the preset's own intervals; a run too short for two checkpoints saves more often
 interval. Exit code 1 where checkpoints take more than 2 %, or logging more than 1 %.
 """
 
-import json
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
+from safetensors.torch import save_file
 
-from benchmarks.arguments import Parser
-from benchmarks.header import header
-from benchmarks.resume import random_data
+from benchmarks.command import Parser, Report, count, header
 from pdfast.cli import run_command
+from pdfast.config import DistillConfig
 from pdfast.distill import main as distill
 from pdfast.engine.checkpoint import Checkpoints
-from pdfast.engine.device import open_device
 from pdfast.engine.log import Progress
 from pdfast.presets import PRESETS
+from pdfast.report.inception import InceptionV3
 
 MOST = {"checkpoints": 0.02, "logging": 0.01}
-
-
-class Spent:
-    """Seconds in functions that a training loop calls."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.seconds, self.calls, self._depth = 0.0, 0, 0
-
-    def counted(self, function: Callable[..., Any], waits: Callable[..., bool]) -> Callable[..., Any]:
-        """waits: whether a call with these arguments would wait for the device, which is not its cost."""
-
-        def run(*arguments: Any, **options: Any) -> Any:
-            if self._depth:  # one of the others called it
-                return function(*arguments, **options)
-            if self._device.type == "cuda" and waits(*arguments):
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            self._depth += 1
-            try:
-                return function(*arguments, **options)
-            finally:
-                self._depth -= 1
-                self.seconds += time.perf_counter() - began
-                self.calls += 1
-
-        return run
+WAITS = {"save": True, "poll": False, "finish": False}
+"""The parts of a checkpoint that the loop calls, and whether one would wait for the device, which is not its cost."""
 
 
 @contextmanager
-def counted(device: torch.device) -> Iterator[tuple[dict[str, Spent], dict[int, float]]]:
-    """What is spent within the block: in checkpoints, logging, and the writer's thread (its processor time); and when the
-    first quarter of the round and its end were reached, by update."""
-    moments: dict[int, float] = {}
-    spent = {name: Spent(device) for name in ("checkpoints", "logging", "writer")}
-    write, update = Checkpoints._write, Progress.update
+def counted(device: torch.device) -> Iterator[tuple[Counter[str], Counter[str], dict[int, float]]]:
+    """Of what is within the block: seconds and calls of checkpoints, logging, and the writer's thread (its processor time);
+    and the moments at which the first quarter of the round and its end were reached, by update."""
+    seconds, calls, moments, open_calls = Counter[str](), Counter[str](), dict[int, float](), list[str]()
 
-    def timed_write(*arguments: Any) -> None:
-        began = time.thread_time()
-        write(*arguments)
-        if threading.current_thread() is not threading.main_thread():
-            spent["writer"].seconds += time.thread_time() - began
-            spent["writer"].calls += 1
+    def timed(name: str, function: Callable[..., Any], waits: bool, clock: Callable[[], float]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            if name in open_calls or (name == "writer" and threading.current_thread() is threading.main_thread()):
+                return function(*arguments, **options)
+            if waits and device.type == "cuda":
+                torch.cuda.synchronize()
+            open_calls.append(name)
+            began = clock()
+            try:
+                return function(*arguments, **options)
+            finally:
+                seconds[name] += clock() - began
+                calls[name] += 1
+                open_calls.remove(name)
 
-    def reads(progress: Progress, done: int, *_: object) -> bool:
-        return done % progress._every == 0 or done == progress._updates
+        return run
 
-    logged = spent["logging"].counted(update, reads)
+    plain, logged = (timed("logging", Progress.update, waits, time.perf_counter) for waits in (False, True))
 
-    def timed_update(progress: Progress, done: int, learning_rate: float) -> None:
-        logged(progress, done, learning_rate)
+    def update(progress: Progress, done: int, learning_rate: float) -> None:
+        reads = done % progress._every == 0 or done == progress._updates
+        (logged if reads else plain)(progress, done, learning_rate)
         if progress._steps is not None and done in (max(progress._updates // 4, 1), progress._updates):
             if device.type == "cuda":
                 torch.cuda.synchronize()
             moments[done] = time.perf_counter()
 
-    with (
-        mock.patch.object(Checkpoints, "save", spent["checkpoints"].counted(Checkpoints.save, lambda *_: True)),
-        mock.patch.object(Checkpoints, "poll", spent["checkpoints"].counted(Checkpoints.poll, lambda *_: False)),
-        mock.patch.object(Checkpoints, "finish", spent["checkpoints"].counted(Checkpoints.finish, lambda *_: False)),
-        mock.patch.object(Checkpoints, "_write", timed_write),
-        mock.patch.object(Progress, "update", timed_update),
-    ):
-        yield spent, moments
+    with ExitStack() as patches:
+        for name, waits in WAITS.items():
+            own = timed("checkpoints", getattr(Checkpoints, name), waits, time.perf_counter)
+            patches.enter_context(mock.patch.object(Checkpoints, name, own))
+        written = timed("writer", Checkpoints._write, False, time.thread_time)
+        patches.enter_context(mock.patch.object(Checkpoints, "_write", written))
+        patches.enter_context(mock.patch.object(Progress, "update", update))
+        yield seconds, calls, moments
+
+
+def random_data(preset: DistillConfig, folder: Path) -> list[str]:
+    """--data of random images, judged by an untrained Inception network, which needs no download."""
+    size, channels = preset.network.image_size, preset.network.image_channels
+    images = np.random.default_rng(0).integers(0, 256, (2048, size, size, channels), dtype=np.uint8)
+    np.savez(folder / "images.npz", images=images)
+    torch.manual_seed(0)
+    save_file(InceptionV3().state_dict(), folder / "untrained.safetensors")
+    return ["--data", str(folder / "images.npz"), "--evaluation.features", str(folder / "untrained.safetensors")]
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser("benchmarks.safety", description="What checkpoints and logging cost a run.")
     parser.add_argument("--preset", choices=PRESETS, help="cifar10-fast on a GPU, digits on a CPU unless said")
     parser.add_argument(
-        "--updates", type=int, metavar="N", help="of the round; two intervals of checkpoints unless said"
+        "--updates", type=count, metavar="N", help="of the round; two intervals of checkpoints unless said"
     )
     parser.add_argument("--device", choices=["cuda", "cpu"])
     parser.add_argument("--json", type=Path, metavar="FILE")
     options, others = parser.parse_known_args(arguments)
-    parser.check_writable(options.json)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda, but there is no GPU: say --device cpu")
-    if options.updates is not None and options.updates < 2:
+    device = parser.checked(options).device
+    if options.updates == 1:
         parser.error("--updates is at least 2")
-    device = open_device(options.device or "auto")
     preset = PRESETS[options.preset or ("cifar10-fast" if device.type == "cuda" else "digits")]
     updates = options.updates or 2 * preset.checkpoint_every
     with tempfile.TemporaryDirectory() as folder:
         run, every = Path(folder) / "run", min(preset.checkpoint_every, updates // 2)
         flags = f"--preset {preset.preset} --rounds 1 --updates {updates} --device {device.type} --run {run}"
         flags += f" --train.updates 2 --train.warmup 1 --checkpoint-every {every} --evaluation.num-samples 256"
-        if preset.data != "digits":
-            others = ["--data", *random_data(preset, Path(folder)), *others]
-        with (
-            mock.patch.object(sys, "argv", ["pdfast.distill", *flags.split(), *others]),
-            counted(device) as (spent, moments),
-        ):
+        data = [] if preset.data == "digits" else random_data(preset, Path(folder))
+        argv = ["pdfast.distill", *flags.split(), *data, *others]
+        with mock.patch.object(sys, "argv", argv), counted(device) as (seconds, calls, moments):
             try:
                 run_command(distill)
             except SystemExit as end:
                 if end.code:
                     return int(end.code)
     (first, began), (last, ended) = sorted(moments.items())
-    seconds = (ended - began) / (last - first) * updates
-    row = {"preset": preset.preset, "device": device.type, "updates": updates, "seconds": seconds}
+    whole = (ended - began) / (last - first) * updates
+    row = {"preset": preset.preset, "device": device.type, "updates": updates, "seconds": whole}
     row |= {"checkpoint_every": every, "checkpoint_every_of_preset": preset.checkpoint_every}
-    for name, place in spent.items():
-        row |= {f"{name}_calls": place.calls, f"{name}_seconds": place.seconds}
-    beside = spent["writer"].seconds if device.type == "cpu" else 0.0
-    shares = {
-        "checkpoints": (spent["checkpoints"].seconds + beside) / seconds * every / preset.checkpoint_every,
-        "logging": spent["logging"].seconds / seconds,
-    }
+    for name in ("checkpoints", "logging", "writer"):
+        row |= {f"{name}_calls": calls[name], f"{name}_seconds": seconds[name]}
+    saved = seconds["checkpoints"] + (seconds["writer"] if device.type == "cpu" else 0.0)
+    shares = {"checkpoints": saved / whole * every / preset.checkpoint_every, "logging": seconds["logging"] / whole}
     row |= {f"{name}_share": share for name, share in shares.items()}
-    print(
-        ", ".join(f"{name} {share:.2%} of {seconds:.1f} s (at most {MOST[name]:.0%})" for name, share in shares.items())
-    )
-    if options.json:
-        options.json.write_text(json.dumps({"header": header(device), "rows": [row]}, indent=1) + "\n")
+    limits = ", ".join(f"{name} {{{name}_share:.2%}} (at most {most:.0%})" for name, most in MOST.items())
+    Report(options.json, header(device), "{preset}, {seconds:.1f} s:", limits).add(row)
     return int(any(share > MOST[name] for name, share in shares.items()))
 
 

@@ -1,69 +1,46 @@
-"""How long a call takes, and what the machine can do at most: measured, in one run, on the same device."""
+"""How long a call takes and its stages, what memory it needs, and what the machine can do at most."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from functools import partial
+from statistics import median
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-FLUSHED_BYTES = 256 << 20  # several times the L2 cache of any GPU
+Call = Callable[[], object]
+CPU = torch.device("cpu")
+LEAST = 3  # calls
 CEILING_BYTES = {"cuda": 1 << 30, "cpu": 64 << 20}
 CEILING_SIZE = {"cuda": 8192, "cpu": 256}
-LEAST_CALLS, MOST_CALLS = 5, 1000
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds of one call."""
+def measure(call: Call, device: torch.device, seconds: float) -> list[float]:
+    """Milliseconds of each call, after a warm-up, for about `seconds`. On a GPU the L2 cache is overwritten before each."""
+    elapsed: list[float] = []
+    if device.type == "cuda":
+        from triton.testing import do_bench
 
-    median: float
-    p20: float
-    p80: float
-    calls: int
-
-
-def measure(call: Callable[[], object], device: torch.device, seconds: float) -> Timing:
-    """`call`, after a warm-up, again and again for about `seconds`. On a GPU the L2 cache is overwritten before each."""
+        while len(elapsed) < LEAST:
+            elapsed += do_bench(call, warmup=100 * seconds, rep=1e3 * seconds, return_mode="all")
+        return elapsed
     call()
-    elapsed = _on_gpu(call, seconds) if device.type == "cuda" else _on_cpu(call, seconds)
-    p20, median, p80 = torch.tensor(elapsed).double().quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
-    return Timing(median, p20, p80, len(elapsed))
-
-
-def _on_cpu(call: Callable[[], object], seconds: float) -> list[float]:
-    elapsed, began = [], time.perf_counter()
-    while len(elapsed) < LEAST_CALLS or (time.perf_counter() - began < seconds and len(elapsed) < MOST_CALLS):
+    end = time.perf_counter() + seconds
+    while len(elapsed) < LEAST or time.perf_counter() < end:
         start = time.perf_counter()
         call()
         elapsed.append(1e3 * (time.perf_counter() - start))
     return elapsed
 
 
-def _on_gpu(call: Callable[[], object], seconds: float) -> list[float]:
-    flushed = torch.empty(FLUSHED_BYTES // 4, dtype=torch.int32, device="cuda")
-    for _ in range(3):
-        call()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(3):
-        flushed.zero_()
-        call()
-    torch.cuda.synchronize()
-    estimate = (time.perf_counter() - start) / 3
-    count = int(min(max(seconds / max(estimate, 1e-6), LEAST_CALLS), MOST_CALLS))
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
-    for begin, end in events:
-        flushed.zero_()
-        begin.record()
-        call()
-        end.record()
-    torch.cuda.synchronize()
-    return [begin.elapsed_time(end) for begin, end in events]
+def quantiles(elapsed: Iterable[float]) -> dict[str, float]:
+    times = torch.tensor(list(elapsed), dtype=torch.float64)
+    p20, middle, p80 = times.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+    return {"median_ms": middle, "p20_ms": p20, "p80_ms": p80, "calls": len(times)}
 
 
-def captured(call: Callable[[], object]) -> Callable[[], None]:
+def captured(call: Call) -> Callable[[], None]:
     """The call as a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -79,18 +56,75 @@ def captured(call: Callable[[], object]) -> Callable[[], None]:
 
 def ceilings(device: torch.device, seconds: float) -> dict[str, float]:
     """Copy bandwidth in GB/s (read and written), and the rates of large matrix products in TFLOP/s."""
-    kind = device.type
-    source = torch.ones(CEILING_BYTES[kind] // 4, device=device)
-    target = torch.empty_like(source)
-    copy = measure(lambda: target.copy_(source), device, seconds)
-    size = CEILING_SIZE[kind]
-    rates = {"copy_gb_s": 2 * _bytes(source) / copy.median / 1e6}
+    source = torch.ones(CEILING_BYTES[device.type] // 4, device=device)
+    target, size = torch.empty_like(source), CEILING_SIZE[device.type]
+    copy = median(measure(lambda: target.copy_(source), device, seconds))
+    rates = {"copy_gb_s": 2 * source.nbytes / copy / 1e6}
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        product = measure(partial(torch.mm, a, b), device, seconds)
-        rates[f"matmul_{name}_tflop_s"] = 2 * size**3 / product.median / 1e9
+        product = median(measure(partial(torch.mm, a, b), device, seconds))
+        rates[f"matmul_{name}_tflop_s"] = 2 * size**3 / product / 1e9
     return rates | {"matmul_tflop_s": max(rates["matmul_bf16_tflop_s"], rates["matmul_fp32_tflop_s"])}
 
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def peak_mib(call: Call, device: torch.device, kept: Iterable[Tensor]) -> float:
+    """The most memory during the call, MiB: what the allocator gave on a GPU, elsewhere the `kept` tensors and what was
+    allocated on top of them."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    now = most = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return (sum(storages.values()) + most) / 2**20
+
+
+class Stopwatch:
+    """The milliseconds of stages: what is between two marks belongs to the stage that the second names.
+
+    On a GPU marks are events; those that were recorded into a CUDA graph are recorded again by each replay.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[tuple[str, object]] = []
+        self._marking: list[tuple[str, object]] = []
+
+    def _now(self) -> object:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True, external=True)
+        event.record()
+        return event
+
+    def mark(self, stage: str) -> None:
+        """`stage` ends here."""
+        self._marking.append((stage, self._now()))
+
+    def stages(self, call: Call) -> dict[str, float]:
+        self._marking = []
+        last = self._now()
+        call()
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        self._marks = self._marking or self._marks
+        spent: dict[str, float] = {}
+        for stage, moment in self._marks:
+            took = last.elapsed_time(moment) if self._on_gpu else 1e3 * (moment - last)  # type: ignore
+            spent[stage], last = spent.get(stage, 0.0) + took, moment
+        return spent
+
+    def medians(self, call: Call, warm_up: int, seconds: float) -> dict[str, float]:
+        """Of each stage, over calls for about `seconds` after the first `warm_up`."""
+        for _ in range(warm_up):
+            self.stages(call)
+        seen: list[dict[str, float]] = []
+        measure(lambda: seen.append(self.stages(call)), CPU, seconds)
+        return {stage: median(spent[stage] for spent in seen) for stage in seen[0]}

@@ -20,7 +20,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -31,15 +31,15 @@ from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime.errors import InterpreterError
 
 from benchmarks.cases import Case, all_cases
+from benchmarks.command import Row
 from benchmarks.work import Work, kernels_wanted
 
 SECTOR = 32
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
-
-Row = dict[str, Any]
 
 
 def count(cases: list[Case]) -> list[Row]:
@@ -47,12 +47,35 @@ def count(cases: list[Case]) -> list[Row]:
     where the interpreter failed, "ours" and "touched" are None and "unavailable" is the reason."""
     rows = []
     for case, ours in zip(cases, _in_the_interpreter(cases), strict=True):
-        must, eager = must_and_eager(case.make(case.counted, "meta"))
-        for direction in must:
+        for direction, (must, eager) in must_and_eager(case.make(case.counted, "meta")).items():
             row = {"op": case.op, "case": case.name, "pass": direction, "samples": case.counted}
             measured = ours.get(direction) or {"ours": None, "touched": None, **ours}
-            rows.append(row | {"must": must[direction], "eager": eager[direction], **measured})
+            rows.append(row | {"must": must, "eager": eager, **measured})
     return rows
+
+
+def must_and_eager(work: Work) -> dict[str, tuple[int, int]]:
+    """Bytes that must move and those that eager PyTorch moves, in the forward and, if there is one, the backward."""
+    return {name: (_bytes(must), eager.bytes) for name, eager, must in _passes(work, _AtenBytes)}
+
+
+def flops(work: Work) -> dict[str, int]:
+    """The floating-point operations of the matrix products."""
+    counting = partial(FlopCounterMode, display=False)
+    return {name: counter.get_total_flops() for name, counter, _ in _passes(work, counting)}
+
+
+def _passes(work: Work, counting: Callable[[], Any]) -> Iterator[tuple[str, Any, list[Tensor]]]:
+    """The plain passes of work on meta tensors, each with what has counted it, and the tensors that must move."""
+    with mock.patch.object(F, "scaled_dot_product_attention", _flash_attention):
+        with counting() as counter:
+            result = work.plain()
+        yield "forward", counter, [*work.reads, *_tensors(result), *work.writes]
+        if work.differentiated:
+            gradient = torch.empty_like(result)
+            with counting() as counter:
+                work.gradients(result, gradient)
+            yield "backward", counter, [gradient, *work.reads_again, *work.differentiated]
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -65,23 +88,7 @@ def _bytes(tensors: list[Tensor]) -> int:
     return sum(n * t.element_size() for n, t in zip(sizes, tensors, strict=True))
 
 
-def must_and_eager(work: Work) -> tuple[dict[str, int], dict[str, int]]:
-    must, eager = {}, {}
-    with mock.patch.object(F, "scaled_dot_product_attention", flash_attention):
-        with _AtenBytes() as counted:
-            result = work.plain()
-        must["forward"] = _bytes([*work.reads, *_tensors(result), *work.writes])
-        eager["forward"] = counted.bytes
-        if work.differentiated:
-            gradient = torch.empty_like(result)
-            with _AtenBytes() as counted:
-                work.gradients(result, gradient)
-            must["backward"] = _bytes([gradient, *work.reads_again, *work.differentiated])
-            eager["backward"] = counted.bytes
-    return must, eager
-
-
-def flash_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, **_: Any) -> Tensor:
+def _flash_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, **_: Any) -> Tensor:
     """What scaled_dot_product_attention is on a GPU; on meta tensors it would be taken apart."""
     return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[0]
 
@@ -108,7 +115,7 @@ class _AtenBytes(TorchDispatchMode):
         return result
 
 
-def _in_the_interpreter(cases: list[Case]) -> list[dict[str, Any]]:
+def _in_the_interpreter(cases: list[Case]) -> list[Row]:
     """{pass: {"ours", "touched"}} of each case, or {"unavailable": reason}: from a process where Triton interprets."""
     if not cases:
         return []
@@ -119,66 +126,39 @@ def _in_the_interpreter(cases: list[Case]) -> list[dict[str, Any]]:
     return json.loads(done.stdout)
 
 
-def _interpreted(work: Work) -> dict[str, Any]:
+def _interpreted(work: Work) -> Row:
     try:
-        return _interpreted_passes(work)
+        with kernels_wanted():
+            with _counted() as forward:
+                result = work.kernels()
+            if not work.differentiated:
+                return {"forward": forward}
+            gradient = torch.zeros_like(result)
+            with _counted() as backward:
+                work.gradients(result, gradient)
+        return {"forward": forward, "backward": backward}
     except InterpreterError as error:  # triton 3.6.0 does not loop over a kernel's argument under numpy 2.4
         return {"unavailable": f"{error}"}
 
 
-def _interpreted_passes(work: Work) -> dict[str, dict[str, int]]:
-    moved = {}
-    with kernels_wanted():
-        with _counted() as count:
-            result = work.kernels()
-        moved["forward"] = count.bytes()
-        if work.differentiated:
-            gradient = torch.zeros_like(result)
-            with _counted() as count:
-                work.gradients(result, gradient)
-            moved["backward"] = count.bytes()
-    return moved
-
-
-@dataclass
-class _Count:
-    """Of kernels in the interpreter."""
-
-    aten: _AtenBytes
-    touched: int = 0
-    sectors: int = 0
-    of_kernel: dict[str, list[np.ndarray]] = field(default_factory=lambda: {"load": [], "store": []})
-
-    def access(self, kind: str, pointers: np.ndarray, mask: np.ndarray, size: int) -> None:
-        """A load or store of elements of `size` bytes."""
-        addresses = pointers[np.broadcast_to(mask, pointers.shape)]
-        self.touched += addresses.size * size
-        self.of_kernel[kind].append(np.unique(addresses // SECTOR))
-
-    def end_kernel(self) -> None:
-        for sectors in self.of_kernel.values():
-            if sectors:
-                self.sectors += np.unique(np.concatenate(sectors)).size
-            sectors.clear()
-
-    def bytes(self) -> dict[str, int]:
-        return {"ours": SECTOR * self.sectors + self.aten.bytes, "touched": self.touched + self.aten.bytes}
-
-
 @contextmanager
-def _counted() -> Iterator[_Count]:
-    """Counts what is loaded and stored within it, by the two functions that every access of the interpreter ends in."""
+def _counted() -> Iterator[dict[str, int]]:
+    """Counts what is loaded and stored within it, by the two functions that every access of the interpreter ends in;
+    at its end "ours" and "touched" are there."""
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.interpreter import interpreter_builder as builder
 
-    count = _Count(_AtenBytes())
+    aten, moved = _AtenBytes(), {"ours": 0, "touched": 0}
+    sectors: dict[str, list[np.ndarray]] = {"load": [], "store": []}  # of the kernel that runs
 
     def counting(kind: str, access: Callable) -> Callable:
         parameters = inspect.signature(access)
 
         def counted(pointers, *args, **kwargs):
             mask = parameters.bind(pointers, *args, **kwargs).arguments["mask"].data
-            count.access(kind, pointers.data, mask, pointers.get_element_ty().primitive_bitwidth // 8)
+            addresses = pointers.data[np.broadcast_to(mask, pointers.data.shape)]
+            moved["touched"] += addresses.size * (pointers.get_element_ty().primitive_bitwidth // 8)
+            sectors[kind].append(np.unique(addresses // SECTOR))
             return access(pointers, *args, **kwargs)
 
         return counted
@@ -188,23 +168,23 @@ def _counted() -> Iterator[_Count]:
     def run(*args, **kwargs):
         with _disable_current_modes():  # the interpreter's own work on tensors moves nothing on a GPU
             interpreted(*args, **kwargs)
-        count.end_kernel()
+        for of_kind in sectors.values():
+            moved["ours"] += SECTOR * np.unique(np.concatenate(of_kind or [[]])).size
+            of_kind.clear()
 
     with (
         mock.patch.object(builder, "create_masked_load", counting("load", builder.create_masked_load)),
         mock.patch.object(builder, "create_masked_store", counting("store", builder.create_masked_store)),
         mock.patch.object(InterpretedFunction, "run", run),
-        count.aten,
+        aten,
     ):
-        yield count
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    by_name = {case.full_name: case for case in all_cases()}
-    cases = [by_name[name] for name in json.load(sys.stdin)]
-    print(json.dumps([_interpreted(case.make(case.counted, "cpu")) for case in cases]))
+        yield moved
+    for what in moved:
+        moved[what] += aten.bytes
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    by_name = {case.full_name: case for case in all_cases()}
+    asked = [by_name[name] for name in json.load(sys.stdin)]
+    print(json.dumps([_interpreted(case.make(case.counted, "cpu")) for case in asked]))

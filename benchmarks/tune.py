@@ -6,34 +6,32 @@ as near to float64 as the shipped row's; then it is timed, forward and backward,
 rows to put before the table's own. Without a GPU `--dry-run` compiles the candidates for an `--arch` and times nothing.
 """
 
-import json
 import math
 import sys
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 
-from benchmarks import accuracy, gate, static
-from benchmarks.arguments import Parser, add_choice_of_cases, chosen_cases
+from benchmarks import accuracy, static
 from benchmarks.candidates import candidates
 from benchmarks.cases import Case
-from benchmarks.header import header
-from benchmarks.kernels import call_in_mode, fill
-from benchmarks.timing import captured, measure
-from benchmarks.work import launches
+from benchmarks.choice import add_choice_of_cases, chosen_cases
+from benchmarks.command import Parser, Report, Row, header, reason, seconds
+from benchmarks.timing import captured, measure, quantiles
+from benchmarks.work import fill, in_mode, launches
 from pdfast_kernels import use
 from pdfast_kernels._triton import INTERPRETED
-from pdfast_kernels.configs import UNBOUNDED, Lookup, Row, looked_up
+from pdfast_kernels.configs import UNBOUNDED, Lookup, looked_up
 from pdfast_kernels.launch import Launch, arch_of
 
-Tried = dict[str, Any]
-
-DEVICE = "cuda"
+DEVICE = torch.device("cuda")
 FASTER = 0.98
 """Of the shipped row's time, which another must be below: less is noise."""
 MOST_ERROR = 1.5
@@ -41,49 +39,43 @@ MOST_ERROR = 1.5
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    parser = Parser("benchmarks.tune", description="The fastest launch configurations, measured.")
+    add_choice_of_cases(parser)
+    parser.add_argument("--dry-run", action="store_true", help="compile the candidates, and time nothing")
+    parser.add_argument("--arch", type=int, choices=static.COMPILED_FOR, help="for --dry-run; 90 unless said")
+    parser.add_argument("--seconds", type=seconds, default=0.05, metavar="S", help="for each candidate")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every candidate, and why it was rejected")
+    options = parser.parse(arguments)
     cases = chosen_cases(parser, options)
     if options.list:
         print("\n".join(case.full_name for case in cases))
         return 0
     arch = _arch(parser, options)
-    tried: list[Tried] = []
+    start = "{case:<55} {table:<24} {row:<60} {registers} registers, {stack} bytes spilled, {shared} shared"
+    report = Report(options.json, header(None if options.dry_run else DEVICE) | {"arch": arch}, start, "{said}")
+    best: list[str] = []
     for case in cases:
         for lookup in _asked(case, options, arch):
-            tried += _try(case, lookup, options, arch)
-        rows = replacements(tried)
-        if options.json:  # after each case: nothing is lost
-            said = header(None if options.dry_run else torch.device(DEVICE)) | {"arch": arch}
-            options.json.write_text(json.dumps({"header": said, "tried": tried, "rows": rows}, indent=1) + "\n")
+            for row in _try(case, lookup, options, arch):
+                report.add(row)
+        best = replacements(report.rows)
+        report.write(best=best)
     if not options.dry_run:
-        print("\n".join(rows) or "no row is faster than the shipped ones")
+        print("\n".join(best) or "no row is faster than the shipped ones")
     return 0
 
 
-def _parser() -> Parser:
-    parser = Parser("benchmarks.tune", description="The fastest launch configurations, measured.")
-    add_choice_of_cases(parser)
-    parser.add_argument("--dry-run", action="store_true", help="compile the candidates, and time nothing")
-    parser.add_argument("--arch", type=int, choices=tuple(gate.SHARED_MEMORY), help="for --dry-run; 90 unless said")
-    parser.add_argument("--seconds", type=float, default=0.05, help="for each candidate")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every candidate, and why it was rejected")
-    return parser
-
-
 def _arch(parser: Parser, options: Namespace) -> int:
-    parser.check_writable(options.json)
     if INTERPRETED:
-        parser.error("TRITON_INTERPRET=1 is set, and Triton would interpret the kernels, not compile them: unset it")
+        parser.error(static.REFUSED)
     if options.dry_run:
         return options.arch or 90
     if options.arch:
         parser.error("--arch is for --dry-run: what is timed is this machine's GPU")
     if not torch.cuda.is_available():
         parser.error("there is no GPU to time on; --dry-run compiles the candidates without one")
-    arch = arch_of(torch.device(DEVICE))
-    if arch not in gate.SHARED_MEMORY:
-        parser.error(f"this GPU is an sm_{arch}; the gate knows {', '.join(map(str, gate.SHARED_MEMORY))}")
+    if (arch := arch_of(DEVICE)) not in static.COMPILED_FOR:
+        parser.error(f"this GPU is an sm_{arch}; the gate knows {', '.join(map(str, static.COMPILED_FOR))}")
     return arch
 
 
@@ -93,65 +85,63 @@ def _asked(case: Case, options: Namespace, arch: int) -> list[Lookup]:
     return list({(lookup.table.name, lookup.sizes): lookup for lookup in asked}.values())
 
 
-def _try(case: Case, lookup: Lookup, options: Namespace, arch: int) -> Iterator[Tried]:
+def _try(case: Case, lookup: Lookup, options: Namespace, arch: int) -> Iterator[Row]:
     """Of each row that launches something else than those before: how it fared, or why it was rejected."""
-    seen, shipped = set(), None
+    seen: set[str] = set()
+    shipped = None
     for row in candidates(lookup):
         with lookup.table.overridden(row):
             passes = launches(partial(case.make, options.samples or case.samples, "cpu"), arch)
             if (launched := _constants(passes)) in seen:
                 continue
             seen.add(launched)
-            tried = {"table": lookup.table.name, "arch": arch, "sizes": lookup.sizes, "case": case.full_name}
+            tried: Row = {"table": lookup.table.name, "arch": arch, "sizes": lookup.sizes, "case": case.full_name}
             tried |= {"row": formatted(row), "shipped": shipped is None, **_compiled(case, passes, arch)}
             if not options.dry_run and not tried["rejected"]:
                 tried |= _timed(case, options, shipped)
         shipped = shipped or tried
-        _print(tried)
-        yield tried
+        said = "{median_ms:.4f} ms, error {error:.1e}".format(**tried) if "median_ms" in tried else ""
+        said += " (shipped)" if tried["shipped"] else ""
+        yield tried | {"said": said + (f" REJECTED: {tried['rejected']}" if tried["rejected"] else "")}
 
 
 def _constants(passes: dict[str, list[Launch]]) -> str:
     """What tells one way to launch a case from another."""
     return repr(
         [
-            (launch.kernel.__name__, launch.grid, launch.num_warps, launch.num_stages, _plain(launch.arguments))
+            (one.kernel.__name__, one.grid, one.num_warps, one.num_stages)
+            + tuple((name, value) for name, value in one.arguments.items() if not isinstance(value, torch.Tensor))
             for listed in passes.values()
-            for launch in listed
+            for one in listed
         ]
     )
 
 
-def _plain(arguments: Tried) -> Tried:
-    return {name: value for name, value in arguments.items() if not isinstance(value, torch.Tensor)}
-
-
-def _compiled(case: Case, passes: dict[str, list[Launch]], arch: int) -> Tried:
+def _compiled(case: Case, passes: dict[str, list[Launch]], arch: int) -> Row:
     read = static.read(case, passes, arch)
-    worst = {
-        key: max((row[key] for row in read if key in row), default=None) for key in ("registers", "stack", "shared")
-    }
-    reasons = (f"{row['kernel']}: {reason}" for row in read for reason in row["failures"])
+    numbers = ("registers", "stack", "shared")
+    worst = {key: max((row[key] for row in read if key in row), default=None) for key in numbers}
+    reasons = (f"{row['kernel']}: {why}" for row in read for why in row["failures"])
     return {**worst, "rejected": next(reasons, None)}
 
 
-def _timed(case: Case, options: Namespace, shipped: Tried | None) -> Tried:
+def _timed(case: Case, options: Namespace, shipped: Row | None) -> Row:
     try:
         with use("triton"):
-            work = case.make(options.samples or case.samples, DEVICE)
+            work = case.make(options.samples or case.samples, DEVICE.type)
             fill(work)
             mode = "full" if work.differentiated else "fwd"
             error = accuracy.error(work.kernels, work, mode)
             most = MOST_ERROR * shipped["error"] if shipped and "error" in shipped else math.inf
             if not error <= most:
                 return {"error": error, "rejected": f"its error is {error:.1e}, more than {most:.1e}"}
-            timing = measure(captured(call_in_mode(work.kernels, work, mode)), torch.device(DEVICE), options.seconds)
+            call = captured(in_mode(work.kernels, work, mode))
+            return {"error": error, **quantiles(measure(call, DEVICE, options.seconds))}
     except Exception as failure:  # of whatever a candidate asks too much of: the others are still tried
-        return {"rejected": f"{type(failure).__name__}: {(str(failure).strip().splitlines() or [''])[0][:200]}"}
-    return {"error": error, "median_ms": timing.median, "p20_ms": timing.p20, "p80_ms": timing.p80}
+        return {"rejected": reason(failure)}
 
 
-def replacements(tried: list[Tried]) -> list[str]:
+def replacements(tried: list[Row]) -> list[str]:
     """For each table and size the row that is fastest over all cases that asked for it, unless that is the shipped one."""
     times: dict[Any, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for one in tried:
@@ -160,34 +150,22 @@ def replacements(tried: list[Tried]) -> list[str]:
     lines = []
     for (table, arch, _), rows in sorted(times.items()):
         shipped = {case: time for case, time in rows.pop("shipped").items() if time < math.inf}
-        ratios = {
-            row: _mean(own.get(case, math.inf) / time for case, time in shipped.items()) for row, own in rows.items()
+        if not shipped:  # nothing to be faster than
+            continue
+        logs = {
+            row: [math.log(own.get(case, math.inf) / time) for case, time in shipped.items()]
+            for row, own in rows.items()
         }
-        row, ratio = min(ratios.items(), key=lambda item: item[1], default=("", math.inf))
+        row, ratio = min(((row, math.exp(fmean(own))) for row, own in logs.items()), key=itemgetter(1), default=("", 1))
         if ratio < FASTER:
             lines.append(f"{table}, sm_{arch}: {row},  # {ratio:.0%} of the shipped row's time")
     return lines
 
 
-def _mean(ratios: Iterator[float]) -> float:
-    """Of ratios: geometric. Of none: infinity, there is nothing to be faster than."""
-    listed = list(ratios)
-    return math.prod(listed) ** (1 / len(listed)) if listed else math.inf
-
-
-def formatted(row: Row) -> str:
+def formatted(row: tuple) -> str:
     """As it would stand in a table."""
     values = (getattr(value, "__name__", "UNBOUNDED" if value == UNBOUNDED else repr(value)) for value in row)
     return f"{type(row).__name__}({', '.join(values)})"
-
-
-def _print(tried: Tried) -> None:
-    start = f"{tried['case']:<55} {tried['table']:<24} {tried['row']:<60}"
-    numbers = f"{tried['registers']} registers, {tried['stack']} bytes spilled, {tried['shared']} shared"
-    end = "" if "median_ms" not in tried else f", {tried['median_ms']:.4f} ms, error {tried['error']:.1e}"
-    end += " (shipped)" if tried["shipped"] else ""
-    end += f" REJECTED: {tried['rejected']}" if tried["rejected"] else ""
-    print(f"{start} {numbers}{end}", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from unittest import mock
 
 import torch
 from torch import Tensor
 
+from benchmarks.command import Unavailable
 from pdfast_kernels import dispatch, reference, use
 from pdfast_kernels.adam_ema import AdamEma
 from pdfast_kernels.attention import attention, attention_packed
@@ -20,6 +22,7 @@ from pdfast_kernels.group_norm_attention import group_norm_attention
 from pdfast_kernels.launch import Launch, recorded
 
 EPS = 1e-6
+Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def ddim_step_work(
     samples: int,
     device: str,
     channels: int,
-    size: tuple[int, int],
+    size: Size,
     dtype: torch.dtype,
     parts: int,
     channels_last: bool,
@@ -76,10 +79,10 @@ def ddim_step_work(
     z = _image(samples, channels, size, dtype, device, channels_last).requires_grad_()
     output = _image(samples, parts * channels, size, dtype, device, channels_last).requires_grad_()
     index = torch.zeros(samples, dtype=torch.int64, device=device)
-    table = _column(device, steps), _column(device, steps, parts), index
+    inputs = z, output, _column(device, steps), _column(device, steps, parts), index
     return Work(
-        kernels=lambda: ddim_step(z, output, *table),
-        plain=lambda: reference.ddim_step(z, output, *table),
+        kernels=lambda: ddim_step(*inputs),
+        plain=lambda: reference.ddim_step(*inputs),
         reads=[z, output, index],
         differentiated=[z, output],
         reads_again=[index],
@@ -87,16 +90,9 @@ def ddim_step_work(
 
 
 def loss_work(
-    samples: int,
-    device: str,
-    channels: int,
-    size: tuple[int, int],
-    dtype: torch.dtype,
-    parts: int,
-    channels_last: bool,
-    steps: int,
+    samples: int, device: str, channels: int, size: Size, dtype: torch.dtype, parts: int, channels_last: bool, steps: int,
     and_grad: bool,
-) -> Work:
+) -> Work:  # fmt: skip
     """With `and_grad` the function that returns the loss and its gradient at once. Without it nothing need be read
     again either: one pass over the tensors gives both."""
     z = _image(samples, channels, size, torch.float32, device, channels_last)
@@ -104,19 +100,12 @@ def loss_work(
     index = torch.zeros(samples, dtype=torch.int64, device=device)
     a, weight = (_column(device, steps) for _ in range(2))
     inputs = output, z, *teacher, a, *(_column(device, steps, parts) for _ in range(3)), weight, index
-    reads = [output, z, *teacher, index]
+    ours, plain = ddim_step_weighted_loss, reference.ddim_step_weighted_loss
     if and_grad:
-        return Work(
-            kernels=lambda: ddim_step_weighted_loss_and_grad(*inputs, grad_scale=1.0),
-            plain=lambda: reference.ddim_step_weighted_loss_and_grad(*inputs, grad_scale=1.0),
-            reads=reads,
-        )
-    return Work(
-        kernels=lambda: ddim_step_weighted_loss(*inputs),
-        plain=lambda: reference.ddim_step_weighted_loss(*inputs),
-        reads=reads,
-        differentiated=[output.requires_grad_()],
-    )
+        ours = partial(ddim_step_weighted_loss_and_grad, grad_scale=1.0)
+        plain = partial(reference.ddim_step_weighted_loss_and_grad, grad_scale=1.0)
+    differentiated = [] if and_grad else [output.requires_grad_()]
+    return Work(lambda: ours(*inputs), lambda: plain(*inputs), [output, z, *teacher, index], [], differentiated)
 
 
 def adam_ema_work(samples: int, device: str, sizes: tuple[int, ...], gradient_dtype: torch.dtype) -> Work:
@@ -136,14 +125,7 @@ def adam_ema_work(samples: int, device: str, sizes: tuple[int, ...], gradient_dt
 
 
 def group_norm_work(
-    samples: int,
-    device: str,
-    channels: int,
-    size: tuple[int, int],
-    dtype: torch.dtype,
-    groups: int,
-    film: bool,
-    silu: bool,
+    samples: int, device: str, channels: int, size: Size, dtype: torch.dtype, groups: int, film: bool, silu: bool
 ) -> Work:
     x = _image(samples, channels, size, dtype, device).requires_grad_()
     weight, bias = (torch.zeros(channels, device=device, requires_grad=True) for _ in range(2))
@@ -154,51 +136,36 @@ def group_norm_work(
     def call(function: Callable[..., Tensor]) -> Tensor:
         return function(x, groups, weight, bias, EPS, scale=scale, shift=shift, silu=silu)
 
-    return Work(
-        kernels=lambda: call(group_norm),
-        plain=lambda: call(reference.group_norm),
-        reads=inputs,
-        differentiated=inputs,
-        reads_again=inputs if silu else [x, weight, *([scale] if film else [])],
-    )
+    again = inputs if silu else [x, weight, *([scale] if film else [])]
+    return Work(lambda: call(group_norm), lambda: call(reference.group_norm), inputs, [], inputs, again)
 
 
 def attention_work(
     samples: int, device: str, positions: int, heads: int, head_dim: int, dtype: torch.dtype, packed: bool
 ) -> Work:
-    shape = (samples, positions, heads, head_dim)
-    if packed:
-        inputs = [torch.zeros(samples, positions, 3, heads, head_dim, dtype=dtype, device=device, requires_grad=True)]
-    else:
-        inputs = [torch.zeros(shape, dtype=dtype, device=device, requires_grad=True) for _ in range(3)]
-    plain = reference.attention_packed if packed else reference.attention
-    return Work(
-        kernels=lambda: attention_packed(*inputs) if packed else attention(*inputs),
-        plain=lambda: plain(*inputs),
-        reads=inputs,
-        differentiated=inputs,
-        reads_again=inputs,
-    )
+    shape = (samples, positions, *((3,) if packed else ()), heads, head_dim)
+    inputs = [torch.zeros(shape, dtype=dtype, device=device, requires_grad=True) for _ in range(1 if packed else 3)]
+    ours, plain = (attention_packed, reference.attention_packed) if packed else (attention, reference.attention)
+    return Work(lambda: ours(*inputs), lambda: plain(*inputs), inputs, [], inputs, inputs)
 
 
 def group_norm_attention_work(
-    samples: int, device: str, channels: int, size: tuple[int, int], dtype: torch.dtype, groups: int, heads: int
+    samples: int, device: str, channels: int, size: Size, dtype: torch.dtype, groups: int, heads: int
 ) -> Work:
     x = _image(samples, channels, size, dtype, device).requires_grad_()
     shapes = ((channels,), (channels,), (3 * channels, channels), (3 * channels,), (channels, channels), (channels,))
     parameters = [torch.zeros(shape, device=device, requires_grad=True) for shape in shapes]
+    tensors, inputs = [x, *parameters], (x, groups, *parameters, heads)
     return Work(
-        kernels=lambda: group_norm_attention(x, groups, *parameters, heads),
-        plain=lambda: reference.group_norm_attention(x, groups, *parameters, heads),
-        reads=[x, *parameters],
-        differentiated=[x, *parameters],
-        reads_again=[x, *parameters],
+        kernels=lambda: group_norm_attention(*inputs),
+        plain=lambda: reference.group_norm_attention(*inputs),
+        reads=tensors,
+        differentiated=tensors,
+        reads_again=tensors,
     )
 
 
-def diffuse_work(
-    samples: int, device: str, channels: int, size: tuple[int, int], dtype: torch.dtype, flip: bool
-) -> Work:
+def diffuse_work(samples: int, device: str, channels: int, size: Size, dtype: torch.dtype, flip: bool) -> Work:
     images = torch.zeros(samples, *size, channels, dtype=torch.uint8, device=device)
     phi = torch.zeros(samples, device=device)
     flips = torch.zeros(samples, dtype=torch.bool, device=device) if flip else None
@@ -222,7 +189,32 @@ def _column(device: str, *shape: int) -> Tensor:
 
 
 def _image(
-    samples: int, channels: int, size: tuple[int, int], dtype: torch.dtype, device: str, channels_last: bool = True
+    samples: int, channels: int, size: Size, dtype: torch.dtype, device: str, channels_last: bool = True
 ) -> Tensor:
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return torch.zeros(samples, channels, *size, dtype=dtype, device=device).contiguous(memory_format=layout)
+
+
+def fill(work: Work) -> None:
+    """With numbers: zeros cost less power than what a user has. Matrices such that products are of about 1."""
+    generator = torch.Generator(work.reads[0].device).manual_seed(0)
+    for tensor in {id(t): t.data for t in [*work.reads, *work.differentiated]}.values():
+        if tensor.is_floating_point():
+            tensor.normal_(generator=generator)
+            if tensor.dim() == 2:
+                tensor.div_(tensor.shape[1] ** 0.5)
+            if work.writes:  # an optimizer's second moments are not negative
+                tensor.abs_()
+
+
+def in_mode(forward: Callable[[], Tensor], work: Work, mode: str) -> Callable[[], object]:
+    """What is timed of a call that does the work: its forward (fwd), its backward (bwd), or both (full)."""
+    if mode == "fwd":
+        return torch.no_grad()(forward)
+    result = forward()
+    gradient = torch.ones_like(result)
+    if mode == "full":
+        return lambda: torch.autograd.grad(forward(), work.differentiated, gradient, allow_unused=True)
+    if result.grad_fn is None:
+        raise Unavailable("its result has no gradient")
+    return lambda: torch.autograd.grad(result, work.differentiated, gradient, retain_graph=True, allow_unused=True)

@@ -36,7 +36,7 @@ def lines(run):
     return log.read_text().count("\n") if log.exists() else 0
 
 
-def kill_at_random(run, seed, kills):
+def kill_at_random(run, seed, kills, *flags):
     """SIGKILL the command at `kills` seeded moments of its life, then let it end; returns how often it was really killed.
 
     A moment is a number of logged lines, which no other load of the machine moves, and part of a second more.
@@ -44,7 +44,7 @@ def kill_at_random(run, seed, kills):
     moments = random.Random(seed)
     killed, lines_in_all = 0, (150 + 2 * 60) // 5
     for _ in range(kills):
-        process = spawn("distill", *LONGER, "--log-every", "5", "--run", str(run))
+        process = spawn("distill", *LONGER, "--log-every", "5", "--run", str(run), *flags)
         reached = lines(run) + moments.randint(0, lines_in_all // (kills + 1))
         while process.poll() is None and lines(run) < reached:
             time.sleep(0.02)
@@ -54,7 +54,7 @@ def kill_at_random(run, seed, kills):
             process.send_signal(signal.SIGKILL)
             process.communicate()
             killed += 1
-    assert call("distill", *LONGER, "--run", str(run)) == 0
+    assert call("distill", *LONGER, "--run", str(run), *flags) == 0
     return killed
 
 
@@ -68,6 +68,20 @@ def test_killed_at_random_moments(undisturbed, tmp_path):
 def test_killed_many_times(undisturbed, tmp_path, seed):
     assert kill_at_random(tmp_path / "run", seed, 5) > 0
     assert results(tmp_path / "run") == undisturbed
+
+
+@pytest.mark.gpu
+def test_killed_on_a_gpu(tmp_path):
+    """In bf16, compiled and as a CUDA graph; each update is in the log once, and the report is there."""
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    run = tmp_path / "run"
+    assert kill_at_random(run, 0, 2, "--device", "cuda", "--log-every", "1") > 0
+    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    for steps, updates in ((None, 150), (2, 60), (1, 60)):
+        seen = [entry["update"] for entry in entries if "update" in entry and entry.get("steps") == steps]
+        assert seen == list(range(1, updates + 1))
+    assert all((run / name).exists() for name in (*RESULTS, "report.html"))
 
 
 class Killed(BaseException):

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.step`, `.safety` and `.resume` on the CPU, with a network that trains in milliseconds."""
+"""`python -m benchmarks.step`, `.first` and `.safety` on the CPU, with a network that trains in milliseconds."""
 
 import gzip
 import json
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import clocks, first, resume, rivals, safety, step, updates
+from benchmarks import first, ours, rivals, safety, step, timing, updates
 from pdfast.presets import PRESETS
 from tests.commands import TINY_NETWORK
 
@@ -24,7 +24,7 @@ def tiny(monkeypatch):
     both = replace(network, prediction="both", num_classes=3, attention_resolutions=(8,), image_channels=3)
     for name, shape in {"digits": network, "imagenet64": both}.items():
         monkeypatch.setitem(PRESETS, name, replace(PRESETS[name], network=shape, batch_size=4))
-    monkeypatch.setattr(step, "peak_flops", lambda *_: 1e10)  # half a second for each, in bf16
+    monkeypatch.setitem(timing.CEILING_SIZE, "cpu", 32)
     monkeypatch.setattr("pdfast.engine.machine.peak_flops", lambda *_: 1e10)
     monkeypatch.setitem(sys.modules, "diffusers", None)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
@@ -44,7 +44,7 @@ def test_rows(tmp_path, capsys):
     assert [row["provider"] for row in rows] == ["eager", "pdfast", "compile", "diffusers", "diffusers"]
     for row in rows[:3]:
         assert row["error"] < 1e-4 and (row["preset"], row["batch"], row["dtype"]) == ("digits", 4, "fp32")
-        assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] and row["updates"] >= 5
+        assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] and row["calls"] >= 5
         assert row["images_per_second"] == pytest.approx(4000 / row["median_ms"])
         assert row["mfu"] == pytest.approx(row["tflop_s"] / header["matmul_tflop_s"]) and row["mfu"] > 0
         assert 4 * 4 * row["parameters"] < row["peak_mib"] * 2**20  # two networks and Adam's moments
@@ -69,14 +69,14 @@ def test_other_networks_and_the_breakdown(tmp_path):
 
 def test_stages_are_between_marks(monkeypatch):
     now = iter([0.0, 1.0, 3.0, 4.0, 8.0])
-    monkeypatch.setattr(clocks.time, "perf_counter", lambda: next(now))
-    stopwatch = clocks.Stopwatch(torch.device("cpu"))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(now))
+    stopwatch = timing.Stopwatch(torch.device("cpu"))
 
     def call():
         for stage in ("teacher", "student forward", "backward", "student forward"):
             stopwatch.mark(stage)
 
-    assert stopwatch._stages(call) == {"teacher": 1000, "student forward": 6000, "backward": 1000}
+    assert stopwatch.stages(call) == {"teacher": 1000, "student forward": 6000, "backward": 1000}
 
 
 def test_peak_memory():
@@ -86,7 +86,7 @@ def test_peak_memory():
         for _ in range(3):
             torch.zeros(1 << 18) + 1
 
-    assert clocks.peak_mib(call, torch.device("cpu"), [kept, kept.view(2, -1)]) == pytest.approx(3, abs=0.1)
+    assert timing.peak_mib(call, torch.device("cpu"), [kept, kept.view(2, -1)]) == pytest.approx(3, abs=0.1)
 
 
 @pytest.mark.parametrize("provider", ["pdfast", "eager"])
@@ -97,7 +97,7 @@ def test_a_wrong_provider_is_seen(tmp_path, monkeypatch, provider):
         published = rivals.distillation_losses
 
         def wrong(teacher, student, batch, *others):
-            return published(teacher, student, replace(batch, x=1.1 * batch.x), *others)
+            return published(teacher, student, batch._replace(x=1.1 * batch.x), *others)
 
         monkeypatch.setattr(rivals, "distillation_losses", wrong)
     [row] = run(tmp_path, "--providers", provider)["rows"]
@@ -108,7 +108,7 @@ def test_every_update_learns():
     """The weights move by about the learning rate, as Adam's do."""
     with updates.open_setting(PRESETS["digits"], torch.device("cpu"), 4, step.EngineConfig()) as (setting, machine):
         for update in (
-            updates.Pdfast(setting, machine("off")),
+            ours.Pdfast(setting, machine("off")),
             rivals.eager(setting),
             rivals.compiled(setting, "default"),
         ):
@@ -177,13 +177,11 @@ def test_first_things_first(tmp_path, monkeypatch, capsys):
     flags = f"--device cpu --preset digits --batch 4 --seconds 0.01 --json {file}"
     assert first.main(flags.split()) == 0
     report = json.loads(file.read_text())
-    assert report["installed"]["numpy"] == np.__version__ and report["installed"]["pytest"]
-    kinds = [
-        (row["end"], row["of"]) for row in report["convolutions"] if row["network"] == "digits" and row["tf32"] == "on"
-    ]
+    assert report["header"]["numpy"] == np.__version__ and report["header"]["pytest"]
+    kinds = [(row["end"], row["of"]) for row in report["rows"] if row["network"] == "digits" and row["tf32"] == "on"]
     of_in, of_out = (["forward", "weight gradient"], ["forward", "input gradient", "weight gradient"])
     assert kinds == [*[("conv_in", of) for of in of_in], *[("conv_out", of) for of in of_out]]
-    assert len(report["convolutions"]) == 20 and all(row["ms"] > 0 for row in report["convolutions"])
+    assert len(report["rows"]) == 20 and all(row["ms"] > 0 for row in report["rows"])
     assert report["update"]["median_ms"] > 0 and report["update"]["kernels"][0]["ms"] > 0
     assert json.load(gzip.open(tmp_path / "first.trace.json.gz"))["traceEvents"]
     assert "ms an update" in capsys.readouterr().out
@@ -198,13 +196,13 @@ def test_list(capsys):
 @pytest.mark.parametrize(
     "command, arguments, message",
     [
-        (step, ["--batch", "0"], "--batch is at least 1"),
-        (step, ["--seconds", "0"], "--micro-batches is at least 1, --seconds more than 0"),
+        (step, ["--batch", "0"], "argument --batch: 0 is no whole number of at least 1"),
+        (step, ["--seconds", "0"], "argument --seconds: 0 is not more than 0"),
         (step, ["--preset", "nothing"], "argument --preset: invalid choice: 'nothing'"),
         (step, ["--json", "/nowhere/at/all"], "/nowhere/at/all is no file that could be written"),
         (step, ["--batch", "3", "--micro-batches", "2"], "--train.batch-size 3 must be a multiple of 2"),
         (safety, ["--updates", "1"], "--updates is at least 2"),
-        (resume, ["--json", "/nowhere/at/all"], "/nowhere/at/all is no file that could be written"),
+        (safety, ["--json", "/nowhere/at/all"], "/nowhere/at/all is no file that could be written"),
     ],
 )
 def test_bad_arguments_are_one_line(capsys, command, arguments, message):

@@ -71,6 +71,7 @@ def test_what_is_rejected_is_not_timed(monkeypatch, capsys):
     monkeypatch.setattr(tune.static, "read", read)
     monkeypatch.setattr(tune, "_timed", timed)
     monkeypatch.setattr(tune, "_arch", lambda parser, options: 90)
+    monkeypatch.setattr(tune, "DEVICE", torch.device("cpu"))
     assert tune.main(["--case", LOSS]) == 0
     assert len(times) == len(set(times)) == 16 and max(times) == (4096, 16) and times[0] == (1024, 4)
     printed = capsys.readouterr().out.splitlines()
@@ -81,7 +82,7 @@ def test_what_is_rejected_is_not_timed(monkeypatch, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the kernels are not interpreted")
 def test_timing_one_row(monkeypatch):
     """In the interpreter, which stands in for the GPU."""
-    monkeypatch.setattr(tune, "DEVICE", "cpu")
+    monkeypatch.setattr(tune, "DEVICE", torch.device("cpu"))
     monkeypatch.setattr(tune, "captured", lambda call: call)
     options = Namespace(samples=1, seconds=0.001)
     for op in ("ddim_step", "adam_ema"):
@@ -104,19 +105,19 @@ def dry_run(folder, *arguments):
 
 def test_a_dry_run_compiles_every_candidate(tmp_path):
     report = dry_run(tmp_path, "--case", LOSS, "--arch", "80")
-    assert report["header"]["arch"] == 80 and report["header"]["commit"] and report["rows"] == []
-    assert [one["shipped"] for one in report["tried"]] == [True] + [False] * 19
-    for one in report["tried"]:
+    assert report["header"]["arch"] == 80 and report["header"]["commit"] and report["best"] == []
+    assert [one["shipped"] for one in report["rows"]] == [True] + [False] * 19
+    for one in report["rows"]:
         assert one["registers"] >= 16 and one["arch"] == 80 and "median_ms" not in one
-    assert report["tried"][0]["rejected"] is None and report["tried"][0]["row"] == "Blocks(3072, 1024, 4)"
-    narrow = next(one for one in report["tried"] if one["row"] == "Blocks(3072, 512, 8)")
+    assert report["rows"][0]["rejected"] is None and report["rows"][0]["row"] == "Blocks(3072, 1024, 4)"
+    narrow = next(one for one in report["rows"] if one["row"] == "Blocks(3072, 512, 8)")
     assert narrow["rejected"].startswith("ddim_step_weighted_loss._forward: narrow: ")
 
 
 @pytest.mark.slow
 def test_a_row_that_spills_is_rejected(tmp_path):
     report = dry_run(tmp_path, "--case", "adam_ema whole vectors, fp32 gradients")
-    spilled = [one for one in report["tried"] if one["stack"]]
+    spilled = [one for one in report["rows"] if one["stack"]]
     assert spilled and all(one["rejected"].startswith("adam_ema._step: spills: ") for one in spilled)
 
 

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks import gate, machine_code, static
+from benchmarks import machine_code, static
 from benchmarks.cases import Case
 from pdfast_kernels.launch import Launch
 
@@ -105,14 +105,16 @@ def report(arch: int) -> None:
     everything = {}
     for name, launch in _launches().items():
         code = machine_code.read(launch, arch)
-        reasons = gate.failures(code, gate.main_arguments(launch, [launch]), width=128, tensor_cores=True)
+        reasons = machine_code.failures(
+            code, machine_code.main_arguments(launch, [launch]), width=128, tensor_cores=True
+        )
         everything[name] = {"failures": reasons, **dataclasses.asdict(code)}
     print(json.dumps(everything))
 
 
 def fail() -> int:
     """The command itself, with one case that does not pass."""
-    case = Case("strided", "65536 elements", 1, make=lambda samples, device: None, width=128)
+    case = Case("strided", "", "65536 elements", 1, make=lambda samples, device: None, width=128)
     launches = {"forward": [_launches()["strided"]]}
     with mock.patch.multiple(static, all_cases=lambda: [case], launches=lambda *_: launches):
         return static.main(["--arch", "90"])

@@ -17,16 +17,12 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from benchmarks.accesses import BULK, Access, Place, accesses_of
+from benchmarks.machine_code.ptx import BULK, Access, Place, accesses_of
 from pdfast_kernels.launch import Launch
 
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)")
 _LINE = re.compile(r'^\s*//## File "(.*)", line (\d+)')
-LOADS, STORES = ("LDG", "LDGSTS", "UBLKCP", "UTMALDG"), ("STG", "UTMASTG")
-SPILLS = ("LDL", "STL")
-ATOMICS = ("ATOM", "ATOMG", "RED", "REDG", "UTMAREDG")
-_MATRIX = re.compile(r"[HIQBO]G?MMA|UTC\w*MMA")
-_FLOAT64 = re.compile(r"D(ADD|MUL|FMA|SETP|MNMX|MMA)\b|.*\.F64\b|.*64H\b")
+LOADS, STORES = r"LDG|LDGSTS|UBLKCP|UTMALDG", r"STG|UTMASTG"
 
 
 @dataclass(frozen=True)
@@ -99,41 +95,39 @@ def _code(name: str, arch: int, num_warps: int, compiled: Any, parameters: list[
     counts, narrowest = _instructions(sass)
     accesses, lines = accesses_of(compiled.asm["ptx"], parameters)
     narrowed = {
-        argument: f"{bits} bits instead of {lines[place].bits} in line {place[1]} of {place[0]}"
+        argument: f"{bits} bits instead of {least} in line {place[1]} of {place[0]}"
         for place, bits in sorted(narrowest.items(), reverse=True)
-        if place in lines and bits < lines[place].bits
-        for argument in lines[place].arguments
+        for argument, least in lines.get(place, {}).items()
+        if bits < least
     }
 
-    def opcodes(*names: str) -> dict[str, int]:
-        return _sorted(Counter({m: n for m, n in counts.items() if _opcode(m) in names}))
-
-    def by_width(*names: str) -> dict[str, int]:
+    def counted(opcodes: str, named=lambda mnemonic: mnemonic) -> dict[str, int]:
         total = Counter()
-        for mnemonic, n in opcodes(*names).items():
-            bits = _bits(mnemonic)
-            total[_opcode(mnemonic) if bits == BULK else f"{_opcode(mnemonic)}.{bits}"] += n
-        return _sorted(total)
+        for mnemonic, n in counts.items():
+            if re.fullmatch(opcodes, mnemonic.partition(".")[0]):
+                total[named(mnemonic)] += n
+        return dict(sorted(total.items()))
 
-    matrix = Counter()
-    for mnemonic, n in counts.items():
-        if _MATRIX.fullmatch(_opcode(mnemonic)):
-            matrix[_opcode(mnemonic)] += n
+    def by_width(mnemonic: str) -> str:
+        bits, opcode = _bits(mnemonic), mnemonic.partition(".")[0]
+        return opcode if bits == BULK else f"{opcode}.{bits}"
+
+    float64 = {m: n for m, n in counts.items() if re.match(r"D(ADD|MUL|FMA|SETP|MNMX|MMA)\b|.*\.F64\b|.*64H\b", m)}
     return Code(
         kernel=name,
         arch=arch,
         num_warps=num_warps,
         registers=registers,
         stack=stack,
-        spills=opcodes(*SPILLS),
+        spills=counted("LDL|STL"),
         shared=compiled.metadata.shared,
         tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
         instructions=counts.total(),
-        loads=by_width(*LOADS),
-        stores=by_width(*STORES),
-        matrix=_sorted(matrix),
-        float64=_sorted(Counter({m: n for m, n in counts.items() if _FLOAT64.match(m)})),
-        atomics=opcodes(*ATOMICS),
+        loads=counted(LOADS, by_width),
+        stores=counted(STORES, by_width),
+        matrix=counted(r"[HIQBO]G?MMA|UTC\w*MMA", lambda mnemonic: mnemonic.partition(".")[0]),
+        float64=dict(sorted(float64.items())),
+        atomics=counted("ATOM|ATOMG|RED|REDG|UTMAREDG"),
         multiplies="tt.dot" in compiled.asm["ttir"],
         accesses=accesses,
         narrowed=narrowed,
@@ -146,30 +140,19 @@ def _run(*command: str) -> str:
 
 def _instructions(sass: str) -> tuple[Counter[str], dict[Place, int]]:
     """How often each instruction stands in the code, and the narrowest access of global memory of each source line."""
-    counts, narrowest = Counter(), {}
-    place = ("", 0)
+    counts, narrowest, place = Counter(), {}, ("", 0)
     for line in sass.splitlines():
         if moved := _LINE.match(line):
             place = moved[1].rpartition("/")[2], int(moved[2])
         elif instruction := _INSTRUCTION.match(line):
             mnemonic = instruction[1]
             counts[mnemonic] += 1
-            if _opcode(mnemonic) in LOADS + STORES:
+            if re.fullmatch(f"{LOADS}|{STORES}", mnemonic.partition(".")[0]):
                 narrowest[place] = min(narrowest.get(place, BULK), _bits(mnemonic))
     return counts, narrowest
 
 
-def _opcode(mnemonic: str) -> str:
-    return mnemonic.partition(".")[0]
-
-
 def _bits(mnemonic: str) -> int:
     """LDG.E.128 -> 128, LDG.E.U16 -> 16, LDG.E -> 32."""
-    if _opcode(mnemonic).startswith("U"):
-        return BULK
     widths = re.findall(r"\.[US]?(8|16|64|128|256)(?=\.|$)", mnemonic)
-    return int(widths[0]) if widths else 32
-
-
-def _sorted(counts: Counter[str]) -> dict[str, int]:
-    return dict(sorted(counts.items()))
+    return BULK if mnemonic.startswith("U") else int(widths[0]) if widths else 32

@@ -19,8 +19,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from benchmarks.accesses import IN_MEMORY
-from benchmarks.machine_code import Code
+from benchmarks.machine_code.code import Code
+from benchmarks.machine_code.ptx import IN_MEMORY
 from pdfast_kernels.launch import Launch
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -39,25 +39,24 @@ def main_arguments(launch: Launch, launches: list[Launch]) -> set[str]:
 
 def failures(code: Code, main: set[str], width: int, tensor_cores: bool) -> list[str]:
     """Why the kernel does not pass, one line each. `width`: of the accesses of main tensors, in bits, or 0 for any."""
-    reasons = []
-    if code.stack or code.spills:
-        reasons.append(f"spills: {code.stack} bytes of local memory a thread {_list(code.spills)}".rstrip())
-    if code.shared > SHARED_MEMORY[code.arch]:
-        reasons.append(f"shared memory: {code.shared} bytes a block, sm_{code.arch} has {SHARED_MEMORY[code.arch]}")
-    if code.tensor_memory > TENSOR_MEMORY:
-        reasons.append(f"tensor memory: {code.tensor_memory} columns a block, sm_{code.arch} has {TENSOR_MEMORY}")
-    if code.float64:
-        reasons.append(f"float64: {_list(code.float64)}")
-    if code.atomics:
-        reasons.append(f"atomics: {_list(code.atomics)}")
+    arch, cores = f"sm_{code.arch}", TENSOR_CORES[code.arch]
     narrow = [str(access) for access in code.accesses if access.bits < width and is_main(access.argument, main)]
-    reasons += [f"narrow: {', '.join(narrow)}"] if narrow else []
-    if width:
-        reasons += [f"narrowed: {name}, {where}" for name, where in code.narrowed.items() if is_main(name, main)]
-    if tensor_cores and code.multiplies and not any(re.fullmatch(TENSOR_CORES[code.arch], m) for m in code.matrix):
-        instead = _list(code.matrix) or "no matrix instruction at all"
-        reasons.append(f"tensor cores: no {TENSOR_CORES[code.arch]} but {instead}")
-    return reasons
+    narrowed = [f"{name}, {where}" for name, where in code.narrowed.items() if width and is_main(name, main)]
+    used = any(re.fullmatch(cores, mnemonic) for mnemonic in code.matrix)
+    instead = _list(code.matrix) or "no matrix instruction at all"
+    wrong = {
+        f"spills: {code.stack} bytes of local memory a thread {_list(code.spills)}".rstrip(): code.stack or code.spills,
+        f"shared memory: {code.shared} bytes a block, {arch} has {SHARED_MEMORY[code.arch]}": code.shared
+        > SHARED_MEMORY[code.arch],
+        f"tensor memory: {code.tensor_memory} columns a block, {arch} has {TENSOR_MEMORY}": code.tensor_memory
+        > TENSOR_MEMORY,
+        f"float64: {_list(code.float64)}": code.float64,
+        f"atomics: {_list(code.atomics)}": code.atomics,
+        f"narrow: {', '.join(narrow)}": narrow,
+        **{f"narrowed: {line}": True for line in narrowed},
+        f"tensor cores: no {cores} but {instead}": tensor_cores and code.multiplies and not used,
+    }
+    return [reason for reason, applies in wrong.items() if applies]
 
 
 def is_main(argument: str, main: Collection[str]) -> bool:

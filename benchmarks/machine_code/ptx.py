@@ -6,14 +6,12 @@ made of. An address that itself came out of memory (a table of pointers) leads t
 
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
 IN_MEMORY = "an address in memory"
 BULK = 1024
 """Stands for the width of an access by the copy engine, which moves whole tiles."""
-
 SCRATCH = ("scratch memory", "profiling memory")
 """The two pointers that Triton adds to every kernel's parameters."""
 
@@ -34,14 +32,6 @@ class Access:
         return f"{self.count} {width} of {self.argument}"
 
 
-@dataclass
-class Line:
-    """What a source line accesses: the narrowest of its accesses, in bits, and all the arguments."""
-
-    bits: int
-    arguments: set[str]
-
-
 _STATEMENT = re.compile(r"^(?:@!?%\w+\s+)?([a-z][\w.:]*)\s+(.+)$")
 _LOC = re.compile(r"^\.loc\s+(\d+)\s+(\d+)")
 _FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"(.*?)"', re.MULTILINE)
@@ -51,41 +41,42 @@ _GLOBAL = re.compile(r"(ld|st)\.(\w+\.)*global\b")
 _WIDTH = re.compile(r"\.(?:v(\d+)\.)?[bfus](8|16|32|64|128)$")
 
 
-def accesses_of(ptx: str, parameters: list[str | None]) -> tuple[tuple[Access, ...], dict[Place, Line]]:
-    """The accesses, in all and by source line. `parameters`: the kernel's in order, the pointers by name."""
+def accesses_of(ptx: str, parameters: list[str | None]) -> tuple[tuple[Access, ...], dict[Place, dict[str, int]]]:
+    """The accesses in all, and of each source line its arguments, with the narrowest access's bits.
+
+    parameters: the kernel's in order, the pointers by name.
+    """
     if (pointers := ptx.count(".ptr .global")) != (expected := len(parameters) - parameters.count(None) + len(SCRATCH)):
         raise ValueError(f"the kernel has {pointers} pointers in PTX and {expected} in its signature")
-    definitions: dict[str, list[str]] = {}
+    made_of: dict[str, list[str]] = {}
     found: list[tuple[Place, str, int, str]] = []  # kind, bits, address
-    files = {int(number): path.rpartition("/")[2] for number, path in _FILE.findall(ptx)}
+    files = {number: path.rpartition("/")[2] for number, path in _FILE.findall(ptx)}
     place = ("", 0)
-    for statement in _statements(ptx):
+    for statement in re.split(r"[;\n]", re.sub("//.*", "", ptx)):
+        statement = statement.strip().lstrip("{ \t")
         if moved := _LOC.match(statement):
-            place = files[int(moved[1])], int(moved[2])
+            place = files[moved[1]], int(moved[2])
         elif parsed := _STATEMENT.match(statement):
-            if access := _access(*parsed.groups()):
+            opcode, operands = parsed.groups()
+            if access := _access(opcode, operands):
                 found.append((place, *access))
-            _define(definitions, *parsed.groups())
+            # What the results are made of: registers and parameters, nothing if they come out of memory.
+            results, _, sources = operands.partition("}" if operands.startswith("{") else ",")
+            from_memory = opcode.startswith(("ld.", "atom.")) and "param" not in opcode
+            for register in _REGISTER.findall(results):
+                made_of.setdefault(register, []).extend([] if from_memory else [sources])
     names = {n: name for n, name in enumerate([*parameters, *SCRATCH]) if name}
 
     @cache
     def origin(address: str) -> str:
-        return " or ".join(names[n] for n in _origins(definitions, address) if n in names) or IN_MEMORY
+        return " or ".join(names[n] for n in _origins(made_of, address) if n in names) or IN_MEMORY
 
     counts = Counter((origin(address), kind, bits) for _, kind, bits, address in found)
-    lines: dict[Place, Line] = {}
-    for place, _, bits, address in found:
-        line = lines.setdefault(place, Line(bits, set()))
-        line.bits = min(line.bits, bits)
-        line.arguments.add(origin(address))
+    narrowest = {place: min(bits for at, _, bits, _ in found if at == place) for place, *_ in found}
+    lines: dict[Place, dict[str, int]] = {}
+    for place, _, _, address in found:
+        lines.setdefault(place, {})[origin(address)] = narrowest[place]
     return tuple(Access(*what, count) for what, count in sorted(counts.items())), lines
-
-
-def _statements(ptx: str) -> Iterator[str]:
-    for line in ptx.splitlines():
-        for statement in line.partition("//")[0].split(";"):
-            if statement := statement.strip().lstrip("{ \t"):
-                yield statement
 
 
 def _access(opcode: str, operands: str) -> tuple[str, int, str] | None:
@@ -102,15 +93,7 @@ def _access(opcode: str, operands: str) -> tuple[str, int, str] | None:
     return None
 
 
-def _define(definitions: dict[str, list[str]], opcode: str, operands: str) -> None:
-    """Note what the statement's results are made of: registers and parameters, nothing if they come out of memory."""
-    results, _, sources = operands.partition("}" if operands.startswith("{") else ",")
-    made_of = [] if opcode.startswith(("ld.", "atom.")) and "param" not in opcode else [sources]
-    for register in _REGISTER.findall(results):
-        definitions.setdefault(register, []).extend(made_of)
-
-
-def _origins(definitions: dict[str, list[str]], address: str) -> list[int]:
+def _origins(made_of: dict[str, list[str]], address: str) -> list[int]:
     """The numbers of the 64-bit parameters an address is made of."""
     origins, seen, ahead = set(), set(), [address]
     while ahead:
@@ -119,5 +102,5 @@ def _origins(definitions: dict[str, list[str]], address: str) -> list[int]:
         new = set(_REGISTER.findall(text)) - seen
         seen |= new
         for register in new:
-            ahead.extend(definitions.get(register, ()))
+            ahead.extend(made_of.get(register, ()))
     return sorted(origins)

@@ -7,11 +7,9 @@ faster; `error` is the largest difference from plain PyTorch in float64, of the 
 gradients (bwd) or both (full).
 """
 
-import importlib.util
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,7 +24,6 @@ from pdfast_kernels import dispatch
 
 PASSES = {"fwd": ["forward"], "bwd": ["backward"], "full": ["forward", "backward"]}
 GRAPHS = {"off": (False,), "on": (True,), "both": (False, True)}
-FORMATS = (".png", ".svg")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,16 +36,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_measuring(0.2)
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="a figure, .png or .svg: needs matplotlib")
     options = parser.parse(arguments)
     cases = chosen_cases(parser, options)
     if options.list:
         print("\n".join(case.full_name for case in cases))
         return 0
-    if options.plot and options.plot.suffix not in FORMATS:
-        parser.error(f"--plot {options.plot}: its name must end in {' or '.join(FORMATS)}")
-    if options.plot and not importlib.util.find_spec("matplotlib"):
-        parser.error("--plot needs matplotlib, which is not installed")
     try:
         kernels = "Triton" if dispatch.triton_runs("pdfast", options.device, None) else "plain PyTorch"
     except ValueError as error:
@@ -64,8 +56,6 @@ def main(arguments: list[str] | None = None) -> int:
                 row = {"op": case.op, "case": case.name, "provider": provider, "mode": mode}
                 for measured in _measured(case, provider, mode, options, said):
                     report.add(row | measured)
-    if options.plot:
-        _plot(options.plot, report)
     return 0
 
 
@@ -108,32 +98,6 @@ def _measured(case: Case, provider: str, mode: str, options: Namespace, ceiling:
         except Exception as failure:
             rows.append({"graph": graph, "unavailable": reason(failure)})
     return rows
-
-
-def _plot(file: Path, report: Report) -> None:
-    """A panel for each operation and mode: over its cases, the rate of each provider, with and without CUDA graph. TFLOP/s
-    where there are matrix products, GB/s elsewhere; dashed, what the machine can do."""
-    from matplotlib.figure import Figure
-
-    panels: dict[Any, list[Row]] = {}
-    for row in report.rows:
-        if "unavailable" not in row:
-            panels.setdefault((row["op"], row["mode"]), []).append(row)
-    figure = Figure(figsize=(12, 7 * len(panels) or 2), layout="constrained")
-    figure.suptitle(", ".join(str(report.said[name]) for name in ("device", "torch", "triton", "commit")))
-    for n, ((op, mode), rows) in enumerate(panels.items()):
-        axes = figure.add_subplot(len(panels), 1, n + 1, title=f"{op} {mode}")
-        products = any(row["tflop_s"] for row in rows)
-        key, unit, most = ("tflop_s", "TFLOP/s", "matmul_tflop_s") if products else ("gb_s", "GB/s", "copy_gb_s")
-        for provider, graph in dict.fromkeys((row["provider"], row["graph"]) for row in rows):
-            own = [row for row in rows if (row["provider"], row["graph"]) == (provider, graph)]
-            label = f"{provider}{', graph' if graph else ''}"
-            axes.plot([row["case"] for row in own], [row[key] for row in own], "o:" if graph else "x-", label=label)
-        axes.axhline(report.said[most], color="grey", linestyle="--")
-        axes.tick_params("x", rotation=90, labelsize=7)
-        axes.set(ylabel=unit, ylim=(0, None))
-        axes.legend(fontsize=7, ncols=2)
-    figure.savefig(file)
 
 
 if __name__ == "__main__":

@@ -1,35 +1,18 @@
 """The update of `pdfast.distill`, made by its own parts: all that benchmarks of updates need of the engine."""
 
-from collections.abc import Callable
+import contextlib
 
 import torch
 from torch import Tensor
 
-from benchmarks.updates import Batch, Mark, Network, Setting, reference
+from benchmarks.updates import Batch, Network, Setting, reference
 from pdfast.diffusion import noise
 from pdfast.diffusion.noise import Stream
 from pdfast.distill import Rounds
 from pdfast.engine import layout
-from pdfast.engine.cost import parameters_and_flops
 from pdfast.engine.machine import Machine
 from pdfast.engine.optimizer import linear_decay
 from pdfast.report.evaluator import draw
-
-
-class _Watched:
-    """A network that says when it is called and when it returns."""
-
-    def __init__(self, network: torch.nn.Module, before: Callable[[], None], after: Callable[[], None]) -> None:
-        self._network, self._before, self._after = network, before, after
-
-    def __call__(self, *arguments: Tensor | None) -> Tensor:
-        self._before()
-        output = self._network(*arguments)
-        self._after()
-        return output
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._network, name)
 
 
 class Pdfast:
@@ -38,7 +21,6 @@ class Pdfast:
     def __init__(self, setting: Setting, machine: Machine) -> None:
         self.setting, self._machine = setting, machine
         self.dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}[machine.dtype]
-        self.cost = parameters_and_flops(setting.config.network)
         self._rounds = rounds = Rounds(setting.config, machine, setting.source, log=None)
         for network, weights in zip((rounds.teacher, rounds.student), setting.weights, strict=True):
             layout.set_weights(network, weights, machine.world)
@@ -79,28 +61,12 @@ class Pdfast:
     def tensors(self) -> list[Tensor]:
         return [*self._rounds.teacher.parameters(), *self._rounds.optimizer.state().values()]
 
-    def watch(self, mark: Mark) -> None:
-        rounds, optimize, last = self._rounds, self._rounds.optimizer.step, "diffuse"
+    def running(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
 
-        def end(stage: str) -> None:
-            nonlocal last
-            last = stage
-            mark(stage)
-
-        def marked_optimize(loss: Tensor) -> None:
-            end("backward")
-            optimize(loss)
-            end("optimizer")
-
-        def watched(network: torch.nn.Module, stage: str, between: dict[str, str], otherwise: str) -> _Watched:
-            return _Watched(network, lambda: end(between.get(last, otherwise)), lambda: end(stage))
-
-        rounds.optimizer.step = marked_optimize
-        rounds.teacher = watched(rounds.teacher, "teacher", {"teacher": "teacher"}, "diffuse")
-        # Before it, what is around the teacher; or the backward of the micro-batch before.
-        forward = "student forward"
-        rounds.student = watched(rounds.student, forward, {forward: "backward"}, "teacher")
-        rounds.run_update = self._machine.replayed(rounds._update)
+    def networks(self) -> tuple[Network, Network]:
+        self._rounds.run_update = self._rounds._update
+        return self._rounds.teacher, self._rounds.student
 
     def sample(self, steps: int) -> None:
         config, network, n = self.setting.config, self._rounds.student.eval(), self.setting.config.batch_size

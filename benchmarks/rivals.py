@@ -14,12 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.command import Unavailable
-from benchmarks.updates import Batch, Mark, Network, Setting, distillation_losses, reference
-from pdfast.diffusion import angles, ddim_coefficients
-from pdfast.engine.cost import parameters_and_flops
+from benchmarks.updates import Batch, Network, Setting, distillation_losses, reference
+from pdfast.diffusion import sample
 from pdfast.networks import NetworkConfig, UNet
 from pdfast.networks.layers import Conv2d
 from pdfast.teachers.pipeline import unet2d_arguments
@@ -78,24 +76,10 @@ class Rival:
         self._optimizer = torch.optim.AdamW(
             self._student.parameters(), lr=setting.config.learning_rate, weight_decay=0.0, fused=True if fused else None
         )
-        self.watch(lambda stage: None)
         self.losses, self._batch = torch.empty(0), None
 
-    @property
-    def cost(self) -> tuple[int, int]:
-        network = self.setting.config.network
-        if not isinstance(self._student, _Diffusers):
-            return parameters_and_flops(network)
-        with torch.device("meta"):
-            model = _Diffusers(network)
-            z, phi = torch.empty(1, *network.image_shape), torch.zeros(1)
-            cond = torch.zeros(1, dtype=torch.int64) if network.num_classes else None
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(z, phi, cond)
-        return sum(p.numel() for p in model.parameters()), counter.get_total_flops()
-
     @contextlib.contextmanager
-    def _as_they_run(self):
+    def running(self):
         # PyTorch's own defaults, where a run of ours has others, but for what the `compile` loop sets.
         flags = torch.backends.cudnn.flags(enabled=True, benchmark=self._fused, deterministic=False, allow_tf32=True)
         with flags, dispatch.use("reference"):
@@ -119,17 +103,14 @@ class Rival:
         return run
 
     def step(self) -> None:
-        with self._as_they_run():
+        with self.running():
             self._batch = batch = self._draw()
-            teacher, student = self._network(self._call_teacher), self._network(self._call_student)
-            losses = distillation_losses(teacher, student, batch, self.setting, torch.float32, self._mark)
+            losses = distillation_losses(*self.networks(), batch, self.setting, torch.float32)
             losses.mean().backward()
             self.losses = losses.detach()
-            self._mark("backward")
             nn.utils.clip_grad_norm_(self._student.parameters(), self.setting.config.clip)
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
-            self._mark("optimizer")
 
     def drawn(self) -> Batch:
         assert self._batch
@@ -151,8 +132,8 @@ class Rival:
         states = [value for state in self._optimizer.state.values() for value in state.values()]
         return [*self._teacher.parameters(), *self._student.parameters(), *states]
 
-    def watch(self, mark: Mark) -> None:
-        self._mark = mark
+    def networks(self) -> tuple[Network, Network]:
+        return self._network(self._call_teacher), self._network(self._call_student)
 
     @torch.no_grad()
     def sample(self, steps: int) -> None:
@@ -160,14 +141,10 @@ class Rival:
         n, classes = config.batch_size, config.network.num_classes
         z = torch.randn(n, *config.network.image_shape, device=device)
         labels = torch.randint(classes, (n,), device=device) if classes else None
-        phi = angles(config.schedule.build(), steps)
-        scale, shift = ddim_coefficients(config.network.prediction, phi[:-1], phi[:-1] - phi[1:])
-        with self._as_they_run():
-            network = self._network(self._call_teacher)
-            for here, a, b in zip(phi[:-1], scale, shift, strict=True):
-                output = network(z, here.float().expand(n).to(device), labels)
-                z = float(a) * z + sum(float(c) * o for c, o in zip(b, output.chunk(len(b), 1), strict=True))
-        ((z.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+        with self.running():
+            network, prediction = self.networks()[0], config.network.prediction
+            x = sample(network, z, config.schedule.build(), steps, cond=labels, prediction=prediction)
+        ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
 def eager(setting: Setting) -> Rival:

@@ -4,8 +4,8 @@ A row is a provider and a variant (`--list`) at a preset and a batch. `ms` is of
 weights; `TFLOP/s` is of five forwards (two of the teacher, three for the student's forward and backward), `MFU` of a large
 matrix product in bf16 or fp32, whichever is faster, measured in the same run; `MiB` is the most memory of an update, with
 the weights and the optimizer's state (on a CPU of tensors alone); `error` is the largest difference of a sample's loss from
-float64, of the largest loss, and tells a provider that computes something else. The breakdown is measured after, in
-updates of its own. On a CPU the variants take turns; on a GPU each has the device to itself.
+float64, of the largest loss, and tells a provider that computes something else. The breakdown is of the networks
+by themselves, measured after, and of the rest. On a CPU the variants take turns; on a GPU each has the device to itself.
 """
 
 import gc
@@ -25,9 +25,10 @@ import torch
 from benchmarks import rivals
 from benchmarks.command import Parser, Report, Row, count, header, reason
 from benchmarks.ours import Pdfast
-from benchmarks.timing import Stopwatch, ceilings, measure, peak_mib, quantiles
+from benchmarks.timing import captured, ceilings, measure, peak_mib, quantiles
 from benchmarks.updates import WARM_UP, Batch, Setting, distillation_losses, open_setting
 from pdfast.config import EngineConfig, OptimizerName
+from pdfast.engine.cost import parameters_and_flops
 from pdfast.errors import UsageError
 from pdfast.presets import PRESETS
 
@@ -129,9 +130,7 @@ def _lacks_memory(options: Namespace, name: str, batch: int, report: Report) -> 
                 variant.update = variant.build = None
                 report.add(variant.row)
             torch._dynamo.reset()
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            _free(device)
             if options.halve and any(LACKED in variant.row.get("unavailable", "") for variant in group):
                 return True
     return False
@@ -164,7 +163,7 @@ def _prepare(variant: Variant, setting: Setting) -> None:
     variant.update = update = variant.build()
     update.step()
     peak = peak_mib(lambda: [update.step() for _ in range(WARM_UP - 1)], device, update.tensors())
-    variant.row |= {"device": device.type, "dtype": update.dtype, "parameters": update.cost[0], "peak_mib": peak}
+    variant.row |= {"device": device.type, "dtype": update.dtype, "peak_mib": peak}
     variant.row["start_s"] = time.perf_counter() - began
     teacher, student = update.references()
     update.step()
@@ -182,14 +181,48 @@ def _conclude(variant: Variant, setting: Setting, options: Namespace, said: Row)
     """The rates, then what changes the update: its stages, and sampling from it."""
     row, update, batch = variant.row, variant.update, setting.config.batch_size
     row |= quantiles(variant.elapsed)
-    rate = 5 * update.cost[1] * batch / row["median_ms"] / 1e9
+    parameters, flops = parameters_and_flops(setting.config.network)
+    rate = 5 * flops * batch / row["median_ms"] / 1e9
     row |= {"images_per_second": 1e3 * batch / row["median_ms"], "tflop_s": rate, "mfu": rate / said["matmul_tflop_s"]}
-    stopwatch = Stopwatch(setting.device)
-    update.watch(stopwatch.mark)
-    row["breakdown_ms"] = stopwatch.medians(update.step, WARM_UP, options.seconds / 4)
+    row["parameters"] = parameters
+    try:
+        row["breakdown_ms"] = _breakdown(update, setting, options.seconds / 12, row["median_ms"])
+    except torch.cuda.OutOfMemoryError:  # the rest of the row stands
+        row["breakdown_ms"] = None
     for steps in SAMPLING_STEPS if options.sampling else ():
         times = measure(partial(update.sample, steps), setting.device, options.seconds / 8)
         row.setdefault("sampled_images_per_second", {})[str(steps)] = 1e3 * batch / median(times)
+
+
+def _breakdown(update: Any, setting: Setting, seconds: float, whole: float) -> dict[str, float]:
+    """Milliseconds of an update's two forwards of the teacher, the student's forward and its backward, and all the rest."""
+    parts, drawn = setting.config.engine.micro_batches, update.drawn()
+    (teacher, student), n = update.networks(), len(drawn.x)
+    _free(setting.device)
+    z, phi = drawn.x.float(), torch.ones(n, device=setting.device)
+
+    def timed(network: Any, count: int, backward: bool) -> float:
+        labels = None if drawn.labels is None else drawn.labels[:count]
+
+        def call() -> None:
+            with update.running(), torch.set_grad_enabled(backward):
+                output = network(z[:count], phi[:count], labels)
+                if backward:
+                    output.square().mean().backward()
+
+        graphed = setting.device.type == "cuda" and isinstance(update, Pdfast) and setting.config.engine.graph
+        return median(measure(captured(call) if graphed else call, setting.device, seconds))
+
+    twice, forward = 2 * timed(teacher, n, False), parts * timed(student, n // parts, False)
+    both = parts * timed(student, n // parts, True)
+    stages = {"teacher": twice, "student forward": forward, "backward": both - forward}
+    return stages | {"rest": whole - twice - both}
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _title(row: Row) -> str:

@@ -1,4 +1,4 @@
-"""How long a call takes and its stages, what memory it needs, and what the machine can do at most."""
+"""How long a call takes, what memory it needs, and what the machine can do at most."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 Call = Callable[[], object]
-CPU = torch.device("cpu")
 LEAST = 3  # calls
 CEILING_BYTES = {"cuda": 1 << 30, "cpu": 64 << 20}
 CEILING_SIZE = {"cuda": 8192, "cpu": 256}
@@ -84,47 +83,3 @@ def peak_mib(call: Call, device: torch.device, kept: Iterable[Tensor]) -> float:
             now += event.nbytes()
             most = max(most, now)
     return (sum(storages.values()) + most) / 2**20
-
-
-class Stopwatch:
-    """The milliseconds of stages: what is between two marks belongs to the stage that the second names.
-
-    On a GPU marks are events; those that were recorded into a CUDA graph are recorded again by each replay.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._marks: list[tuple[str, object]] = []
-        self._marking: list[tuple[str, object]] = []
-
-    def _now(self) -> object:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True, external=True)
-        event.record()
-        return event
-
-    def mark(self, stage: str) -> None:
-        """`stage` ends here."""
-        self._marking.append((stage, self._now()))
-
-    def stages(self, call: Call) -> dict[str, float]:
-        self._marking = []
-        last = self._now()
-        call()
-        if self._on_gpu:
-            torch.cuda.synchronize()
-        self._marks = self._marking or self._marks
-        spent: dict[str, float] = {}
-        for stage, moment in self._marks:
-            took = last.elapsed_time(moment) if self._on_gpu else 1e3 * (moment - last)  # type: ignore
-            spent[stage], last = spent.get(stage, 0.0) + took, moment
-        return spent
-
-    def medians(self, call: Call, warm_up: int, seconds: float) -> dict[str, float]:
-        """Of each stage, over calls for about `seconds` after the first `warm_up`."""
-        for _ in range(warm_up):
-            self.stages(call)
-        seen: list[dict[str, float]] = []
-        measure(lambda: seen.append(self.stages(call)), CPU, seconds)
-        return {stage: median(spent[stage] for spent in seen) for stage in seen[0]}

@@ -4,9 +4,9 @@ update.step()          one update, from getting the images to the new weights
 update.losses          float32 [n], each sample's, of the last step
 update.drawn()         what that step was about
 update.references()    teacher and student with the weights of now, in float64
-update.cost            parameters, and floating-point operations of one forward of one image
 update.tensors()       what it keeps between steps
-update.watch(mark)     from now on `mark(stage)` is called at the end of each of STAGES
+update.running()       what its networks are called within
+update.networks()      teacher and student, to be called by themselves from now on: a graph of the update is let go
 update.sample(steps)   draw a batch of images, down to uint8 on the host
 """
 
@@ -26,11 +26,9 @@ from pdfast.engine.machine import Machine, open_machine
 from pdfast.networks import NetworkConfig, UNet
 from pdfast_kernels import dispatch
 
-STAGES = ("diffuse", "teacher", "student forward", "backward", "optimizer")
 NUM_IMAGES = 4096
 WARM_UP = 4  # updates: compile, record a graph, and one more
 Network = Callable[..., Tensor]
-Mark = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -106,12 +104,7 @@ def reference(network: NetworkConfig, weights: Mapping[str, Tensor]) -> Network:
 
 
 def distillation_losses(
-    teacher: Network,
-    student: Network,
-    batch: Batch,
-    setting: Setting,
-    dtype: torch.dtype,
-    mark: Mark = lambda stage: None,
+    teacher: Network, student: Network, batch: Batch, setting: Setting, dtype: torch.dtype
 ) -> Tensor:
     """Algorithm 2 of Salimans & Ho 2022 as it is published: the losses [n], in that dtype."""
     config, schedule = setting.config, setting.config.schedule.build()
@@ -126,7 +119,6 @@ def distillation_losses(
         return to_x(config.network.prediction, output, z, phi.to(dtype))
 
     z = alpha * batch.x.to(dtype) + sigma * batch.eps.to(dtype)
-    mark("diffuse")
     with torch.no_grad():
         x1 = x_hat(teacher(z, angles[0].float(), batch.labels), z, angles[0])
         z_mid = alpha_mid * x1 + sigma_mid / sigma * (z - alpha * x1)
@@ -134,9 +126,7 @@ def distillation_losses(
         z_next = alpha_next * x2 + sigma_next / sigma_mid * (z_mid - alpha_mid * x2)
         ratio = sigma_next / sigma
         target = (z_next - ratio * z) / (alpha_next - ratio * alpha)
-    mark("teacher")
     output = student(z, angles[0].float(), batch.labels)
-    mark("student forward")
     snr = (alpha / sigma) ** 2
     weights = {"x_mse": torch.ones_like(snr), "snr": snr, "truncated_snr": snr.clamp(min=1), "snr_plus_one": snr + 1}
     error = x_hat(output, z, angles[0]) - target

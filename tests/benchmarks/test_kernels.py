@@ -1,8 +1,6 @@
 """`python -m benchmarks.kernels` on the CPU."""
 
 import json
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -13,7 +11,6 @@ from benchmarks.cases import all_cases
 from benchmarks.command import Unavailable
 from benchmarks.timing import measure, quantiles
 from benchmarks.work import fill
-from tests.commands import ROOT, environment
 
 CASE = "group_norm small batch 1x192x64 film+silu fp32"
 
@@ -97,7 +94,6 @@ def test_list(capsys):
         (["--shapes", "8,3,32,32", "--op", "attention"], "no such cases"),
         (["--head-dim", "0"], "argument --head-dim: 0 is no whole number of at least 1"),
         (["--seconds", "0"], "argument --seconds: 0 is not more than 0"),
-        (["--plot", "rows.pdf"], "--plot rows.pdf: its name must end in .png or .svg"),
         (["--json", "/nowhere/at/all"], "/nowhere/at/all is no file that could be written"),
     ],
 )
@@ -145,19 +141,6 @@ def test_all_providers_with_and_without_a_graph(tmp_path):
             assert not row["graph"] or row["unavailable"] == "CUDA graphs need a GPU"
         else:
             assert row["unavailable"]
-
-
-@pytest.mark.parametrize("suffix", kernels.FORMATS)
-def test_a_figure(tmp_path, suffix):
-    file = tmp_path / f"rows{suffix}"
-    run(tmp_path, "--case", CASE, "attention small*fp32", "--providers", "eager", "math", "--plot", str(file))
-    content = file.read_bytes()
-    assert content.startswith(b"\x89PNG") if suffix == ".png" else b"</svg>" in content
-
-
-def test_matplotlib_is_for_figures_alone():
-    code = "import sys, benchmarks.kernels; sys.exit('matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], env=environment(), cwd=ROOT).returncode == 0
 
 
 def test_why_no_backend_runs_is_said():

@@ -48,7 +48,7 @@ def test_rows(tmp_path, capsys):
         assert row["images_per_second"] == pytest.approx(4000 / row["median_ms"])
         assert row["mfu"] == pytest.approx(row["tflop_s"] / header["matmul_tflop_s"]) and row["mfu"] > 0
         assert 4 * 4 * row["parameters"] < row["peak_mib"] * 2**20  # two networks and Adam's moments
-        assert list(row["breakdown_ms"]) == list(updates.STAGES) and min(row["breakdown_ms"].values()) > 0
+        assert list(row["breakdown_ms"]) == ["teacher", "student forward", "backward", "rest"]
         assert row["sampled_images_per_second"].keys() == {"1", "4"}
     for row in rows[3:]:
         assert row["unavailable"].startswith("diffusers is not installed (")
@@ -57,26 +57,14 @@ def test_rows(tmp_path, capsys):
 
 
 def test_other_networks_and_the_breakdown(tmp_path):
-    """Classes, both outputs, attention and flips; the stages make up the update, measured at another time."""
+    """Classes, both outputs, attention and flips; the networks make up most of the update, measured at another time."""
     rows = run(tmp_path, "--preset", "imagenet64", "digits", "--providers", "pdfast", "eager", "--micro-batches", "2")[
         "rows"
     ]
     assert [row["preset"] for row in rows] == ["imagenet64"] * 2 + ["digits"] * 2
     assert all(row["error"] < 1e-4 for row in rows)
-    ratios = [sum(row["breakdown_ms"].values()) / row["median_ms"] for row in rows]
-    assert 0.5 < torch.tensor(ratios).median() < 2
-
-
-def test_stages_are_between_marks(monkeypatch):
-    now = iter([0.0, 1.0, 3.0, 4.0, 8.0])
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(now))
-    stopwatch = timing.Stopwatch(torch.device("cpu"))
-
-    def call():
-        for stage in ("teacher", "student forward", "backward", "student forward"):
-            stopwatch.mark(stage)
-
-    assert stopwatch.stages(call) == {"teacher": 1000, "student forward": 6000, "backward": 1000}
+    networks = [sum(list(row["breakdown_ms"].values())[:3]) / row["median_ms"] for row in rows]
+    assert 0.2 < torch.tensor(networks).median() < 1.2
 
 
 def test_peak_memory():

@@ -110,8 +110,7 @@ for part in $parts; do
         pytest sanitizer 520 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
             "$python" -m pytest tests/gpu/test_operations.py -k "twice_the_error and bfloat16" ;;
     run)
-        pytest run 250 "$python" -m pytest tests/test_resume.py
-        run run 150 "$python" -m benchmarks.safety --device cuda --updates 100 --json "$out/safety.json" ;;
+        pytest run 400 "$python" -m pytest tests/test_resume.py tests/test_safety.py -rP ;;
     loader) run loader 200 "$python" -m benchmarks.loader --device cuda --data "$DATA" --batch 256 --workers 15 --seconds 10 \
         --json "$out/loader.json" ;;
     tune) run tune 500 "$python" -m benchmarks.tune --op attention group_norm --shapes imagenet64 \

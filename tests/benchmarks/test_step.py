@@ -1,4 +1,4 @@
-"""`python -m benchmarks.step`, `.first` and `.safety` on the CPU, with a network that trains in milliseconds."""
+"""`python -m benchmarks.step` and `.first` on the CPU, with a network that trains in milliseconds."""
 
 import gzip
 import json
@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import first, ours, rivals, safety, step, timing, updates
+from benchmarks import first, ours, rivals, step, timing, updates
 from pdfast.presets import PRESETS
-from tests.commands import TINY_NETWORK
 
 
 @pytest.fixture(autouse=True)
@@ -189,8 +188,7 @@ def test_list(capsys):
         (step, ["--preset", "nothing"], "argument --preset: invalid choice: 'nothing'"),
         (step, ["--json", "/nowhere/at/all"], "/nowhere/at/all is no file that could be written"),
         (step, ["--batch", "3", "--micro-batches", "2"], "--train.batch-size 3 must be a multiple of 2"),
-        (safety, ["--updates", "1"], "--updates is at least 2"),
-        (safety, ["--json", "/nowhere/at/all"], "/nowhere/at/all is no file that could be written"),
+        (first, ["--json", "/nowhere/at/all"], "/nowhere/at/all is no file that could be written"),
     ],
 )
 def test_bad_arguments_are_one_line(capsys, command, arguments, message):
@@ -198,14 +196,3 @@ def test_bad_arguments_are_one_line(capsys, command, arguments, message):
         command.main([*arguments, "--device", "cpu"])
     printed = capsys.readouterr()
     assert message in printed.err and printed.err.count("\n") == 1
-
-
-@pytest.mark.slow
-def test_the_cost_of_safety(tmp_path):
-    file = tmp_path / "safety.json"
-    flags = "--device cpu --updates 6 --log-every 2 --evaluation.num-samples 64 --batch-size 4"
-    assert safety.main([*flags.split(), *TINY_NETWORK, "--json", str(file)]) in (0, 1)  # so short a run says nothing
-    [row] = json.loads(file.read_text())["rows"]
-    assert (row["checkpoint_every"], row["checkpoint_every_of_preset"]) == (3, 500)
-    assert row["logging_calls"] == 2 + 6 and row["writer_calls"] == 1 + 2  # the teacher's two updates, then the round
-    assert row["seconds"] > row["checkpoints_seconds"] > 0 and 0 < row["logging_share"] < 1

@@ -3,8 +3,10 @@
 import argparse
 import fnmatch
 
-from benchmarks.cases import DTYPES, NETWORKS, SMALL_BATCH, Case, all_cases, cases_at
+from benchmarks.cases import NETWORKS, SMALL_BATCH, all_cases, cases_at
 from benchmarks.command import Parser, count
+from benchmarks.operations import DTYPES
+from benchmarks.work import Case
 
 PRESETS = {name.replace(" ", "-"): name for name in (*NETWORKS, SMALL_BATCH)}
 

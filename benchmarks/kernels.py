@@ -14,12 +14,11 @@ from pathlib import Path
 import torch
 
 from benchmarks import accuracy, traffic
-from benchmarks.cases import Case
 from benchmarks.choice import add_choice_of_cases, chosen_cases
 from benchmarks.command import Parser, Report, Row, Unavailable, header, reason
 from benchmarks.providers import NAMES, call_of, fallback
 from benchmarks.timing import captured, ceilings, measure, peak_mib, quantiles
-from benchmarks.work import fill, in_mode
+from benchmarks.work import Case, fill, in_mode
 from pdfast_kernels import dispatch
 
 PASSES = {"fwd": ["forward"], "bwd": ["backward"], "full": ["forward", "backward"]}

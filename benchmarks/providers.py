@@ -2,14 +2,15 @@
 
 import warnings
 from collections.abc import Callable
+from math import gcd
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.cases import Case
 from benchmarks.command import Unavailable
-from benchmarks.work import EPS, Work
+from benchmarks.operations import EPS, GROUPS
+from benchmarks.work import Case, Work
 from pdfast_kernels import dispatch
 
 Call = Callable[[], Any]
@@ -50,7 +51,7 @@ def _apex(case: Case, work: Work) -> Call:
 
     x, weight, bias = work.reads[:3]
     act = "silu" if "silu" in case.name else ""
-    norm = GroupNorm(case.make.keywords["groups"], x.shape[1], eps=EPS, act=act).cuda().to(x.dtype)
+    norm = GroupNorm(gcd(x.shape[1], GROUPS), x.shape[1], eps=EPS, act=act).cuda().to(x.dtype)
     norm.weight, norm.bias = torch.nn.Parameter(weight.to(x.dtype)), torch.nn.Parameter(bias.to(x.dtype))
     if x.shape[1] not in GroupNorm.SUPPORTED_CHANNELS:
         raise Unavailable(f"falls back to PyTorch for {x.shape[1]} channels")
@@ -63,7 +64,7 @@ def _liger(case: Case, work: Work) -> Call:
     if "silu" in case.name:
         raise Unavailable("has no SiLU")
     x, weight, bias = work.reads[:3]
-    x, groups = x.detach().contiguous().requires_grad_(), case.make.keywords["groups"]  # NCHW: what it takes
+    x, groups = x.detach().contiguous().requires_grad_(), gcd(x.shape[1], GROUPS)  # NCHW: what it takes
     return lambda: LigerGroupNormFunction.apply(x, weight, bias, x.shape[1], groups, EPS)
 
 

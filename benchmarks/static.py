@@ -20,9 +20,9 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks import machine_code, traffic
-from benchmarks.cases import Case, all_cases
+from benchmarks.cases import all_cases
 from benchmarks.command import Parser, Row, header, reason
-from benchmarks.work import launches
+from benchmarks.work import Case, launches
 from pdfast_kernels._triton import INTERPRETED
 from pdfast_kernels.launch import Launch
 

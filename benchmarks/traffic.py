@@ -34,9 +34,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime.errors import InterpreterError
 
-from benchmarks.cases import Case, all_cases
+from benchmarks.cases import all_cases
 from benchmarks.command import Row
-from benchmarks.work import Work, kernels_wanted
+from benchmarks.work import Case, Work, kernels_wanted
 
 SECTOR = 32
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")

@@ -3,26 +3,14 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import chain
 from unittest import mock
 
 import torch
 from torch import Tensor
 
 from benchmarks.command import Unavailable
-from pdfast_kernels import dispatch, reference, use
-from pdfast_kernels.adam_ema import AdamEma
-from pdfast_kernels.attention import attention, attention_packed
-from pdfast_kernels.ddim_step import ddim_step
-from pdfast_kernels.ddim_step_weighted_loss import ddim_step_weighted_loss, ddim_step_weighted_loss_and_grad
-from pdfast_kernels.diffuse import diffuse
-from pdfast_kernels.group_norm import group_norm
-from pdfast_kernels.group_norm_attention import group_norm_attention
+from pdfast_kernels import dispatch, use
 from pdfast_kernels.launch import Launch, recorded
-
-EPS = 1e-6
-Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -46,6 +34,67 @@ class Work:
         return torch.autograd.grad(result, self.differentiated, gradient)
 
 
+@dataclass(frozen=True)
+class Case:
+    """An operation at one shape. `width`, `tensor_cores`: see the gate of benchmarks.machine_code."""
+
+    op: str
+    network: str
+    """Whose shape it is; empty for nobody's: one that was named, or an optimizer's."""
+    name: str
+    samples: int
+    make: Callable[[int, str], Work]
+    """The work for a number of samples, on a device."""
+    width: int
+    tensor_cores: bool = False
+    narrow: tuple[str, ...] = ()
+    """Arguments that need no wide accesses all the same."""
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.op} {self.name}"
+
+    @property
+    def quick(self) -> bool:
+        """Whether it is one of the few of --quick."""
+        return self.full_name in QUICK
+
+    @property
+    def counted(self) -> int:
+        """The number of samples at which its bytes are counted; 0: they are not. Few, since the interpreter takes seconds,
+        but enough that weights, where there are any, are the lesser part."""
+        few = {"group_norm_attention": 8, "adam_ema": 1}.get(self.op, 2)
+        return few if self.full_name in (*QUICK, *COUNTED_TOO) else 0
+
+
+QUICK = (
+    "diffuse cifar10 128x3x32 flip fp32",
+    "ddim_step cifar10 128x3x32 P=1 NHWC fp32",
+    "ddim_step imagenet64 16x3x64 P=2 NHWC fp32",
+    "ddim_step latents 16x8x32 P=2 NHWC bf16",
+    "ddim_step_weighted_loss cifar10 128x3x32 P=1 NHWC fp32",
+    "ddim_step_weighted_loss_and_grad cifar10 128x3x32 P=1 NHWC fp32",
+    "group_norm cifar10 128x256x16 film+silu bf16",
+    "group_norm lsun128 16x64x64 film+silu bf16",
+    "group_norm small batch 1x1280x8 film+silu fp32",
+    "attention cifar10 128x256x1x256 packed bf16",
+    "attention imagenet64 16x64x12x64 packed bf16",
+    "attention sd15 4x64x8x160 fp16",
+    "attention small batch 1x64x4x64 packed fp32",
+    "group_norm_attention cifar10 2x256x8 heads=1 bf16",
+    "adam_ema whole vectors, fp32 gradients",
+    "adam_ema any sizes, fp32 gradients",
+)
+COUNTED_TOO = (
+    "ddim_step imagenet64 16x3x64 P=2 NCHW fp32",
+    "group_norm imagenet64 16x192x64 film+silu bf16",
+    "group_norm sd15 4x320x64 silu fp16",
+    "attention imagenet64 16x256x9x64 packed bf16",
+    "attention sd15 4x256x8x160 fp16",
+    "group_norm_attention cifar10 2x256x16 heads=1 bf16",
+)
+
+
 @contextmanager
 def kernels_wanted() -> Iterator[None]:
     """Within it, operations on CPU tensors go to their kernels: interpreted or, without the interpreter, recorded."""
@@ -64,135 +113,6 @@ def launches(make: Callable[[], Work], arch: int) -> dict[str, list[Launch]]:
         with recorded(arch) as backward:
             work.gradients(result, torch.empty_like(result))
     return {"forward": forward, "backward": backward}
-
-
-def ddim_step_work(
-    samples: int,
-    device: str,
-    channels: int,
-    size: Size,
-    dtype: torch.dtype,
-    parts: int,
-    channels_last: bool,
-    steps: int,
-) -> Work:
-    z = _image(samples, channels, size, dtype, device, channels_last).requires_grad_()
-    output = _image(samples, parts * channels, size, dtype, device, channels_last).requires_grad_()
-    index = torch.zeros(samples, dtype=torch.int64, device=device)
-    inputs = z, output, _column(device, steps), _column(device, steps, parts), index
-    return Work(
-        kernels=lambda: ddim_step(*inputs),
-        plain=lambda: reference.ddim_step(*inputs),
-        reads=[z, output, index],
-        differentiated=[z, output],
-        reads_again=[index],
-    )
-
-
-def loss_work(
-    samples: int, device: str, channels: int, size: Size, dtype: torch.dtype, parts: int, channels_last: bool, steps: int,
-    and_grad: bool,
-) -> Work:  # fmt: skip
-    """With `and_grad` the function that returns the loss and its gradient at once. Without it nothing need be read
-    again either: one pass over the tensors gives both."""
-    z = _image(samples, channels, size, torch.float32, device, channels_last)
-    output, *teacher = (_image(samples, parts * channels, size, dtype, device, channels_last) for _ in range(3))
-    index = torch.zeros(samples, dtype=torch.int64, device=device)
-    a, weight = (_column(device, steps) for _ in range(2))
-    inputs = output, z, *teacher, a, *(_column(device, steps, parts) for _ in range(3)), weight, index
-    ours, plain = ddim_step_weighted_loss, reference.ddim_step_weighted_loss
-    if and_grad:
-        ours = partial(ddim_step_weighted_loss_and_grad, grad_scale=1.0)
-        plain = partial(reference.ddim_step_weighted_loss_and_grad, grad_scale=1.0)
-    differentiated = [] if and_grad else [output.requires_grad_()]
-    return Work(lambda: ours(*inputs), lambda: plain(*inputs), [output, z, *teacher, index], [], differentiated)
-
-
-def adam_ema_work(samples: int, device: str, sizes: tuple[int, ...], gradient_dtype: torch.dtype) -> Work:
-    """One step on parameters of these sizes; there are no samples."""
-    parameters, means, squares, averages = ([torch.zeros(size, device=device) for size in sizes] for _ in range(4))
-    gradients = [torch.zeros(size, dtype=gradient_dtype, device=device) for size in sizes]
-    scalars = torch.tensor([1e-4, 1.0, 1.0, 1e-4, 0.0], device="cpu" if device == "meta" else device)
-    states = (parameters, means, squares, averages)
-    settings = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
-    optimizer = None if device == "meta" else AdamEma(*states, **settings)
-    return Work(
-        kernels=lambda: optimizer.step(gradients, scalars),
-        plain=lambda: reference.adam_ema(*states, gradients, scalars, **settings),
-        reads=[*chain(*states), *gradients],
-        writes=[*chain(*states)],
-    )
-
-
-def group_norm_work(
-    samples: int, device: str, channels: int, size: Size, dtype: torch.dtype, groups: int, film: bool, silu: bool
-) -> Work:
-    x = _image(samples, channels, size, dtype, device).requires_grad_()
-    weight, bias = (torch.zeros(channels, device=device, requires_grad=True) for _ in range(2))
-    both = torch.zeros(samples, 2 * channels, dtype=dtype, device=device)  # of one linear layer
-    scale, shift = (half.requires_grad_() for half in both.chunk(2, dim=1)) if film else (None, None)
-    inputs = [x, weight, bias, *([scale, shift] if film else [])]
-
-    def call(function: Callable[..., Tensor]) -> Tensor:
-        return function(x, groups, weight, bias, EPS, scale=scale, shift=shift, silu=silu)
-
-    again = inputs if silu else [x, weight, *([scale] if film else [])]
-    return Work(lambda: call(group_norm), lambda: call(reference.group_norm), inputs, [], inputs, again)
-
-
-def attention_work(
-    samples: int, device: str, positions: int, heads: int, head_dim: int, dtype: torch.dtype, packed: bool
-) -> Work:
-    shape = (samples, positions, *((3,) if packed else ()), heads, head_dim)
-    inputs = [torch.zeros(shape, dtype=dtype, device=device, requires_grad=True) for _ in range(1 if packed else 3)]
-    ours, plain = (attention_packed, reference.attention_packed) if packed else (attention, reference.attention)
-    return Work(lambda: ours(*inputs), lambda: plain(*inputs), inputs, [], inputs, inputs)
-
-
-def group_norm_attention_work(
-    samples: int, device: str, channels: int, size: Size, dtype: torch.dtype, groups: int, heads: int
-) -> Work:
-    x = _image(samples, channels, size, dtype, device).requires_grad_()
-    shapes = ((channels,), (channels,), (3 * channels, channels), (3 * channels,), (channels, channels), (channels,))
-    parameters = [torch.zeros(shape, device=device, requires_grad=True) for shape in shapes]
-    tensors, inputs = [x, *parameters], (x, groups, *parameters, heads)
-    return Work(
-        kernels=lambda: group_norm_attention(*inputs),
-        plain=lambda: reference.group_norm_attention(*inputs),
-        reads=tensors,
-        differentiated=tensors,
-        reads_again=tensors,
-    )
-
-
-def diffuse_work(samples: int, device: str, channels: int, size: Size, dtype: torch.dtype, flip: bool) -> Work:
-    images = torch.zeros(samples, *size, channels, dtype=torch.uint8, device=device)
-    phi = torch.zeros(samples, device=device)
-    flips = torch.zeros(samples, dtype=torch.bool, device=device) if flip else None
-    key, index = (torch.zeros(n, dtype=torch.int64, device=device) for n in (4, samples))
-
-    def plain() -> Tensor:  # with PyTorch's own noise: eager Philox in int64 would flatter us
-        noise = torch.randn(images.shape, device=device).permute(0, 3, 1, 2)
-        return reference.mix(images, phi, noise, flips).to(dtype)
-
-    return Work(
-        kernels=lambda: diffuse(images, phi, key, index, flips, dtype),
-        plain=plain,
-        reads=[images, phi, key, index, *([flips] if flip else [])],
-        same_numbers=lambda: reference.diffuse(images, phi, key, index, flips, torch.float64),
-    )
-
-
-def _column(device: str, *shape: int) -> Tensor:
-    """Coefficients of a step table."""
-    return torch.full(shape, 0.5, device=device)
-
-
-def _image(
-    samples: int, channels: int, size: Size, dtype: torch.dtype, device: str, channels_last: bool = True
-) -> Tensor:
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.zeros(samples, channels, *size, dtype=dtype, device=device).contiguous(memory_format=layout)
 
 
 def fill(work: Work) -> None:

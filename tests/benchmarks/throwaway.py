@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from benchmarks import machine_code, static
-from benchmarks.cases import Case
+from benchmarks.work import Case
 from pdfast_kernels.launch import Launch
 
 

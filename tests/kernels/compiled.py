@@ -11,19 +11,18 @@ import time
 from collections.abc import Iterator
 from functools import partial
 
-import torch
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from benchmarks import machine_code, work
+from benchmarks import machine_code
 from benchmarks.cases import all_cases
+from benchmarks.operations import attention_case, group_norm_case
 from benchmarks.work import launches
 from pdfast_kernels.launch import Launch
 
 ARCH = 90
-BF16 = torch.bfloat16
 FEW_ROWS = [(2, 4096, 1, 1), (2, 6144, 1, 2)]
 
 
@@ -32,9 +31,9 @@ def works() -> Iterator[partial]:
         if case.quick:
             yield partial(case.make, 1, "cpu")
     for n, channels, size, groups in FEW_ROWS:
-        yield partial(work.group_norm_work, n, "cpu", channels, (size, size), BF16, groups, True, True)
+        yield partial(group_norm_case("", n, channels, (size, size), "bf16", "film+silu", groups).make, n, "cpu")
     for positions, head_dim in ((256, 64), (1024, 64), (1024, 256)):
-        yield partial(work.attention_work, 1, "cpu", positions, 1, head_dim, BF16, True)
+        yield partial(attention_case("", 1, positions, 1, head_dim, "bf16").make, 1, "cpu")
 
 
 def to_triton(launch: Launch) -> None:
@@ -83,7 +82,7 @@ def norms(shapes: list[str]) -> list[dict]:
     rows = []
     for shape in shapes:
         n, channels, size, groups = map(int, shape.split(","))
-        make = partial(work.group_norm_work, n, "cpu", channels, (size, size), BF16, groups, True, True)
+        make = partial(group_norm_case("", n, channels, (size, size), "bf16", "film+silu", groups).make, n, "cpu")
         for listed in launches(make, ARCH).values():
             for launch in listed:
                 start = time.process_time()

@@ -9,21 +9,21 @@ from torch import nn
 from pdfast.diffusion import Prediction
 
 
-class Around:
+class WrapperConfig:
     """The configuration of a network around another, whose images and classes are its own."""
 
     @property
-    def inside(self) -> Any:
+    def inner(self) -> Any:
         """The other's configuration."""
         raise NotImplementedError
 
     @property
     def image_size(self) -> int:
-        return self.inside.image_size
+        return self.inner.image_size
 
     @property
     def image_channels(self) -> int:
-        return self.inside.image_channels
+        return self.inner.image_channels
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -32,7 +32,7 @@ class Around:
 
     @property
     def num_classes(self) -> int:
-        return self.inside.num_classes
+        return self.inner.num_classes
 
 
 class Network(nn.Module):

@@ -10,18 +10,16 @@ from pdfast.config import from_plain
 from pdfast.errors import UsageError
 from pdfast.networks import NetworkConfig
 from pdfast.reading import shown
-from pdfast.teachers.convert import Converted, ConvertedConfig
+from pdfast.teachers.convert import ConvertedConfig
 from pdfast.teachers.diffusers import DiffusersConfig, DiffusersNetwork, adapt, check_config, is_pipeline, load_pipeline
-from pdfast.teachers.edm import EDMConfig, EDMNetwork, load_edm
+from pdfast.teachers.edm import EDMConfig, load_edm
 
 __all__ = [
     "AnyNetworkConfig",
-    "Converted",
     "ConvertedConfig",
     "DiffusersConfig",
     "DiffusersNetwork",
     "EDMConfig",
-    "EDMNetwork",
     "adapt",
     "is_pipeline",
     "load_edm",

@@ -9,7 +9,6 @@ angle.
 import json
 import re
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -22,10 +21,9 @@ from pdfast.config import ScheduleConfig, fields_of
 from pdfast.diffusion import Prediction
 from pdfast.diffusion.schedules import Schedule, table_angles
 from pdfast.errors import UsageError
-from pdfast.networks import Network
 from pdfast.networks.layers import upsample
+from pdfast.networks.wrapped import Autocasted, Wrapping, preconditioning
 from pdfast.reading import read_json, shown
-from pdfast.teachers import preconditioning
 from pdfast.teachers.schedulers import (
     DISCRETE,
     EDM,
@@ -76,26 +74,22 @@ class DiffusersConfig:
         return DiffusersNetwork(self, dropout)
 
 
-class DiffusersNetwork(Network):
-    """A UNet2DModel with our call; activations of `dtype` by autocast."""
+class DiffusersNetwork(Autocasted):
+    """A UNet2DModel with our call, told the times of its scheduler, or preconditioned as in EDM."""
 
     unet: Any
     knots: Tensor
-    """Angles of the times -1 (no noise), 0, ..., T-1: float32 [T + 1]."""
+    """Angles of the times -1 (no noise), 0, ..., T-1: float32 [T + 1]; none where it is told a noise level."""
 
     def __init__(self, config: DiffusersConfig, dropout: float = 0.0, unet: nn.Module | None = None) -> None:
         """unet: the UNet2DModel, if there is one already."""
-        super().__init__()
-        self.config = config
-        self.dtype = torch.float32
-        self.prediction = config.prediction
         if unet is None:
             unet = library().UNet2DModel.from_config(config.unet | {"dropout": dropout})
             upsample_without_atomics(unet)
-        self.unet = unet
-        self.preconditioned = config.scheduler["_class_name"] in EDM
+        super().__init__(config, unet, _wrapping(config.scheduler), name="unet")
         with torch.device("cpu"):  # a table, even where the network is only to be counted
-            knots = torch.zeros(0) if self.preconditioned else table_angles(alpha_bars(config.scheduler)).float()
+            discrete = config.scheduler["_class_name"] in DISCRETE
+            knots = table_angles(alpha_bars(config.scheduler)).float() if discrete else torch.zeros(0)
         self.register_buffer("knots", knots, persistent=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -120,36 +114,25 @@ class DiffusersNetwork(Network):
 
         return within(self.unet)
 
-    def times(self, phi: Tensor) -> Tensor:
+    def label(self, phi: Tensor) -> Tensor:
         """What the U-Net was told at angles phi [N] when it was trained: float32 [N]."""
-        if self.preconditioned:
-            return preconditioning.noise_label(phi, self.config.scheduler["sigma_min"])
+        if not len(self.knots):
+            return super().label(phi)
         above = torch.searchsorted(self.knots, phi.contiguous(), right=True).clamp(1, len(self.knots) - 1)
         lower, upper = self.knots[above - 1], self.knots[above]
         return (above - 2 + (phi - lower) / (upper - lower)).clamp(0, len(self.knots) - 2)
 
-    def coefficients(self, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(s, a, b), each [N], of output = a z + b F(s z; time) where F is the U-Net."""
-        if not self.preconditioned:
-            one = torch.ones_like(phi)
-            return one, torch.zeros_like(phi), one
-        scheduler = self.config.scheduler
-        s, a, b = preconditioning.coefficients(phi, scheduler["sigma_data"])
-        return s, a, b if scheduler["prediction_type"] == "epsilon" else -b
+    def ask(self, z: Tensor, label: Tensor, cond: Any) -> Tensor:
+        z = z.to(self.unet.conv_in.weight.dtype)
+        return self.unet(z, label, class_labels=cond, return_dict=False)[0]
 
-    def forward(self, z: Tensor, phi: Tensor, cond: Any = None) -> Tensor:
-        z = z.float()
-        if not self.preconditioned:
-            return self._output(z, phi, cond)
-        s, a, b = (c.view(-1, 1, 1, 1) for c in self.coefficients(phi))
-        return a * z + b * self._output(s * z, phi, cond)
 
-    def _output(self, z: Tensor, phi: Tensor, cond: Any) -> Tensor:
-        half = self.dtype == torch.bfloat16
-        with torch.autocast(z.device.type, torch.bfloat16, cache_enabled=False) if half else nullcontext():
-            z = z.to(self.unet.conv_in.weight.dtype)
-            output = self.unet(z, self.times(phi), class_labels=cond, return_dict=False)[0]
-        return output.float()
+def _wrapping(scheduler: dict[str, Any]) -> Wrapping:
+    """That of a U-Net which was trained under the scheduler."""
+    if scheduler["_class_name"] in DISCRETE:
+        return Wrapping()
+    sign = 1.0 if scheduler["prediction_type"] == "epsilon" else -1.0
+    return preconditioning(scheduler["sigma_data"], scheduler["sigma_min"], sign)
 
 
 def upsample_without_atomics(unet: nn.Module) -> None:

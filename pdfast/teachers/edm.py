@@ -7,21 +7,17 @@ The authors' files are pickles, which run code when they are read: they are not 
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
-
 from pdfast.config import ScheduleConfig, from_plain
 from pdfast.diffusion import Prediction
 from pdfast.errors import UsageError
-from pdfast.networks import Network
-from pdfast.networks.network import Around
-from pdfast.teachers import preconditioning
-from pdfast.teachers.edm_unet import Block, EDMUNet, EDMUNetConfig
+from pdfast.networks import Wrapped, WrapperConfig
+from pdfast.networks.wrapped import preconditioning
+from pdfast.teachers.edm_unet import EDMUNet, EDMUNetConfig
+from pdfast.teachers.sigmas import SIGMAS, check_sigmas, sigma_schedule
 from pdfast.teachers.weights import build_with, check_values, read_weights
 
 FORMAT = "edm-1"
@@ -78,7 +74,7 @@ class InitKwargs:
     def __post_init__(self) -> None:
         if not 0 <= self.sigma_min < self.sigma_max:
             raise ValueError(f"need 0 <= sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
-        preconditioning.check_sigmas(*self.sigmas, self.sigma_data)
+        check_sigmas(*self.sigmas, self.sigma_data)
 
     @property
     def sigmas(self) -> tuple[float, float]:
@@ -106,7 +102,7 @@ class InitKwargs:
 
 
 @dataclass(frozen=True)
-class EDMConfig(Around):
+class EDMConfig(WrapperConfig):
     """A U-Net of EDM with its preconditioning."""
 
     unet: EDMUNetConfig
@@ -118,41 +114,16 @@ class EDMConfig(Around):
     def __post_init__(self) -> None:
         if self.prediction != "v":
             raise ValueError(f"a network with EDM's preconditioning predicts v, not {self.prediction}")
-        preconditioning.check_sigmas(self.sigma_min, preconditioning.SIGMAS[1], self.sigma_data)
+        check_sigmas(self.sigma_min, SIGMAS[1], self.sigma_data)
 
     @property
-    def inside(self) -> EDMUNetConfig:
+    def inner(self) -> EDMUNetConfig:
         return self.unet
 
-    def build(self, dropout: float = 0.0) -> "EDMNetwork":
-        return EDMNetwork(self, dropout)
-
-
-class EDMNetwork(Network):
-    """EDMPrecond with our call: it predicts v. Without `cond` a network that knows classes is told none."""
-
-    def __init__(self, config: EDMConfig, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.config = config
-        self.dtype = torch.float32
-        self.prediction = config.prediction
-        self.model = EDMUNet(config.unet, dropout)
-
-    def blocks(self) -> Iterator[nn.Module]:
-        return (module for module in self.modules() if isinstance(module, Block))
-
-    def times(self, phi: Tensor) -> Tensor:
-        """What the U-Net is told at angles phi [N]."""
-        return preconditioning.noise_label(phi, self.config.sigma_min)
-
-    def coefficients(self, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(s, a, b), each [N], of output = a z + b F(s z; time) where F is the U-Net."""
-        return preconditioning.coefficients(phi, self.config.sigma_data)
-
-    def forward(self, z: Tensor, phi: Tensor, cond: Any = None) -> Tensor:
-        z = z.float()
-        s, a, b = (c.view(-1, 1, 1, 1) for c in self.coefficients(phi))
-        return a * z + b * self.model(s * z, self.times(phi), cond, self.dtype)
+    def build(self, dropout: float = 0.0) -> Wrapped:
+        """EDMPrecond with our call: it predicts v. Without `cond` a network that knows classes is told none."""
+        wrapping = preconditioning(self.sigma_data, self.sigma_min)
+        return Wrapped(self, EDMUNet(self.unet, dropout), wrapping, name="model")
 
 
 def is_pickle(path: Path) -> bool:
@@ -171,7 +142,7 @@ def init_kwargs(meta: dict[str, Any], where: str) -> InitKwargs:
     return from_plain(InitKwargs, given, where)
 
 
-def load_edm(folder: Path, meta: dict[str, Any]) -> tuple[EDMNetwork, ScheduleConfig]:
+def load_edm(folder: Path, meta: dict[str, Any]) -> tuple[Wrapped, ScheduleConfig]:
     """The network of a folder whose config.json is `meta`, float32 on the CPU, and its schedule. UsageError, in one line,
     for what is not one that was preconditioned as EDM's."""
     kwargs = init_kwargs(meta, str(folder / "config.json"))
@@ -190,7 +161,7 @@ def load_edm(folder: Path, meta: dict[str, Any]) -> tuple[EDMNetwork, ScheduleCo
     except ValueError as error:
         raise UsageError(f"{folder / 'config.json'}: {error}") from None
     network = build_with(config.build, {name: w for name, w in weights.items() if _is_learned(name)}, file)
-    return network, preconditioning.schedule(*kwargs.sigmas)
+    return network, sigma_schedule(*kwargs.sigmas)
 
 
 def _is_learned(name: str) -> bool:

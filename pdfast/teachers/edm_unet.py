@@ -5,6 +5,7 @@ exported: it needs torch and nothing else.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -216,10 +217,13 @@ class EDMUNet(nn.Module):
     """
 
     frequencies: Tensor
+    dtype: torch.dtype
+    """Of the activations of the blocks."""
 
     def __init__(self, config: EDMUNetConfig, dropout: float = 0.0) -> None:
         super().__init__()
         self.config = config
+        self.dtype = torch.float32
         self.adm = adm = config.model_type == "DhariwalUNet"
         widths = [config.model_channels * multiple for multiple in config.channel_mult]
         sizes = [config.image_size >> level for level in range(len(widths))]
@@ -274,10 +278,11 @@ class EDMUNet(nn.Module):
         else:
             self.dec[f"{size}x{size}_aux_norm"], self.dec[f"{size}x{size}_aux_conv"] = out_norm, out_conv
 
-    def forward(
-        self, x: Tensor, noise: Tensor, labels: Tensor | None = None, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
-        """dtype: of the activations of the blocks."""
+    def blocks(self) -> Iterator[nn.Module]:
+        return (module for module in self.modules() if isinstance(module, Block))
+
+    def forward(self, x: Tensor, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        dtype = self.dtype
         emb = self._embedding(noise.float(), labels).to(dtype)
         aux = x.float()
         h, skips = aux, list[Tensor]()

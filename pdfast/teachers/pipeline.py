@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from pdfast.config import to_plain
 from pdfast.diffusion import outputs_per_channel
 from pdfast.diffusion.schedules import Schedule
-from pdfast.networks import Network, NetworkConfig, UNet
+from pdfast.networks import Network, NetworkConfig, UNet, Wrapped
 from pdfast.networks.layers import Attention, Conv2d, ResBlock, time_embedding
-from pdfast.teachers.convert import Converted, coefficients
+from pdfast.networks.wrapped import Wrapping
+from pdfast.teachers.convert import as_v
 from pdfast.teachers.diffusers import DiffusersNetwork
-from pdfast.teachers.edm import EDMNetwork
+from pdfast.teachers.edm_unet import EDMUNet
 from pdfast.teachers.schedulers import PREDICTIONS, library
 
 LEAST_TIMES = 1024
@@ -79,11 +80,11 @@ def write_pipeline(folder: Path, network: Network, schedule: Schedule, steps: in
 def _by_time(network: Network, core: Network, phi: Tensor, tables: tuple[Tensor, Tensor, Tensor]) -> Any:
     """The model of one of MODEL_FILES, with the U-Net of `core` inside."""
     named = dict(zip(("input_scale", "of_input", "of_outputs"), tables, strict=True))
-    if isinstance(core, EDMNetwork):
+    if isinstance(core, Wrapped) and isinstance(core.inner, EDMUNet):
         from pdfast.teachers.pdfast_edm_unet import PdfastEDMUNet as Model
 
-        unet, arguments = core.model, to_plain(core.config.unet)
-        named["noise"] = core.times(phi)
+        unet, arguments = core.inner, to_plain(core.config.unet)
+        named["noise"] = core.label(phi)
     else:
         from pdfast.teachers.pdfast_unet import PdfastUNet as Model
 
@@ -107,23 +108,22 @@ def _by_time(network: Network, core: Network, phi: Tensor, tables: tuple[Tensor,
 def combination(network: Network, phi: Tensor) -> tuple[Network, tuple[Tensor, Tensor, Tensor] | None]:
     """(core, (s, a, b)) of output = a z + sum_p b_p core(s z)_p at angles phi [T], s and a [T], b [T, P]; the core alone, and
     None, where its output is meant as it is."""
-    if isinstance(network, Converted):
-        a, b = coefficients(network.network.prediction, phi)
-        return network.network, (torch.ones_like(phi), a, b)
-    if network.prediction not in NAMES:
-        a, b = coefficients(network.prediction, phi)
-        return network, (torch.ones_like(phi), a, b)
-    if isinstance(network, EDMNetwork) or (isinstance(network, DiffusersNetwork) and network.preconditioned):
-        s, a, b = network.coefficients(phi)
-        return network, (s, a, b[:, None])
-    return network, None
+    core, wrapping = network, Wrapping()
+    if isinstance(network, Wrapped):
+        core, wrapping = network.inner if isinstance(network.inner, Network) else network, network.wrapping
+    elif network.prediction not in NAMES:
+        wrapping = as_v(network.prediction)
+    if wrapping.coefficients is None:
+        return core, None
+    s, a, b = wrapping.coefficients(phi)
+    return core, (torch.ones_like(phi) if s is None else s, a, b)
 
 
 def _unet2d(network: Network, phi: Tensor) -> Any:
     if isinstance(network, DiffusersNetwork):
         learned = {"time_embedding_type": "learned", "num_train_timesteps": len(phi)}
         unet = library().UNet2DModel.from_config(network.config.unet | learned)
-        weights = network.unet.state_dict() | {"time_proj.weight": network.unet.time_proj(network.times(phi))}
+        weights = network.unet.state_dict() | {"time_proj.weight": network.unet.time_proj(network.label(phi))}
     else:
         assert isinstance(network, UNet)  # of the others `combination` gives what is inside
         unet = library().UNet2DModel(**unet2d_arguments(network.config, len(phi)))

@@ -12,7 +12,7 @@ from pdfast.diffusion import Prediction
 from pdfast.diffusion.schedules import AlphaBars
 from pdfast.errors import UsageError
 from pdfast.reading import shown
-from pdfast.teachers import preconditioning
+from pdfast.teachers.sigmas import check_sigmas, sigma_schedule
 
 INSTALL = "pip install 'pdfast[diffusers]'"
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x", "v_prediction": "v"}
@@ -124,7 +124,7 @@ def read_scheduler(scheduler: Mapping[str, Any], where: str) -> tuple[ScheduleCo
     name = scheduler.get("_class_name")
     if name in EDM:
         kept = read_edm_scheduler(scheduler, where)
-        return preconditioning.schedule(kept["sigma_min"], kept["sigma_max"]), kept, "v"
+        return sigma_schedule(kept["sigma_min"], kept["sigma_max"]), kept, "v"
     if name not in DISCRETE:
         raise UsageError(f"{where} is a {_with_reason(name)}: choose one of {', '.join((*DISCRETE, *EDM))}")
     said = scheduler.get("prediction_type", "epsilon")
@@ -144,7 +144,7 @@ def read_edm_scheduler(scheduler: Mapping[str, Any], where: str) -> dict[str, An
     given = {key: scheduler.get(key, own[key]) for key in _OfEDM.__annotations__}
     kept = fields_of(_OfEDM, given, given, where)
     try:
-        preconditioning.check_sigmas(kept["sigma_min"], kept["sigma_max"], kept["sigma_data"])
+        check_sigmas(kept["sigma_min"], kept["sigma_max"], kept["sigma_data"])
     except ValueError as error:
         raise UsageError(f"{where} has no schedule that can be read: {error}") from None
     return {"_class_name": name} | kept

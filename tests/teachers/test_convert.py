@@ -17,7 +17,7 @@ from pdfast.engine.step import Draws, conversion_gradient
 from pdfast.engine.world import World
 from pdfast.networks import NetworkConfig, UNet
 from pdfast.teachers import ConvertedConfig, network_config
-from pdfast.teachers.convert import LEAST, coefficients, regular_angles
+from pdfast.teachers.convert import LEAST, as_v, regular_angles
 from tests.commands import ROOT, TINY_GIVEN, TINY_RUN, call
 from tests.networks.test_unet import perturbed
 from tests.teachers.pipelines import save
@@ -44,7 +44,9 @@ def test_it_says_what_its_network_says(prediction):
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_it_is_bounded_and_continuous_everywhere(prediction):
     phi = torch.linspace(0, math.pi / 2, 20001, dtype=torch.float64)
-    for values in coefficients(prediction, phi):
+    s, *others = as_v(prediction).coefficients(phi)
+    assert s is None
+    for values in others:
         assert values.abs().max() <= 1 / LEAST
         assert values.diff(dim=0).abs().max() < 0.02
 

@@ -65,7 +65,7 @@ def test_between_its_times_a_network_is_asked_at_fractional_ones(tmp_path):
     z = torch.randn(4, 1, 8, 8)
     expected = torch.tensor([499.5, 699.0, 998.1, 0.0])
     phi = schedule.build().phi(u).float()
-    torch.testing.assert_close(network.times(phi), expected, atol=0.02, rtol=0)
+    torch.testing.assert_close(network.label(phi), expected, atol=0.02, rtol=0)
     with torch.no_grad():
         torch.testing.assert_close(network(z, phi), theirs(z, expected).sample, atol=1e-4, rtol=1e-4)
 

@@ -137,7 +137,7 @@ def test_it_is_finite_at_every_angle(name, tmp_path):
     v = network(torch.randn(len(phi), 3, 8, 8), phi)
     v.square().sum().backward()
     assert v.isfinite().all() and all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
-    assert network.times(phi).diff().min() >= 0
+    assert network.label(phi).diff().min() >= 0
 
 
 def test_dropout_is_of_training_alone(tmp_path):

@@ -86,7 +86,7 @@ def test_the_table_is_that_of_the_class(name):
             continue
         adapted, schedule = adapt(network, theirs)
         phi = torch.atan2(torch.sqrt(1 - table), torch.sqrt(table))
-        assert torch.equal(adapted.times(phi.float())[phi > 0].round(), torch.arange(len(table))[phi > 0].float())
+        assert torch.equal(adapted.label(phi.float())[phi > 0].round(), torch.arange(len(table))[phi > 0].float())
         u = torch.arange(1, len(table) + 1, dtype=torch.float64) / len(table)
         torch.testing.assert_close(schedule.phi(u)[phi > 0], phi[phi > 0], rtol=1e-12, atol=1e-12)
         assert schedule.phi(u).diff().min() > 0

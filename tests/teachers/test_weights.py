@@ -176,13 +176,13 @@ def test_a_unet_in_half_precision_is_adapted(dtype, near):
         torch.arange(3),
     )
     with torch.no_grad():
-        times = network.times(phi)
+        times = network.label(phi)
         theirs = half(z.to(dtype), times, labels).sample.float()
         assert torch.equal(network(z, phi, labels), theirs) and network(z, phi, labels).dtype == torch.float32
         full = whole(z, times, labels).sample
     assert (theirs - full).abs().max() < near * full.abs().max()
     again, _ = adapt(unet(classes=3), DDPMScheduler(1000))
-    assert torch.equal(again.to(dtype).times(phi), times)
+    assert torch.equal(again.to(dtype).label(phi), times)
 
 
 KERNELS = {"down_block_types": ("KDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "KUpBlock2D")}

@@ -36,7 +36,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Case:
-    """An operation at one shape. `width`, `tensor_cores`: see the gate of benchmarks.machine_code."""
+    """An operation at one shape. `width`, `tensor_cores`: see benchmarks.static.gate."""
 
     op: str
     network: str

@@ -13,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks import machine_code, static
+from benchmarks import static
+from benchmarks.static.gate import failures, main_arguments
 from benchmarks.work import Case
 from pdfast_kernels.launch import Launch
 
@@ -104,10 +105,8 @@ def _launches() -> dict[str, Launch]:
 def report(arch: int) -> None:
     everything = {}
     for name, launch in _launches().items():
-        code = machine_code.read(launch, arch)
-        reasons = machine_code.failures(
-            code, machine_code.main_arguments(launch, [launch]), width=128, tensor_cores=True
-        )
+        code = static.compiled(launch, arch)
+        reasons = failures(code, main_arguments(launch, [launch]), width=128, tensor_cores=True)
         everything[name] = {"failures": reasons, **dataclasses.asdict(code)}
     print(json.dumps(everything))
 

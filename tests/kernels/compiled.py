@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from benchmarks import machine_code
+from benchmarks import static
 from benchmarks.cases import all_cases
 from benchmarks.operations import attention_case, group_norm_case
 from benchmarks.work import launches
@@ -59,7 +59,7 @@ def ones() -> dict[str, list[str]]:
     for make in works():
         for listed in launches(make, ARCH).values():
             for launch in listed:
-                name = machine_code.name_of(launch)
+                name = static.name_of(launch)
                 if name in seen:
                     continue
                 integers = [
@@ -86,7 +86,7 @@ def norms(shapes: list[str]) -> list[dict]:
         for listed in launches(make, ARCH).values():
             for launch in listed:
                 start = time.process_time()
-                code = machine_code.read(launch, ARCH)
+                code = static.compiled(launch, ARCH)
                 rows.append(
                     {
                         "shape": shape,

@@ -17,7 +17,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from benchmarks.machine_code.ptx import BULK, Access, Place, accesses_of
+from benchmarks.static.ptx import BULK, Access, Place, accesses_of
 from pdfast_kernels.launch import Launch
 
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)")
@@ -62,7 +62,7 @@ def name_of(launch: Launch) -> str:
     return f"{launch.kernel.fn.__module__.rpartition('.')[2]}.{launch.kernel.fn.__name__}"
 
 
-def read(launch: Launch, arch: int) -> Code:
+def compiled(launch: Launch, arch: int) -> Code:
     """The launch compiled for sm_`arch`; once for all launches that come to the same compilation."""
     target = GPUTarget("cuda", arch, 32)
     backend, kernel = make_backend(target), launch.kernel
@@ -73,10 +73,10 @@ def read(launch: Launch, arch: int) -> Code:
     if key not in _codes:
         options, signature, constants, attributes = kernel._pack_args(backend, keywords, bound, specialization, options)
         source = ASTSource(kernel, signature, constants, attributes)
-        compiled = triton.compile(source, target=target, options=options.__dict__)
+        made = triton.compile(source, target=target, options=options.__dict__)
         passed = {name: type_ for name, type_ in signature.items() if type_ != "constexpr"}
         parameters = [name if type_.startswith("*") else None for name, type_ in passed.items()]
-        _codes[key] = _code(name_of(launch), arch, launch.num_warps, compiled, parameters)
+        _codes[key] = _code(name_of(launch), arch, launch.num_warps, made, parameters)
     return _codes[key]
 
 
@@ -85,15 +85,15 @@ def versions() -> dict[str, str]:
     return {"triton": triton.__version__, "ptxas": get_ptxas(90).version, "ptxas for sm_100": get_ptxas(100).version}
 
 
-def _code(name: str, arch: int, num_warps: int, compiled: Any, parameters: list[str | None]) -> Code:
+def _code(name: str, arch: int, num_warps: int, made: Any, parameters: list[str | None]) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(made.asm["cubin"])
         file.flush()
         usage = _run(triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
         sass = _run(triton.knobs.nvidia.nvdisasm.path, "-c", "-g", "-ndf", file.name)
     registers, stack = (int(re.search(rf"\b{field}:(\d+)", usage)[1]) for field in ("REG", "STACK"))
     counts, narrowest = _instructions(sass)
-    accesses, lines = accesses_of(compiled.asm["ptx"], parameters)
+    accesses, lines = accesses_of(made.asm["ptx"], parameters)
     narrowed = {
         argument: f"{bits} bits instead of {least} in line {place[1]} of {place[0]}"
         for place, bits in sorted(narrowest.items(), reverse=True)
@@ -120,15 +120,15 @@ def _code(name: str, arch: int, num_warps: int, compiled: Any, parameters: list[
         registers=registers,
         stack=stack,
         spills=counted("LDL|STL"),
-        shared=compiled.metadata.shared,
-        tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
+        shared=made.metadata.shared,
+        tensor_memory=getattr(made.metadata, "tmem_size", None) or 0,
         instructions=counts.total(),
         loads=counted(LOADS, by_width),
         stores=counted(STORES, by_width),
         matrix=counted(r"[HIQBO]G?MMA|UTC\w*MMA", lambda mnemonic: mnemonic.partition(".")[0]),
         float64=dict(sorted(float64.items())),
         atomics=counted("ATOM|ATOMG|RED|REDG|UTMAREDG"),
-        multiplies="tt.dot" in compiled.asm["ttir"],
+        multiplies="tt.dot" in made.asm["ttir"],
         accesses=accesses,
         narrowed=narrowed,
     )

@@ -19,8 +19,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from benchmarks.machine_code.code import Code
-from benchmarks.machine_code.ptx import IN_MEMORY
+from benchmarks.static.code import Code
+from benchmarks.static.ptx import IN_MEMORY
 from pdfast_kernels.launch import Launch
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}

@@ -1,0 +1,5 @@
+import sys
+
+from benchmarks.static import main
+
+sys.exit(main())

@@ -8,18 +8,10 @@ from typing import Annotated, Any, TypeVar
 
 from pdfast.checks import check_values
 from pdfast.cli import parse
-from pdfast.config import (
-    FACTS,
-    DistillConfig,
-    OptionalPath,
-    TrainConfig,
-    from_plain,
-    parse_updates,
-    resolve_steps,
-    to_plain,
-)
+from pdfast.config import FACTS, DistillConfig, TrainConfig, parse_updates, resolve_steps
 from pdfast.errors import UsageError
-from pdfast.flags import FlagCreatePairsOff
+from pdfast.flags import FlagCreatePairsOff, OptionalPath
+from pdfast.plain import from_plain, to_plain
 from pdfast.presets import preset
 from pdfast.reading import load_yaml
 

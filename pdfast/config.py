@@ -1,94 +1,20 @@
 """The configuration of a run: typed, checked, and the same in a preset, on the command line and in `config.yaml`."""
 
-import dataclasses
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
 
-import numpy as np
-import torch
 import yaml
 
-from pdfast import diffusion
 from pdfast.bounds import MOST_STEPS
 from pdfast.data import LoaderName
 from pdfast.diffusion import Weighting
 from pdfast.errors import UsageError
-from pdfast.flags import Suppress, arg
+from pdfast.flags import OptionalInt, OptionalPath, arg
 from pdfast.networks import NetworkConfig
-from pdfast.reading import read_array, shown
-
-OptionalInt = Annotated[int | None, arg(metavar="INT")]
-OptionalString = Annotated[str | None, arg(metavar="STR")]
-OptionalPath = Annotated[Path | None, arg(metavar="PATH")]
-
-MOST_ALPHA_BARS = 1 << 16
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """How noise grows with the diffusion time u, from data at 0 to noise at 1."""
-
-    name: Literal["cosine", "clipped_cosine", "linear_beta", "alpha_bars", "diffusers"] = "cosine"
-    """cosine; clipped_cosine (log-SNR within bounds, as in the paper's code); linear_beta (VP-SDE); alpha_bars (a table);
-    diffusers (that of a teacher from there)."""
-    u_start: float = 1.0
-    """Diffusion time at which sampling starts; below 1 for networks that predict eps."""
-    logsnr_min: float = -20.0
-    """clipped_cosine: log-SNR at u = 1."""
-    logsnr_max: float = 20.0
-    """clipped_cosine: log-SNR at u = 0."""
-    beta_min: float = 0.1
-    """linear_beta: rate at u = 0."""
-    beta_max: float = 20.0
-    """linear_beta: rate at u = 1."""
-    alpha_bars: OptionalPath = None
-    """alpha_bars: a .npy file of strictly decreasing values in [0, 1), entry i at u = (i + 1) / T."""
-    diffusers: Annotated[dict[str, Any] | None, Suppress] = None
-    """diffusers: of a scheduler_config.json, what its table is made from."""
-    table: Annotated[tuple[float, ...] | None, Suppress] = None
-    """alpha_bars: the values of that file, which stand in its place once it was read (see `with_table`)."""
-
-    def with_table(self) -> "ScheduleConfig":
-        """Return the schedule with the values of the file `alpha_bars` in the place of its path: a model is whole without it.
-        UsageError for a file that cannot be read, and for one that another schedule does not need."""
-        if self.alpha_bars is None:
-            return self if self.name == "alpha_bars" else dataclasses.replace(self, table=None)
-        if self.name != "alpha_bars":
-            raise UsageError(
-                f"--schedule.alpha-bars is for --schedule.name alpha_bars, not {self.name}: add that, or leave it out"
-            )
-        values = read_array(self.alpha_bars)
-        if values.ndim != 1 or len(values) > MOST_ALPHA_BARS:
-            raise UsageError(f"{self.alpha_bars} has shape {values.shape}: need [T] with T up to {MOST_ALPHA_BARS}")
-        return dataclasses.replace(self, alpha_bars=None, table=tuple(values.astype(np.float64).tolist()))
-
-    def build(self) -> diffusion.Schedule:
-        """The schedule. UsageError for bad values or an unreadable table."""
-        try:
-            match self.name:
-                case "cosine":
-                    schedule: diffusion.Schedule = diffusion.Cosine()
-                case "clipped_cosine":
-                    schedule = diffusion.ClippedCosine(self.logsnr_min, self.logsnr_max)
-                case "linear_beta":
-                    schedule = diffusion.LinearBeta(self.beta_min, self.beta_max)
-                case "alpha_bars":
-                    table = self.with_table().table
-                    if table is None:
-                        raise UsageError("--schedule.name alpha_bars needs --schedule.alpha-bars FILE.npy")
-                    schedule = diffusion.AlphaBars(torch.tensor(table, dtype=torch.float64))
-                case "diffusers":
-                    from pdfast.teachers.schedulers import alpha_bars
-
-                    if self.diffusers is None:
-                        raise UsageError("--schedule.name diffusers comes with a teacher of diffusers: say --teacher")
-                    schedule = diffusion.AlphaBars(alpha_bars(self.diffusers))
-            return diffusion.StartingAt(schedule, self.u_start) if self.u_start != 1 else schedule
-        except (ValueError, OSError) as error:
-            raise UsageError(f"schedule: {error}") from None
+from pdfast.plain import to_plain
+from pdfast.schedule_config import ScheduleConfig
 
 
 @dataclass(frozen=True)
@@ -315,76 +241,8 @@ def resolve_steps(given: Steps, preset: Steps) -> tuple[int, int, int]:
     return rounds, start, end
 
 
-def to_plain(config: Any) -> dict[str, Any]:
-    """A configuration as plain dicts, lists, numbers and strings."""
-
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value):
-            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        if isinstance(value, tuple):
-            return [plain(v) for v in value]
-        return str(value) if isinstance(value, Path) else value
-
-    return plain(config)
-
-
-T = TypeVar("T")
 FACTS = {"command", "images_sha256", "images_alone_sha256", "teacher_sha256", "features_sha256", "data_sha256"}
 """Keys of a saved configuration beside its fields; the last was written by the version before."""
-
-
-def from_plain(cls: type[T], plain: dict[str, Any], where: str) -> T:
-    """The inverse of `to_plain`. UsageError that names the field for one unknown, missing or of a wrong type."""
-    hints = get_type_hints(cls)
-    if not isinstance(plain, dict):
-        raise UsageError(f"{where}: expected fields, found {shown(plain)}")
-    for name in plain:
-        if name not in hints:
-            raise UsageError(f"{where}: unknown field {shown(name)}; known are {', '.join(hints)}")
-    values = {}
-    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if f.name in plain:
-            values[f.name] = _convert(hints[f.name], plain[f.name], f"{where}, {f.name}")
-        elif f.default is dataclasses.MISSING:
-            raise UsageError(f"{where}: field {f.name!r} is missing")
-    try:
-        return cls(**values)
-    except ValueError as error:
-        raise UsageError(f"{where}: {error}") from None
-
-
-def _convert(kind: Any, value: Any, where: str) -> Any:
-    choices = get_args(kind) if type(None) in get_args(kind) else (kind,)
-    if value is None and type(None) in choices:
-        return None
-    for choice in choices:
-        origin = get_origin(choice)
-        if dataclasses.is_dataclass(choice):
-            return from_plain(choice, value, where)  # type: ignore[arg-type]
-        if origin is tuple and isinstance(value, list | tuple):
-            return tuple(_convert(get_args(choice)[0], v, where) for v in value)
-        if origin is Literal and any(value == v and type(value) is type(v) for v in get_args(choice)):
-            return value
-        if origin is dict and isinstance(value, dict):
-            return value
-        if choice is Path and isinstance(value, str):
-            return Path(value)
-        if choice is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        if isinstance(choice, type) and type(value) is choice:
-            return value
-    wanted = " or ".join(
-        " or ".join(map(repr, get_args(c))) if get_origin(c) is Literal else getattr(c, "__name__", str(c))
-        for c in choices
-        if c is not type(None)
-    )
-    raise UsageError(f"{where}: {shown(value)} is not {wanted}")
-
-
-def fields_of(cls: type, plain: dict[str, Any], names: Iterable[str], where: str) -> dict[str, Any]:
-    """Convert those of the fields `names` of a configuration that `plain` has. UsageError that names one of a wrong type."""
-    hints = get_type_hints(cls)
-    return {name: _convert(hints[name], plain[name], f"{where}, {name}") for name in names if name in plain}
 
 
 def to_yaml(config: Any) -> str:

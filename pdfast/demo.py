@@ -24,7 +24,7 @@ import torch
 import pdfast.sample as sample
 from pdfast.bounds import STEPS, require, whole
 from pdfast.cli import parse, run_command
-from pdfast.config import DistillConfig, fields_of
+from pdfast.config import DistillConfig
 from pdfast.engine import layout
 from pdfast.engine.device import open_device
 from pdfast.engine.log import count_steps
@@ -33,6 +33,7 @@ from pdfast.engine.run import students_of
 from pdfast.errors import UsageError
 from pdfast.flags import Positional
 from pdfast.names import printable
+from pdfast.plain import fields_of
 from pdfast.reading import load_yaml
 from pdfast.report.grids import write_png
 

@@ -224,7 +224,10 @@ def with_teachers_network(config: DistillConfig) -> tuple[DistillConfig, SavedMo
         raise UsageError(
             f"{config.teacher} is a student of {saved.steps} steps: distill it from there, with --start-steps {saved.steps}"
         )
-    network = ConvertedConfig(saved.config) if config.convert else saved.config
+    try:
+        network = ConvertedConfig(saved.config) if config.convert else saved.config
+    except ValueError as error:
+        raise UsageError(f"--convert {config.convert}, {config.teacher}: {error}") from None
     schedule = saved.schedule
     if config.schedule.u_start != 1:
         schedule = dataclasses.replace(schedule, u_start=config.schedule.u_start)

@@ -19,16 +19,7 @@ import torch
 from pdfast.bounds import BATCH, SAMPLES, SEED, STEPS, require
 from pdfast.checks import check_evaluation, check_once
 from pdfast.cli import parse, run_command
-from pdfast.config import (
-    EvaluationConfig,
-    OptionalInt,
-    OptionalPath,
-    OptionalString,
-    Reference,
-    RunConfig,
-    fields_of,
-    from_plain,
-)
+from pdfast.config import EvaluationConfig, Reference, RunConfig
 from pdfast.data import load_source
 from pdfast.engine import layout
 from pdfast.engine.device import open_device
@@ -37,7 +28,8 @@ from pdfast.engine.model_folder import SavedModel, is_model, load_model
 from pdfast.engine.run import changed_data, students_of
 from pdfast.engine.world import World
 from pdfast.errors import UsageError
-from pdfast.flags import Positional, arg
+from pdfast.flags import OptionalInt, OptionalPath, OptionalString, Positional, arg
+from pdfast.plain import fields_of, from_plain
 from pdfast.reading import load_yaml, shown
 from pdfast.report.evaluator import Evaluator
 from pdfast.report.metrics import in_words

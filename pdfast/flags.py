@@ -1,8 +1,9 @@
 """How fields become flags: marks of tyro, which reads command lines. Where it is not installed they mark nothing, and what needs
 no command line runs: benchmarks, tests on a GPU, configurations in somebody's own program."""
 
+from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pdfast.errors import UsageError
 
@@ -18,7 +19,20 @@ else:
             pass
 
 
-__all__ = ["FlagCreatePairsOff", "Positional", "Suppress", "arg", "reader"]
+__all__ = [
+    "FlagCreatePairsOff",
+    "OptionalInt",
+    "OptionalPath",
+    "OptionalString",
+    "Positional",
+    "Suppress",
+    "arg",
+    "reader",
+]
+
+OptionalInt = Annotated[int | None, arg(metavar="INT")]
+OptionalString = Annotated[str | None, arg(metavar="STR")]
+OptionalPath = Annotated[Path | None, arg(metavar="PATH")]
 
 
 def reader() -> ModuleType:

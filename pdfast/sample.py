@@ -18,7 +18,6 @@ import torch
 
 from pdfast.bounds import BATCH, SEED, STEPS, between, require, whole
 from pdfast.cli import parse, run_command
-from pdfast.config import OptionalInt
 from pdfast.diffusion import ancestral, angles, noise, sample
 from pdfast.diffusion.noise import Stream
 from pdfast.engine import layout
@@ -27,7 +26,7 @@ from pdfast.engine.files import check_file, writing_file
 from pdfast.engine.model_folder import SavedModel, is_model, load_model
 from pdfast.engine.run import students_of
 from pdfast.errors import UsageError
-from pdfast.flags import Positional
+from pdfast.flags import OptionalInt, Positional
 from pdfast.report.evaluator import check_finite, to_uint8
 from pdfast.report.grids import image_grid, write_png
 

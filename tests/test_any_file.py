@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 
 from pdfast.checks import check_values
 from pdfast.commands import _defaults
-from pdfast.config import DistillConfig, TrainConfig, to_plain
+from pdfast.config import DistillConfig, TrainConfig
 from pdfast.engine.checkpoint import Checkpoints
 from pdfast.engine.files import sealed
 from pdfast.engine.log import read_log
 from pdfast.engine.world import World
 from pdfast.errors import UsageError
 from pdfast.evaluate import Arguments, evaluation_settings, run_of
+from pdfast.plain import to_plain
 from pdfast.presets import DIGITS
 from pdfast.reading import load_yaml, read_array, read_json
 from pdfast.report import html, real

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 import pdfast.distill
-from pdfast.config import DistillConfig, from_plain
+from pdfast.config import DistillConfig
 from pdfast.engine import interrupt, layout
 from pdfast.engine.model_folder import load_model
+from pdfast.plain import from_plain
 from pdfast.reading import load_yaml
 from tests.commands import TINY_DISTILL, TINY_GIVEN, TINY_RUN, call, environment, rewrite_config, spawn
 from tests.engine.processes import TORCHRUN, run

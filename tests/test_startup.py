@@ -10,13 +10,14 @@ from safetensors.torch import save_file
 
 from pdfast.bounds import NETWORK, SETTINGS
 from pdfast.checks import _plain_values, check_job, check_values
-from pdfast.config import DistillConfig, TrainConfig, from_plain, resolve_steps, to_plain
+from pdfast.config import DistillConfig, TrainConfig, resolve_steps
 from pdfast.engine import device
 from pdfast.engine.device import open_device
 from pdfast.engine.files import write_folder
 from pdfast.engine.model_folder import fill_model_folder
 from pdfast.errors import UsageError
 from pdfast.networks import NetworkConfig
+from pdfast.plain import from_plain, to_plain
 from pdfast.presets import DIGITS, PRESETS
 from pdfast.report.inception import InceptionV3
 from tests.commands import TINY_DISTILL, TINY_RUN, call

@@ -8,10 +8,10 @@ import pytest
 import torch
 import yaml
 
-from pdfast.config import ScheduleConfig
 from pdfast.diffusion import AlphaBars
 from pdfast.engine.model_folder import load_model
 from pdfast.errors import UsageError
+from pdfast.schedule_config import ScheduleConfig
 from tests.commands import TINY_DISTILL, TINY_GIVEN, TINY_ROUNDS, call
 
 CPU = torch.device("cpu")

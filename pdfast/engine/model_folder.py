@@ -14,14 +14,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pdfast.bounds import STEPS
-from pdfast.config import ScheduleConfig, from_plain, to_plain
 from pdfast.diffusion.circle import SMALLEST_SINE_TO_SAMPLE, check_start
 from pdfast.engine.files import SEAL, check_seal, sealed, sha256, write_json
 from pdfast.errors import UsageError
 from pdfast.names import utf8_path
-from pdfast.networks import Network
+from pdfast.networks import ModelConfig, Network
+from pdfast.plain import from_plain, to_plain
 from pdfast.reading import read_json, shown
-from pdfast.teachers import AnyNetworkConfig, edm, is_pipeline, load_edm, load_pipeline, network_config
+from pdfast.schedule_config import ScheduleConfig
+from pdfast.teachers import edm, is_pipeline, load_edm, load_pipeline, network_config
 from pdfast.teachers.weights import build_with, read_weights
 
 FORMAT = "pdfast-1"
@@ -38,7 +39,7 @@ class SavedModel:
     folder: Path
 
     @property
-    def config(self) -> AnyNetworkConfig:
+    def config(self) -> ModelConfig:
         """Of the network."""
         return self.network.config
 
@@ -57,7 +58,7 @@ class SavedModel:
 
 
 def fill_model_folder(
-    folder: Path, weights: dict[str, Tensor], network: AnyNetworkConfig, schedule: ScheduleConfig, steps: int | None
+    folder: Path, weights: dict[str, Tensor], network: ModelConfig, schedule: ScheduleConfig, steps: int | None
 ) -> None:
     """Write the weights and config.json into an existing (temporary) folder."""
     kind = "teacher" if steps is None else "student"

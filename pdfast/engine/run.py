@@ -16,7 +16,7 @@ from typing import IO, Any
 import yaml
 
 from pdfast.cli import is_rank0
-from pdfast.config import RunConfig, ScheduleConfig, from_plain, to_plain, to_yaml
+from pdfast.config import RunConfig, to_yaml
 from pdfast.data import ImageSource
 from pdfast.engine.checkpoint import clear_finished
 from pdfast.engine.files import check_folder, sha256, write_file, writing
@@ -24,7 +24,9 @@ from pdfast.engine.model_folder import SavedModel
 from pdfast.engine.world import World
 from pdfast.errors import UsageError
 from pdfast.names import shell_word
+from pdfast.plain import from_plain, to_plain
 from pdfast.reading import load_yaml
+from pdfast.schedule_config import ScheduleConfig
 
 MAY_CHANGE = {"run", "device", "loader", "max_bad", "log_every", "checkpoint_every", "engine", "guard"}
 KNOWN_BY = {

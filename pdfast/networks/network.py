@@ -1,7 +1,7 @@
 """What all networks have in common, ours and those of others."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -9,7 +9,30 @@ from torch import nn
 from pdfast.diffusion import Prediction
 
 
-class WrapperConfig:
+class ModelConfig:
+    """What the configuration of every network has: plain data that it can be built from again. In files kinds are told apart by
+    the field `kind`, which only our U-Net's lacks: see `pdfast.teachers.KINDS`."""
+
+    image_size: int
+    image_channels: int
+    num_classes: int
+    prediction: Prediction
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self.image_channels, self.image_size, self.image_size
+
+    def build(self, dropout: float = 0.0) -> Any:
+        """The network, with initial weights."""
+        raise NotImplementedError
+
+    def checked(self, where: str) -> Self:
+        """Return it. UsageError where its fields, each of its type, do not fit each other."""
+        return self
+
+
+class WrapperConfig(ModelConfig):
     """The configuration of a network around another, whose images and classes are its own."""
 
     @property
@@ -18,20 +41,15 @@ class WrapperConfig:
         raise NotImplementedError
 
     @property
-    def image_size(self) -> int:
+    def image_size(self) -> int:  # type: ignore[override]
         return self.inner.image_size
 
     @property
-    def image_channels(self) -> int:
+    def image_channels(self) -> int:  # type: ignore[override]
         return self.inner.image_channels
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        return self.image_channels, self.image_size, self.image_size
-
-    @property
-    def num_classes(self) -> int:
+    def num_classes(self) -> int:  # type: ignore[override]
         return self.inner.num_classes
 
 
@@ -40,7 +58,7 @@ class Network(nn.Module):
     for an unconditional network) to [N, P*C, H, W] float32, P = 2 if it predicts both x and eps."""
 
     config: Any
-    """Plain data that it can be built from again: `config.build()`."""
+    """A ModelConfig, in the terms of its kind: `config.build()` builds it again."""
     prediction: Prediction
     dtype: torch.dtype
     """Of the activations of its blocks."""

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from pdfast.bounds import NETWORK
 from pdfast.diffusion import Prediction, outputs_per_channel
 from pdfast.networks.layers import Attention, Conv2d, GroupNorm, Linear, ResBlock, time_embedding
-from pdfast.networks.network import Network
+from pdfast.networks.network import ModelConfig, Network
 
 
 @dataclass(frozen=True)
-class NetworkConfig:
+class NetworkConfig(ModelConfig):
     """The shape of a U-Net."""
 
     image_size: int
@@ -61,11 +61,6 @@ class NetworkConfig:
                 raise ValueError(f"{width} channels do not divide into num_groups = {self.num_groups}")
             if width % self.head_dim:
                 raise ValueError(f"{width} channels do not divide into heads of head_dim = {self.head_dim}")
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        return self.image_channels, self.image_size, self.image_size
 
     def build(self, dropout: float = 0.0) -> "UNet":
         return UNet(self, dropout)

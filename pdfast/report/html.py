@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from pdfast.config import DistillConfig, fields_of
+from pdfast.config import DistillConfig
 from pdfast.engine.files import write_file
 from pdfast.engine.log import count_steps, read_log
 from pdfast.engine.run import students_of
 from pdfast.errors import UsageError
 from pdfast.names import printable
+from pdfast.plain import fields_of
 from pdfast.reading import load_yaml, read_text
 from pdfast.report.grids import steps_grid
 from pdfast.report.metrics import in_words

@@ -8,11 +8,9 @@ copy is exact wherever it is not, continuous everywhere, and what it has to lear
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from pdfast.diffusion import Prediction, parameterization
-from pdfast.errors import UsageError
-from pdfast.networks import Wrapped, WrapperConfig
+from pdfast.networks import ModelConfig, Wrapped, WrapperConfig
 from pdfast.networks.wrapped import Wrapping, conversion
 
 LEAST = 0.1
@@ -22,17 +20,19 @@ LEAST = 0.1
 class ConvertedConfig(WrapperConfig):
     """A network made to predict v."""
 
-    network: Any
+    network: ModelConfig
     """The configuration of the one inside."""
     kind: str = "converted"
     prediction: Prediction = "v"
 
     def __post_init__(self) -> None:
         if self.network.prediction == "v":
-            raise UsageError("this teacher predicts v already: there is nothing to convert")
+            raise ValueError("its network predicts v already: there is nothing to convert")
+        if self.prediction != "v":
+            raise ValueError(f"a converted network predicts v, not {self.prediction}")
 
     @property
-    def inner(self) -> Any:
+    def inner(self) -> ModelConfig:
         return self.network
 
     def build(self, dropout: float = 0.0) -> Wrapped:

@@ -12,29 +12,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from pdfast.config import ScheduleConfig, fields_of
+from pdfast.diffusers_tables import DISCRETE, EDM, MOST_TIMES, alpha_bars, library
 from pdfast.diffusion import Prediction
 from pdfast.diffusion.schedules import Schedule, table_angles
 from pdfast.errors import UsageError
+from pdfast.networks import ModelConfig
 from pdfast.networks.layers import upsample
 from pdfast.networks.wrapped import Autocasted, Wrapping, preconditioning
+from pdfast.plain import fields_of
 from pdfast.reading import read_json, shown
-from pdfast.teachers.schedulers import (
-    DISCRETE,
-    EDM,
-    MOST_TIMES,
-    PREDICTIONS,
-    alpha_bars,
-    check_written_for,
-    library,
-    read_edm_scheduler,
-    read_scheduler,
-)
+from pdfast.schedule_config import ScheduleConfig
+from pdfast.teachers.schedulers import PREDICTIONS, check_written_for, read_edm_scheduler, read_scheduler
 from pdfast.teachers.weights import build_with, check_values, read_weights
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -48,7 +41,7 @@ MOST_PIXELS = 1 << 13  # on a side
 
 
 @dataclass(frozen=True)
-class DiffusersConfig:
+class DiffusersConfig(ModelConfig):
     """A UNet2DModel and the times it was trained at."""
 
     image_size: int
@@ -65,13 +58,19 @@ class DiffusersConfig:
     def __hash__(self) -> int:
         return hash(json.dumps([self.unet, self.scheduler]))
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        return self.image_channels, self.image_size, self.image_size
-
     def build(self, dropout: float = 0.0) -> "DiffusersNetwork":
         return DiffusersNetwork(self, dropout)
+
+    def checked(self, where: str) -> Self:
+        if self.scheduler.get("_class_name") in EDM:
+            scheduler = read_edm_scheduler(self.scheduler, f"{where}: the scheduler")
+            predictions: tuple[Prediction, ...] = ("v",)
+        else:
+            alpha_bars(self.scheduler, f"{where}: the scheduler")
+            scheduler, predictions = self.scheduler, tuple(PREDICTIONS.values())
+        if self.prediction not in predictions or _config(self.unet, scheduler, self.prediction, where) != self:
+            raise UsageError(f"{where}: the fields of the network do not fit its unet and its scheduler")
+        return self
 
 
 class DiffusersNetwork(Autocasted):
@@ -236,20 +235,6 @@ def adapt(unet: Any, scheduler: Any) -> tuple[DiffusersNetwork, Schedule]:
     network = DiffusersNetwork(config, unet=unet)
     network.knots = network.knots.to(unet.device)
     return network, schedule.build()
-
-
-def check_config(config: DiffusersConfig, where: str) -> DiffusersConfig:
-    """Return the configuration. UsageError where a part is not of the kinds that a pipeline's may be, or does not fit the others."""
-    name = config.scheduler.get("_class_name")
-    if name in EDM:
-        scheduler = read_edm_scheduler(config.scheduler, f"{where}: the scheduler")
-        predictions: tuple[Prediction, ...] = ("v",)
-    else:
-        alpha_bars(config.scheduler, f"{where}: the scheduler")
-        scheduler, predictions = config.scheduler, tuple(PREDICTIONS.values())
-    if config.prediction not in predictions or _config(config.unet, scheduler, config.prediction, where) != config:
-        raise UsageError(f"{where}: the fields of the network do not fit its unet and its scheduler")
-    return config
 
 
 def _config(unet: dict[str, Any], scheduler: dict[str, Any], prediction: Prediction, where: str) -> DiffusersConfig:

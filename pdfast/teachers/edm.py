@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pdfast.config import ScheduleConfig, from_plain
 from pdfast.diffusion import Prediction
 from pdfast.errors import UsageError
 from pdfast.networks import Wrapped, WrapperConfig
 from pdfast.networks.wrapped import preconditioning
+from pdfast.plain import from_plain
+from pdfast.schedule_config import ScheduleConfig
 from pdfast.teachers.edm_unet import EDMUNet, EDMUNetConfig
 from pdfast.teachers.sigmas import SIGMAS, check_sigmas, sigma_schedule
 from pdfast.teachers.weights import build_with, check_values, read_weights

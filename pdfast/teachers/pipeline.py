@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pdfast.config import to_plain
+from pdfast.diffusers_tables import library
 from pdfast.diffusion import outputs_per_channel
 from pdfast.diffusion.schedules import Schedule
 from pdfast.networks import Network, NetworkConfig, UNet, Wrapped
 from pdfast.networks.layers import Attention, Conv2d, ResBlock, time_embedding
 from pdfast.networks.wrapped import Wrapping
+from pdfast.plain import to_plain
 from pdfast.teachers.convert import as_v
 from pdfast.teachers.diffusers import DiffusersNetwork
 from pdfast.teachers.edm_unet import EDMUNet
-from pdfast.teachers.schedulers import PREDICTIONS, library
+from pdfast.teachers.schedulers import PREDICTIONS
 
 LEAST_TIMES = 1024
 NAMES = {ours: theirs for theirs, ours in PREDICTIONS.items()}

@@ -2,7 +2,7 @@
 
 import math
 
-from pdfast.config import ScheduleConfig
+from pdfast.schedule_config import ScheduleConfig
 
 
 def sigma_schedule(sigma_min: float, sigma_max: float) -> ScheduleConfig:

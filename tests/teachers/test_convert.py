@@ -9,13 +9,13 @@ import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
-from pdfast.config import to_plain
 from pdfast.data import ResidentImages
 from pdfast.diffusion import Cosine, sample, to_v
 from pdfast.engine.model_folder import load_model
 from pdfast.engine.step import Draws, conversion_gradient
 from pdfast.engine.world import World
 from pdfast.networks import NetworkConfig, UNet
+from pdfast.plain import to_plain
 from pdfast.teachers import ConvertedConfig, network_config
 from pdfast.teachers.convert import LEAST, as_v, regular_angles
 from tests.commands import ROOT, TINY_GIVEN, TINY_RUN, call

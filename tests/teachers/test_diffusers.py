@@ -19,11 +19,11 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 
-from pdfast.config import to_plain
 from pdfast.diffusion import ddim, sample
 from pdfast.engine.cost import activation_bytes, parameters, parameters_and_flops
 from pdfast.engine.model_folder import fill_model_folder, load_model
 from pdfast.errors import UsageError
+from pdfast.plain import to_plain
 from pdfast.teachers import adapt, load_pipeline, network_config
 from tests.commands import TINY_GIVEN, call, environment
 from tests.data.errors import refusal

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pdfast.config import to_plain
 from pdfast.diffusion import ddim, sample
 from pdfast.engine import layout
 from pdfast.engine.cost import activation_bytes, parameters, parameters_and_flops
 from pdfast.engine.model_folder import fill_model_folder, load_model
+from pdfast.plain import to_plain
 from pdfast.teachers import edm, network_config
 from tests.commands import ROOT, TINY_GIVEN, call, environment
 from tests.data.errors import refusal

@@ -7,11 +7,11 @@ import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler
 from torch import nn
 
-from pdfast.config import ScheduleConfig
 from pdfast.diffusion import Cosine, LinearBeta
 from pdfast.engine.model_folder import SavedModel, load_model
 from pdfast.export import compare, export_pipeline, load_again
 from pdfast.networks import NetworkConfig
+from pdfast.schedule_config import ScheduleConfig
 from pdfast.teachers import ConvertedConfig, load_pipeline
 from pdfast.teachers.pipeline import betas, number_of_times, write_pipeline
 from tests.commands import call

@@ -19,13 +19,13 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from pdfast.config import ScheduleConfig
+from pdfast.diffusers_tables import DISCRETE
 from pdfast.diffusion import build_step_table, sample
 from pdfast.diffusion.schedules import AlphaBars
 from pdfast.engine.model_folder import fill_model_folder, load_model
 from pdfast.errors import UsageError
+from pdfast.schedule_config import ScheduleConfig
 from pdfast.teachers import adapt, load_pipeline
-from pdfast.teachers.schedulers import DISCRETE
 from tests.data.errors import refusal
 from tests.teachers.pipelines import drawn_by_diffusers, save, unet
 from tests.teachers.test_edm import write as write_edm

@@ -8,11 +8,11 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from pdfast.config import ScheduleConfig
 from pdfast.engine.files import sha256
 from pdfast.engine.model_folder import fill_model_folder, load_model
 from pdfast.errors import UsageError
 from pdfast.networks import NetworkConfig
+from pdfast.schedule_config import ScheduleConfig
 from pdfast.teachers import ConvertedConfig, adapt
 from tests.commands import TINY_GIVEN, call, rewrite_config
 from tests.data.errors import refusal

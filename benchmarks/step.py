@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
@@ -26,14 +26,15 @@ from benchmarks import rivals
 from benchmarks.command import Parser, Report, Row, count, header, reason
 from benchmarks.ours import Pdfast
 from benchmarks.timing import captured, ceilings, measure, peak_mib, quantiles
-from benchmarks.updates import WARM_UP, Batch, Setting, distillation_losses, open_setting
-from pdfast.config import EngineConfig, OptimizerName
+from benchmarks.updates import WARM_UP, Setting, distillation_losses, open_setting
+from pdfast.config import EngineConfig
 from pdfast.engine.cost import parameters_and_flops
 from pdfast.errors import UsageError
 from pdfast.presets import PRESETS
 
 PROVIDERS = ("eager", "pdfast", "compile", "diffusers")
 MODES = {"cuda": ("default", "reduce-overhead", "max-autotune-no-cudagraphs"), "cpu": ("default",)}
+DIFFUSERS = {"eager": None, "compile": "default"}
 TURNS = {"cuda": 1, "cpu": 5}
 CHECKED = 8  # samples
 SAMPLING_STEPS = (1, 4)
@@ -59,13 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--modes", nargs="+", choices=MODES["cuda"], help="of torch.compile: a row each")
     parser.add_argument("--sampling", action="store_true", help="images/s of 1 and 4 steps too")
     parser.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="bf16 on a GPU unless said")
-    parser.add_argument(
-        "--compile", nargs="+", choices=["auto", "on", "off"], default=["auto"], help="pdfast: a row each"
-    )
-    parser.add_argument("--graph", choices=["on", "off"], default="on", help="pdfast: a CUDA graph of the update")
-    parser.add_argument("--optimizer", choices=get_args(OptimizerName), default="pdfast", help="pdfast: whose Adam")
-    parser.add_argument("--micro-batches", type=count, default=1, metavar="N", help="pdfast")
-    parser.add_argument("--recompute", action="store_true", help="pdfast: activation checkpointing")
+    ways = ["auto", "on", "off"]
+    parser.add_argument("--compile", nargs="+", choices=ways, default=["auto"], help="pdfast: a row each")
     parser.add_measuring(10.0)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--list", action="store_true", help="print providers and variants, and nothing else")
@@ -74,19 +70,14 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(_title(variant.row) for variant in _variants(options, None, None)))
         return 0
     said = header(options.device) | ceilings(options.device, min(options.seconds, 0.5))
-    numbers = (
-        "{images_per_second:9.1f} images/s {median_ms:9.2f} ms ({p20_ms:.2f} .. {p80_ms:.2f}) {tflop_s:8.3f} TFLOP/s "
-    )
-    numbers += (
-        "MFU {mfu:6.1%} {peak_mib:9.1f} MiB {dtype:<13} error {error:.1e}; {breakdown_ms}; {sampled_images_per_second}"
-    )
+    numbers = "{images_per_second:9.1f} images/s {median_ms:9.2f} ms ({p20_ms:.2f} .. {p80_ms:.2f}) {dtype:<13} "
+    numbers += "{tflop_s:8.3f} TFLOP/s MFU {mfu:6.1%} {peak_mib:9.1f} MiB error {error:.1e}; {breakdown_ms}"
     report = Report(options.json, said, "{preset:<12} {batch:>5} {provider:<9} {variant:<26}", numbers)
     try:
         for name in options.preset or ["imagenet64" if options.device.type == "cuda" else "digits"]:
             batch = options.batch or PRESETS[name].batch_size
             while _lacks_memory(options, name, batch, report) and batch > 1:
                 batch //= 2
-            _summary([row for row in report.rows if row["preset"] == name and row["batch"] == batch])
     except UsageError as error:
         parser.error(str(error))
     return 0
@@ -99,9 +90,7 @@ def _variants(options: Namespace, setting: Setting | None, machine: Any) -> list
         "eager": {"": partial(rivals.eager, setting)},
         "pdfast": {f"compile {c}": lambda c=c: Pdfast(setting, machine(c)) for c in options.compile},
         "compile": {mode: partial(rivals.compiled, setting, mode) for mode in modes},
-        "diffusers": {
-            way: partial(rivals.diffusers, setting, m) for way, m in [("eager", None), ("compile", "default")]
-        },
+        "diffusers": {name: partial(rivals.diffusers, setting, mode) for name, mode in DIFFUSERS.items()},
     }
     chosen = PROVIDERS if "all" in options.providers else options.providers
     return [Variant({"provider": p, "variant": way}, build) for p in chosen for way, build in ways[p].items()]
@@ -111,9 +100,8 @@ def _lacks_memory(options: Namespace, name: str, batch: int, report: Report) -> 
     """Measure all variants at a batch, their rows added to `report` as they are done; with --halve no more of them, and true,
     once one lacks memory."""
     device, turns = options.device, TURNS[options.device.type]
-    names = ("dtype", "optimizer", "micro_batches", "recompute")
-    engine = EngineConfig(graph=options.graph == "on", **{name: getattr(options, name) for name in names})
-    with open_setting(PRESETS[name], device, batch, engine) as (setting, machine):
+    seconds = options.seconds / turns
+    with open_setting(PRESETS[name], device, batch, EngineConfig(dtype=options.dtype)) as (setting, machine):
         variants = _variants(options, setting, machine)
         for variant in variants:
             variant.row |= {"preset": name, "batch": batch}
@@ -122,9 +110,7 @@ def _lacks_memory(options: Namespace, name: str, batch: int, report: Report) -> 
                 _trying(variant, lambda v: _prepare(v, setting))
             for _ in range(turns):
                 for variant in group:
-                    _trying(
-                        variant, lambda v: v.elapsed.extend(measure(v.update.step, device, options.seconds / turns))
-                    )
+                    _trying(variant, lambda v: v.elapsed.extend(measure(v.update.step, device, seconds)))
             for variant in group:
                 _trying(variant, lambda v: _conclude(v, setting, options, report.said))
                 variant.update = variant.build = None
@@ -167,10 +153,7 @@ def _prepare(variant: Variant, setting: Setting) -> None:
     variant.row["start_s"] = time.perf_counter() - began
     teacher, student = update.references()
     update.step()
-    batch, losses = (
-        Batch(*(None if t is None else t[:CHECKED] for t in update.drawn())),
-        update.losses[:CHECKED].double(),
-    )
+    batch, losses = update.drawn().first(CHECKED), update.losses[:CHECKED].double()
     with torch.no_grad():
         expected = distillation_losses(teacher, student, batch, setting, torch.float64)
     variant.row["error"] = float((losses - expected).abs().max() / expected.abs().max())
@@ -196,27 +179,23 @@ def _conclude(variant: Variant, setting: Setting, options: Namespace, said: Row)
 
 def _breakdown(update: Any, setting: Setting, seconds: float, whole: float) -> dict[str, float]:
     """Milliseconds of an update's two forwards of the teacher, the student's forward and its backward, and all the rest."""
-    parts, drawn = setting.config.engine.micro_batches, update.drawn()
-    (teacher, student), n = update.networks(), len(drawn.x)
+    drawn, (teacher, student) = update.drawn(), update.networks()
     _free(setting.device)
-    z, phi = drawn.x.float(), torch.ones(n, device=setting.device)
+    z, phi = drawn.x.float(), torch.ones(len(drawn.x), device=setting.device)
 
-    def timed(network: Any, count: int, backward: bool) -> float:
-        labels = None if drawn.labels is None else drawn.labels[:count]
-
+    def timed(network: Any, backward: bool) -> float:
         def call() -> None:
             with update.running(), torch.set_grad_enabled(backward):
-                output = network(z[:count], phi[:count], labels)
+                output = network(z, phi, drawn.labels)
                 if backward:
                     output.square().mean().backward()
 
-        graphed = setting.device.type == "cuda" and isinstance(update, Pdfast) and setting.config.engine.graph
+        graphed = setting.device.type == "cuda" and isinstance(update, Pdfast)
         return median(measure(captured(call) if graphed else call, setting.device, seconds))
 
-    twice, forward = 2 * timed(teacher, n, False), parts * timed(student, n // parts, False)
-    both = parts * timed(student, n // parts, True)
-    stages = {"teacher": twice, "student forward": forward, "backward": both - forward}
-    return stages | {"rest": whole - twice - both}
+    twice, forward, both = 2 * timed(teacher, False), timed(student, False), timed(student, True)
+    stages = {"teacher": twice, "student forward": forward, "backward": both - forward, "rest": whole - twice - both}
+    return {name: round(ms, 3) for name, ms in stages.items()}
 
 
 def _free(device: torch.device) -> None:
@@ -227,19 +206,6 @@ def _free(device: torch.device) -> None:
 
 def _title(row: Row) -> str:
     return f"{row['provider']} {row['variant']}".strip()
-
-
-def _summary(rows: list[Row]) -> None:
-    """The best of pdfast against the best of each of the others."""
-    best: dict[str, Row] = {}
-    for row in rows:
-        other = best.get(row["provider"], {"images_per_second": 0.0})
-        if "unavailable" not in row and row["images_per_second"] > other["images_per_second"]:
-            best[row["provider"]] = row
-    mine = best.pop("pdfast", None)
-    for theirs in best.values() if mine else ():
-        speed, memory = (mine[what] / theirs[what] for what in ("images_per_second", "peak_mib"))
-        print(f"pdfast: {speed:.2f}x the images/s of {_title(theirs)}, {memory:.2f}x its memory")
 
 
 if __name__ == "__main__":

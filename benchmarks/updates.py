@@ -57,6 +57,9 @@ class Batch(NamedTuple):
     k: Tensor
     labels: Tensor | None
 
+    def first(self, count: int) -> "Batch":
+        return Batch(*(None if tensor is None else tensor[:count] for tensor in self))
+
 
 def random_weights(network: NetworkConfig, seed: int) -> dict[str, Tensor]:
     """Of a U-Net, with those that begin at zero drawn too: else no error in them would show."""
@@ -72,10 +75,7 @@ def random_weights(network: NetworkConfig, seed: int) -> dict[str, Tensor]:
 def open_setting(
     preset: DistillConfig, device: torch.device, batch: int, engine: EngineConfig
 ) -> Iterator[tuple[Setting, Callable[[str], Machine]]]:
-    """The preset's first round at that batch, on random images, and the machine by a value of --engine.compile.
-
-    UsageError where the batch does not divide into the micro-batches.
-    """
+    """The preset's first round at that batch, on random images, and the machine by a value of --engine.compile."""
     rounds, start, end = resolve_steps((None, None, None), (preset.rounds, preset.start_steps, preset.end_steps))
     steps = {"rounds": rounds, "start_steps": start, "end_steps": end}
     train = replace(preset.train, batch_size=batch)

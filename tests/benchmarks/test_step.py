@@ -52,14 +52,12 @@ def test_rows(tmp_path, capsys):
     for row in rows[3:]:
         assert row["unavailable"].startswith("diffusers is not installed (")
     printed = capsys.readouterr().out
-    assert "unavailable: diffusers" in printed and "x the images/s of eager" in printed
+    assert "unavailable: diffusers" in printed
 
 
 def test_other_networks_and_the_breakdown(tmp_path):
     """Classes, both outputs, attention and flips; the networks make up most of the update, measured at another time."""
-    rows = run(tmp_path, "--preset", "imagenet64", "digits", "--providers", "pdfast", "eager", "--micro-batches", "2")[
-        "rows"
-    ]
+    rows = run(tmp_path, "--preset", "imagenet64", "digits", "--providers", "pdfast", "eager")["rows"]
     assert [row["preset"] for row in rows] == ["imagenet64"] * 2 + ["digits"] * 2
     assert all(row["error"] < 1e-4 for row in rows)
     networks = [sum(list(row["breakdown_ms"].values())[:3]) / row["median_ms"] for row in rows]
@@ -149,11 +147,8 @@ def test_memory_that_lacks_halves_the_batch(tmp_path, monkeypatch):
     assert row["unavailable"] == "out of memory at batch 8"
 
 
-def test_settings_of_pdfast_are_flags(tmp_path):
-    flags = (
-        "--providers pdfast --compile off on --dtype bf16 --optimizer torch --micro-batches 2 --recompute --graph off"
-    )
-    rows = run(tmp_path, *flags.split())["rows"]
+def test_variants_of_pdfast(tmp_path):
+    rows = run(tmp_path, *"--providers pdfast --compile off on --dtype bf16".split())["rows"]
     assert [row["variant"] for row in rows] == ["compile off", "compile on"]
     assert all(row["dtype"] == "bf16" and 1e-6 < row["error"] < 0.1 for row in rows)
 
@@ -187,7 +182,6 @@ def test_list(capsys):
         (step, ["--seconds", "0"], "argument --seconds: 0 is not more than 0"),
         (step, ["--preset", "nothing"], "argument --preset: invalid choice: 'nothing'"),
         (step, ["--json", "/nowhere/at/all"], "/nowhere/at/all is no file that could be written"),
-        (step, ["--batch", "3", "--micro-batches", "2"], "--train.batch-size 3 must be a multiple of 2"),
         (first, ["--json", "/nowhere/at/all"], "/nowhere/at/all is no file that could be written"),
     ],
 )

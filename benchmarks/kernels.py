@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import accuracy, traffic
+from benchmarks import accuracy
 from benchmarks.choice import add_choice_of_cases, chosen_cases
 from benchmarks.command import Parser, Report, Row, Unavailable, header, reason
 from benchmarks.providers import NAMES, call_of, fallback
 from benchmarks.timing import captured, ceilings, measure, peak_mib, quantiles
-from benchmarks.work import Case, fill, in_mode
+from benchmarks.work import Case, fill, in_mode, must_move
 from pdfast_kernels import dispatch
 
 PASSES = {"fwd": ["forward"], "bwd": ["backward"], "full": ["forward", "backward"]}
@@ -73,11 +73,8 @@ def _measured(case: Case, provider: str, mode: str, options: Namespace, ceiling:
         said["peak_mib"] = peak_mib(call, device, ()) - before if device.type == "cuda" else None
         comparable = provider == "pdfast" or work.same_numbers is None
         said["error"] = accuracy.error(forward, work, mode) if comparable else None
-        bytes_moved = traffic.must_and_eager(case.make(samples, "meta"))
-        moved = sum(bytes_moved[name][0] for name in PASSES[mode])
-        # adam_ema multiplies no matrices, and reads its scalars on the host.
-        products = traffic.flops(case.make(samples, "meta")) if case.op != "adam_ema" else {"forward": 0}
-        work_done = sum(products[name] for name in PASSES[mode])
+        must = must_move(case.make(samples, "meta"))
+        moved, products = (sum(must[name][i] for name in PASSES[mode]) for i in (0, 1))
     except Exception as failure:  # of another provider, of whatever kind: its row says so
         return [{"graph": graph, "unavailable": reason(failure)} for graph in graphs]
     rows: list[Row] = []
@@ -90,7 +87,7 @@ def _measured(case: Case, provider: str, mode: str, options: Namespace, ceiling:
                     "a backward by itself runs on its forward's stream, which is not captured: say --mode full"
                 )
             times = quantiles(measure(captured(call) if graph else call, device, options.seconds))
-            rate, flops = moved / times["median_ms"] / 1e6, work_done / times["median_ms"] / 1e9
+            rate, flops = moved / times["median_ms"] / 1e6, products / times["median_ms"] / 1e9
             rates = {"must_move_mb": moved / 1e6, "gb_s": rate, "of_copy": rate / ceiling["copy_gb_s"]}
             rates |= {"tflop_s": flops, "of_matmul": flops / ceiling["matmul_tflop_s"]}
             rows.append({"graph": graph, **times, **rates, **said})

@@ -23,8 +23,9 @@ from benchmarks import accuracy, static
 from benchmarks.candidates import candidates
 from benchmarks.choice import add_choice_of_cases, chosen_cases
 from benchmarks.command import Parser, Report, Row, header, reason, seconds
+from benchmarks.static import launches
 from benchmarks.timing import captured, measure, quantiles
-from benchmarks.work import Case, fill, in_mode, launches
+from benchmarks.work import Case, fill, in_mode
 from pdfast_kernels import use
 from pdfast_kernels._triton import INTERPRETED
 from pdfast_kernels.configs import UNBOUNDED, Lookup, looked_up

@@ -1,16 +1,19 @@
 """An operation on given tensors, as a user calls it: with our kernels, in plain PyTorch, and what it must move."""
 
+import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.command import Unavailable
-from pdfast_kernels import dispatch, use
-from pdfast_kernels.launch import Launch, recorded
 
 
 @dataclass(frozen=True)
@@ -59,13 +62,6 @@ class Case:
         """Whether it is one of the few of --quick."""
         return self.full_name in QUICK
 
-    @property
-    def counted(self) -> int:
-        """The number of samples at which its bytes are counted; 0: they are not. Few, since the interpreter takes seconds,
-        but enough that weights, where there are any, are the lesser part."""
-        few = {"group_norm_attention": 8, "adam_ema": 1}.get(self.op, 2)
-        return few if self.full_name in (*QUICK, *COUNTED_TOO) else 0
-
 
 QUICK = (
     "diffuse cifar10 128x3x32 flip fp32",
@@ -85,34 +81,6 @@ QUICK = (
     "adam_ema whole vectors, fp32 gradients",
     "adam_ema any sizes, fp32 gradients",
 )
-COUNTED_TOO = (
-    "ddim_step imagenet64 16x3x64 P=2 NCHW fp32",
-    "group_norm imagenet64 16x192x64 film+silu bf16",
-    "group_norm sd15 4x320x64 silu fp16",
-    "attention imagenet64 16x256x9x64 packed bf16",
-    "attention sd15 4x256x8x160 fp16",
-    "group_norm_attention cifar10 2x256x16 heads=1 bf16",
-)
-
-
-@contextmanager
-def kernels_wanted() -> Iterator[None]:
-    """Within it, operations on CPU tensors go to their kernels: interpreted or, without the interpreter, recorded."""
-    with use("triton"), mock.patch.object(dispatch, "INTERPRETED", True):
-        yield
-
-
-def launches(make: Callable[[], Work], arch: int) -> dict[str, list[Launch]]:
-    """What the forward and the backward of the work launch, configured for sm_`arch`. Nothing is computed."""
-    with kernels_wanted():
-        with recorded(arch) as forward:
-            work = make()
-            result = work.kernels()
-        if not work.differentiated:
-            return {"forward": forward}
-        with recorded(arch) as backward:
-            work.gradients(result, torch.empty_like(result))
-    return {"forward": forward, "backward": backward}
 
 
 def fill(work: Work) -> None:
@@ -138,3 +106,42 @@ def in_mode(forward: Callable[[], Tensor], work: Work, mode: str) -> Callable[[]
     if result.grad_fn is None:
         raise Unavailable("its result has no gradient")
     return lambda: torch.autograd.grad(result, work.differentiated, gradient, retain_graph=True, allow_unused=True)
+
+
+def must_move(work: Work) -> dict[str, tuple[int, int]]:
+    """Of the forward and, if there is one, the backward of work on meta tensors: the bytes that must move, and the
+    floating-point operations of the matrix products.
+
+    Each input of the operation is read once, each result written once; in the backward also the result's gradient is read,
+    and those inputs that the gradients depend on.
+    """
+    counting = partial(FlopCounterMode, display=False)
+    return {name: (bytes_of(must), counter.get_total_flops()) for name, counter, must in plain_passes(work, counting)}
+
+
+def plain_passes(work: Work, counting: Callable[[], Any]) -> Iterator[tuple[str, Any, list[Tensor]]]:
+    """The plain passes of work on meta tensors, each with what has counted it, and the tensors that must move."""
+    with mock.patch.object(F, "scaled_dot_product_attention", _flash_attention):
+        with counting() as counter:
+            result = work.plain()
+        yield "forward", counter, [*work.reads, *tensors_in(result), *work.writes]
+        if work.differentiated:
+            gradient = torch.empty_like(result)
+            with counting() as counter:
+                work.gradients(result, gradient)
+            yield "backward", counter, [gradient, *work.reads_again, *work.differentiated]
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def bytes_of(tensors: list[Tensor]) -> int:
+    """Of the tensors as they lie in memory: what is expanded counts once."""
+    sizes = (math.prod(n for n, stride in zip(t.shape, t.stride(), strict=True) if stride) for t in tensors)
+    return sum(n * t.element_size() for n, t in zip(sizes, tensors, strict=True))
+
+
+def _flash_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, **_: Any) -> Tensor:
+    """What scaled_dot_product_attention is on a GPU; on meta tensors it would be taken apart."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[0]

@@ -151,7 +151,7 @@ class Reader:
                 self.provide(Path(arguments[arguments.index("--data") + 1]))
             patch.setattr("benchmarks.static.INTERPRETED", False)  # nothing is compiled:
             patch.setattr("benchmarks.static.read", lambda *_: [])
-            patch.setattr("benchmarks.static.interpreted.count", lambda *_: [])
+            patch.setattr("benchmarks.static.traffic.count", lambda *_: [])
             assert import_module(module).main([*arguments, *small]) == 0
             return
         name = module.removeprefix("pdfast.")

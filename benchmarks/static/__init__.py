@@ -18,15 +18,15 @@ from tqdm import tqdm
 
 from benchmarks.cases import all_cases
 from benchmarks.command import Parser, Row, header, reason
-from benchmarks.static import interpreted
-from benchmarks.static.code import Code, compiled, name_of, versions
+from benchmarks.static import traffic
+from benchmarks.static.code import Code, compiled, launches, name_of, versions
 from benchmarks.static.gate import SHARED_MEMORY, failures, main_arguments
 from benchmarks.static.tables import markdown, of_bytes, of_kernels
-from benchmarks.work import Case, launches
+from benchmarks.work import Case
 from pdfast_kernels._triton import INTERPRETED
 from pdfast_kernels.launch import Launch
 
-__all__ = ["COMPILED_FOR", "REFUSED", "Code", "compiled", "main", "name_of", "read"]
+__all__ = ["COMPILED_FOR", "REFUSED", "Code", "compiled", "launches", "main", "name_of", "read"]
 COMPILED_FOR = tuple(SHARED_MEMORY)
 REFUSED = "TRITON_INTERPRET=1 is set, and Triton would interpret the kernels, not compile them: unset it"
 
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kernels: list[Row] = []
     for arch, case in tqdm([(arch, case) for arch in options.arch for case in cases], leave=False, disable=None):
         kernels += read(case, launches(partial(case.make, case.samples, "cpu"), arch), arch)
-    moved = interpreted.count([case for case in cases if case.counted])
+    moved = traffic.count(cases)
     said = header() | versions()
     failed = [
         f"{row['kernel']} sm_{row['arch']}, {row['op']} {row['case']}: {why}"

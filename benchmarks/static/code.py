@@ -8,9 +8,13 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
@@ -18,7 +22,9 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from benchmarks.static.ptx import BULK, Access, Place, accesses_of
-from pdfast_kernels.launch import Launch
+from benchmarks.work import Work
+from pdfast_kernels import dispatch, use
+from pdfast_kernels.launch import Launch, recorded
 
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)")
 _LINE = re.compile(r'^\s*//## File "(.*)", line (\d+)')
@@ -55,6 +61,26 @@ class Code:
 
 
 _codes: dict[Any, Code] = {}
+
+
+@contextmanager
+def kernels_wanted() -> Iterator[None]:
+    """Within it, operations on CPU tensors go to their kernels: interpreted or, without the interpreter, recorded."""
+    with use("triton"), mock.patch.object(dispatch, "INTERPRETED", True):
+        yield
+
+
+def launches(make: Callable[[], Work], arch: int) -> dict[str, list[Launch]]:
+    """What the forward and the backward of the work launch, configured for sm_`arch`. Nothing is computed."""
+    with kernels_wanted():
+        with recorded(arch) as forward:
+            work = make()
+            result = work.kernels()
+        if not work.differentiated:
+            return {"forward": forward}
+        with recorded(arch) as backward:
+            work.gradients(result, torch.empty_like(result))
+    return {"forward": forward, "backward": backward}
 
 
 def name_of(launch: Launch) -> str:

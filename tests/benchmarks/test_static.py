@@ -9,6 +9,8 @@ import torch
 
 from benchmarks import static
 from benchmarks.cases import NETWORKS, all_cases, sizes
+from benchmarks.static.traffic import COUNTED_TOO
+from benchmarks.work import QUICK
 from pdfast.networks import UNet
 from pdfast.networks.layers import Attention, GroupNorm
 from pdfast.presets import PRESETS
@@ -151,6 +153,10 @@ def test_the_interpreter_is_refused():
     done = python("benchmarks.static", "--quick", TRITON_INTERPRET="1")
     assert done.returncode == 2
     assert done.stderr.startswith("benchmarks.static: TRITON_INTERPRET=1 is set") and done.stderr.count("\n") == 1
+
+
+def test_the_few_cases_are_cases():
+    assert {*QUICK, *COUNTED_TOO} <= {case.full_name for case in all_cases()}
 
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name in PRESETS])

@@ -10,7 +10,7 @@ import torch
 from benchmarks import tune
 from benchmarks.candidates import candidates
 from benchmarks.cases import all_cases
-from benchmarks.work import launches
+from benchmarks.static import launches
 from pdfast_kernels.configs import UNBOUNDED, Blocks, looked_up
 from tests.benchmarks.test_static import python
 

@@ -19,7 +19,7 @@ from triton.runtime.jit import create_function_from_signature
 from benchmarks import static
 from benchmarks.cases import all_cases
 from benchmarks.operations import attention_case, group_norm_case
-from benchmarks.work import launches
+from benchmarks.static import launches
 from pdfast_kernels.launch import Launch
 
 ARCH = 90

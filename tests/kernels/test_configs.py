@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 
 from benchmarks.cases import all_cases
-from benchmarks.work import launches
+from benchmarks.static import launches
 from pdfast_kernels.configs import ANY, UNBOUNDED, Blocks, Table, looked_up
 
 SMALL, LARGE, OTHER = Blocks(10, 16, 1), Blocks(UNBOUNDED, 32, 2), Blocks(UNBOUNDED, 64, 4)

@@ -1,5 +1,7 @@
 """The bytes that an operation's kernels move, next to those that it must move and that eager PyTorch does.
 
+eager     the inputs and outputs of each ATen operation of the plain implementation, views and allocations left out, as
+          the dispatcher of a GPU would call them (attention: one flash kernel)
 ours      of each kernel, in Triton's interpreter, the 32-byte sectors that it loads and those that it stores: what
           crosses the memory bus if the L2 cache serves whatever a kernel reads again. And ATen's operations between
           the kernels, as for eager
@@ -19,27 +21,71 @@ from unittest import mock
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
+from torch._C import DispatchKey, DispatchKeySet
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.errors import InterpreterError
 
 from benchmarks.cases import all_cases
 from benchmarks.command import Row
-from benchmarks.traffic import AtenBytes, must_and_eager
-from benchmarks.work import Case, Work, kernels_wanted
+from benchmarks.static.code import kernels_wanted
+from benchmarks.work import QUICK, Case, Work, bytes_of, plain_passes, tensors_in
 
 SECTOR = 32
+ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+COUNTED_TOO = (
+    "ddim_step imagenet64 16x3x64 P=2 NCHW fp32",
+    "group_norm imagenet64 16x192x64 film+silu bf16",
+    "group_norm sd15 4x320x64 silu fp16",
+    "attention imagenet64 16x256x9x64 packed bf16",
+    "attention sd15 4x256x8x160 fp16",
+    "group_norm_attention cifar10 2x256x16 heads=1 bf16",
+)
+
+
+def samples_of(case: Case) -> int:
+    """The number of samples at which its bytes are counted; 0: they are not. Few, since the interpreter takes seconds, but
+    enough that weights, where there are any, are the lesser part."""
+    few = {"group_norm_attention": 8, "adam_ema": 1}.get(case.op, 2)
+    return few if case.full_name in (*QUICK, *COUNTED_TOO) else 0
 
 
 def count(cases: list[Case]) -> list[Row]:
     """A row for each case and pass: {"op", "case", "pass", "samples", "must", "ours", "eager", "touched"}, in bytes;
     where the interpreter failed, "ours" and "touched" are None and "unavailable" is the reason."""
-    rows = []
+    rows, cases = [], [case for case in cases if samples_of(case)]
     for case, ours in zip(cases, _in_the_interpreter(cases), strict=True):
-        for direction, (must, eager) in must_and_eager(case.make(case.counted, "meta")).items():
-            row = {"op": case.op, "case": case.name, "pass": direction, "samples": case.counted}
+        for direction, (must, eager) in must_and_eager(case.make(samples_of(case), "meta")).items():
+            row = {"op": case.op, "case": case.name, "pass": direction, "samples": samples_of(case)}
             measured = ours.get(direction) or {"ours": None, "touched": None, **ours}
             rows.append(row | {"must": must, "eager": eager, **measured})
     return rows
+
+
+def must_and_eager(work: Work) -> dict[str, tuple[int, int]]:
+    """Bytes that must move and those that eager PyTorch moves, in the forward and, if there is one, the backward."""
+    return {name: (bytes_of(must), eager.bytes) for name, eager, must in plain_passes(work, AtenBytes)}
+
+
+class AtenBytes(TorchDispatchMode):
+    """Counts the bytes of ATen's operations within it, also of those inside our own operations on CPU tensors."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.namespace == "pdfast_kernels":
+            with self:
+                return func.redispatch(DispatchKeySet(DispatchKey.CPU), *args, **kwargs)
+        result = func(*args, **kwargs)
+        read, written = tensors_in((args, kwargs)), tensors_in(result)
+        if result is None:  # in place, on lists
+            changed = [arg for arg, said in zip(args, func._schema.arguments, strict=False) if said.is_write]
+            written = tensors_in(changed)
+        storages = {t.untyped_storage()._cdata for t in read}
+        is_view = func.is_view and all(t.untyped_storage()._cdata in storages for t in written)  # `to` may be one
+        if not is_view and func.overloadpacket.__name__ not in ALLOCATIONS:
+            self.bytes += bytes_of([*read, *written])
+        return result
 
 
 def _in_the_interpreter(cases: list[Case]) -> list[Row]:
@@ -48,7 +94,7 @@ def _in_the_interpreter(cases: list[Case]) -> list[Row]:
         return []
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     wanted = json.dumps([case.full_name for case in cases])
-    command = [sys.executable, "-c", "from benchmarks.static.interpreted import main; main()"]
+    command = [sys.executable, "-c", "from benchmarks.static.traffic import main; main()"]
     done = subprocess.run(command, input=wanted, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
 
@@ -114,4 +160,4 @@ def main() -> None:
     torch.set_num_threads(1)
     by_name = {case.full_name: case for case in all_cases()}
     asked = [by_name[name] for name in json.load(sys.stdin)]
-    print(json.dumps([_interpreted(case.make(case.counted, "cpu")) for case in asked]))
+    print(json.dumps([_interpreted(case.make(samples_of(case), "cpu")) for case in asked]))

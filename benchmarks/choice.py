@@ -2,6 +2,7 @@
 
 import argparse
 import fnmatch
+from dataclasses import replace
 
 from benchmarks.cases import NETWORKS, SMALL_BATCH, all_cases, cases_at
 from benchmarks.command import Parser, count
@@ -44,7 +45,7 @@ def chosen_cases(parser: Parser, options: argparse.Namespace) -> list[Case]:
         if not isinstance(named, str):
             cases += cases_at(named, options.head_dim)
     cases = [
-        case
+        replace(case, samples=options.samples or case.samples)
         for case in cases
         if ("all" in options.op or case.op in options.op)
         and any(fnmatch.fnmatch(case.full_name, pattern) for pattern in options.case)

@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _measured(case: Case, provider: str, mode: str, options: Namespace, ceiling: Row) -> list[Row]:
     """A row without CUDA graph, with one, or both."""
-    graphs, samples, device = GRAPHS[options.graph], options.samples or case.samples, options.device
+    graphs, samples, device = GRAPHS[options.graph], case.samples, options.device
     try:
         work = case.make(samples, device.type)
         fill(work)

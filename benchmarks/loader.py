@@ -8,6 +8,7 @@ training step, of a small U-Net at the images' size, with each of pdfast's loade
 waiting for data, and its rate as a share of that of a loop whose data are already there.
 """
 
+import dataclasses
 import os
 import sys
 import time
@@ -31,7 +32,7 @@ from pdfast.diffusion import Cosine
 from pdfast.engine.step import Draws, teacher_gradient
 from pdfast.engine.world import World
 from pdfast.errors import UsageError
-from pdfast.networks import NetworkConfig, UNet
+from pdfast.presets import PRESETS
 
 OURS = tuple(name for name in get_args(LoaderName) if name != "auto")
 OTHERS = ("webdataset", "dataloader")
@@ -58,12 +59,10 @@ def main(arguments: list[str] | None = None) -> int:
     said = header(options.device) | {"data": Path(options.data).name, "images": len(encoded), "kind": encoded.kind}
     said |= {"image_size": options.image_size, "batch": options.batch, "mean_bytes": int(encoded.places[:, 2].mean())}
     numbers = (
-        "{images_per_second:10.0f} images/s {cpu_us:9.1f} CPU us an image {images_per_second_a_core:9.0f} images/s "
+        "{images_per_second:10.0f} images/s {cpu_us:9.1f} CPU us an image {a_core:9.0f} images/s a core   first batch "
     )
-    numbers += (
-        "a core   first batch after {first_s:.1f} s; training waits {data_wait:.1%}, {of_no_data:.1%} of the rate "
-    )
-    report = Report(options.json, said, "{loader:<12}", numbers + "without data")
+    numbers += "after {first_s:.1f} s; training waits {data_wait:.1%}, {of_no_data:.1%} of the rate without data"
+    report = Report(options.json, said, "{loader:<12}", numbers)
     for name in options.loaders:
         row: Row = {"loader": name}
         try:
@@ -147,22 +146,18 @@ def _drawing(name: str, encoded: EncodedImages, options: Namespace) -> Row:
         next(stream)
         images += options.batch
     seconds, cpu = time.perf_counter() - start, (_cpu_seconds() - cpu) / images
-    rates = {"images_per_second": images / seconds, "images_per_second_a_core": 1 / cpu if cpu else None}
-    return {"first_s": first, **rates, "cpu_us": 1e6 * cpu}
+    rates = {"images_per_second": images / seconds, "a_core": 1 / cpu if cpu else None, "cpu_us": 1e6 * cpu}
+    return {"first_s": first, **rates}
 
 
 def _training(source: ImageSource, options: Namespace) -> Row:
     """Of a small U-Net at the images' size: the share of the time that is spent in waiting, and the rate next to that of the
     same loop whose batch stays."""
     levels = (1,) * max(options.image_size.bit_length() - 3, 1)
-    shape: dict[str, Any] = {
-        "image_size": options.image_size,
-        "image_channels": 3,
-        "channels": 8,
-        "channel_mult": levels,
-    }
-    shape |= {"num_res_blocks": 1, "attention_resolutions": (), "head_dim": 8, "emb_channels": 32, "num_groups": 2}
-    model, schedule = UNet(NetworkConfig(**shape, prediction="v")).to(options.device), Cosine()
+    shape = {"image_size": options.image_size, "image_channels": 3, "channels": 8, "channel_mult": levels}
+    few = {"num_res_blocks": 1, "attention_resolutions": (), "head_dim": 8, "emb_channels": 32, "num_groups": 2}
+    network = dataclasses.replace(PRESETS["digits"].network, **shape, **few)
+    model, schedule = network.build().to(options.device), Cosine()
     draws = Draws(source, World(options.device), seed=SEED, batch_size=options.batch, flip=True, conditional=False)
     draws.load(0, 0)
     shares, rates, update = [], {True: [], False: []}, 0

@@ -5,7 +5,7 @@ import contextlib
 import torch
 from torch import Tensor
 
-from benchmarks.updates import Batch, Network, Setting, reference
+from benchmarks.updates import Batch, Network, Setting
 from pdfast.diffusion import noise
 from pdfast.diffusion.noise import Stream
 from pdfast.distill import Rounds
@@ -17,6 +17,8 @@ from pdfast.report.evaluator import draw
 
 class Pdfast:
     """An update, with all that benchmarks.updates says of one."""
+
+    has_weights_of_setting = True
 
     def __init__(self, setting: Setting, machine: Machine) -> None:
         self.setting, self._machine = setting, machine
@@ -51,12 +53,6 @@ class Pdfast:
             x = torch.where(flip[:, None, None, None], x.flip(-1), x)
         eps = noise.normal(draws.key(Stream.NOISE), draws.index, config.network.image_shape)
         return Batch(x, eps, draws.step_indices(self._rounds.table.count), draws.labels)
-
-    def references(self) -> tuple[Network, Network]:
-        both = self.setting.weights[0], self._machine.whole_weights(self._rounds.student)
-        on_device = ({name: w.to(self.setting.device) for name, w in weights.items()} for weights in both)
-        teacher, student = (reference(self.setting.config.network, weights) for weights in on_device)
-        return teacher, student
 
     def tensors(self) -> list[Tensor]:
         return [*self._rounds.teacher.parameters(), *self._rounds.optimizer.state().values()]

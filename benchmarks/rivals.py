@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.command import Unavailable
-from benchmarks.updates import Batch, Network, Setting, distillation_losses, reference
+from benchmarks.updates import Batch, Network, Setting, distillation_losses
 from pdfast.diffusion import sample
 from pdfast.networks import NetworkConfig, UNet
 from pdfast.networks.layers import Conv2d
@@ -77,6 +77,7 @@ class Rival:
             self._student.parameters(), lr=setting.config.learning_rate, weight_decay=0.0, fused=True if fused else None
         )
         self.losses, self._batch = torch.empty(0), None
+        self.has_weights_of_setting = not isinstance(self._student, _Diffusers)
 
     @contextlib.contextmanager
     def running(self):
@@ -115,18 +116,6 @@ class Rival:
     def drawn(self) -> Batch:
         assert self._batch
         return self._batch
-
-    def references(self) -> list[Network]:
-        return [self._in_float64(network) for network in (self._teacher, self._student)]
-
-    def _in_float64(self, network: nn.Module) -> Network:
-        config, weights = self.setting.config.network, network.state_dict()
-        if not isinstance(network, _Diffusers):
-            ours = {name: w.permute(0, 2, 3, 1) if w.dim() == 4 else w for name, w in weights.items()}
-            return reference(config, ours)
-        copy = _Diffusers(config).to(self.setting.device).double()
-        copy.load_state_dict(weights)
-        return copy
 
     def tensors(self) -> list[Tensor]:
         states = [value for state in self._optimizer.state.values() for value in state.values()]

@@ -4,7 +4,7 @@ A row is a provider and a variant (`--list`) at a preset and a batch. `ms` is of
 weights; `TFLOP/s` is of five forwards (two of the teacher, three for the student's forward and backward), `MFU` of a large
 matrix product in bf16 or fp32, whichever is faster, measured in the same run; `MiB` is the most memory of an update, with
 the weights and the optimizer's state (on a CPU of tensors alone); `error` is the largest difference of a sample's loss from
-float64, of the largest loss, and tells a provider that computes something else. The breakdown is of the networks
+float64 in the first update, of the largest loss, and tells a provider that computes something else. The breakdown is of the networks
 by themselves, measured after, and of the rest. On a CPU the variants take turns; on a GPU each has the device to itself.
 """
 
@@ -26,7 +26,7 @@ from benchmarks import rivals
 from benchmarks.command import Parser, Report, Row, count, header, reason
 from benchmarks.ours import Pdfast
 from benchmarks.timing import captured, ceilings, measure, peak_mib, quantiles
-from benchmarks.updates import WARM_UP, Setting, distillation_losses, open_setting
+from benchmarks.updates import WARM_UP, Setting, distillation_losses, open_setting, reference
 from pdfast.config import EngineConfig
 from pdfast.engine.cost import parameters_and_flops
 from pdfast.errors import UsageError
@@ -148,16 +148,21 @@ def _prepare(variant: Variant, setting: Setting) -> None:
     device, began = setting.device, time.perf_counter()
     variant.update = update = variant.build()
     update.step()
+    error = _error(update, setting) if update.has_weights_of_setting else None
     peak = peak_mib(lambda: [update.step() for _ in range(WARM_UP - 1)], device, update.tensors())
-    variant.row |= {"device": device.type, "dtype": update.dtype, "peak_mib": peak}
+    variant.row |= {"device": device.type, "dtype": update.dtype, "peak_mib": peak, "error": error}
     variant.row["start_s"] = time.perf_counter() - began
-    teacher, student = update.references()
-    update.step()
+    print(f"{_title(variant.row)}: ready after {variant.row['start_s']:.1f} s", flush=True)
+
+
+def _error(update: Any, setting: Setting) -> float:
+    """Of the update just made, the first, which has changed weights after its losses were there."""
     batch, losses = update.drawn().first(CHECKED), update.losses[:CHECKED].double()
+    on_device = ({name: w.to(setting.device) for name, w in weights.items()} for weights in setting.weights)
+    teacher, student = (reference(setting.config.network, weights) for weights in on_device)
     with torch.no_grad():
         expected = distillation_losses(teacher, student, batch, setting, torch.float64)
-    variant.row["error"] = float((losses - expected).abs().max() / expected.abs().max())
-    print(f"{_title(variant.row)}: ready after {time.perf_counter() - began:.1f} s", flush=True)
+    return float((losses - expected).abs().max() / expected.abs().max())
 
 
 def _conclude(variant: Variant, setting: Setting, options: Namespace, said: Row) -> None:

@@ -11,6 +11,7 @@ import sys
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -55,7 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
     report = Report(options.json, header(None if options.dry_run else DEVICE) | {"arch": arch}, start, "{said}")
     best: list[str] = []
     for case in cases:
-        for lookup in _asked(case, options, arch):
+        with looked_up() as asked:
+            launches(partial(case.make, case.samples, "cpu"), arch)
+        for lookup in {(lookup.table.name, lookup.sizes): lookup for lookup in asked}.values():
             for row in _try(case, lookup, options, arch):
                 report.add(row)
         best = replacements(report.rows)
@@ -79,24 +82,22 @@ def _arch(parser: Parser, options: Namespace) -> int:
     return arch
 
 
-def _asked(case: Case, options: Namespace, arch: int) -> list[Lookup]:
-    with looked_up() as asked:
-        launches(partial(case.make, options.samples or case.samples, "cpu"), arch)
-    return list({(lookup.table.name, lookup.sizes): lookup for lookup in asked}.values())
-
-
 def _try(case: Case, lookup: Lookup, options: Namespace, arch: int) -> Iterator[Row]:
     """Of each row that launches something else than those before: how it fared, or why it was rejected."""
-    seen: set[str] = set()
+    seen: list[list[Launch]] = []
     shipped = None
     for row in candidates(lookup):
         with lookup.table.overridden(row):
-            passes = launches(partial(case.make, options.samples or case.samples, "cpu"), arch)
+            passes = launches(partial(case.make, case.samples, "cpu"), arch)
             if (launched := _constants(passes)) in seen:
                 continue
-            seen.add(launched)
+            seen.append(launched)
             tried: Row = {"table": lookup.table.name, "arch": arch, "sizes": lookup.sizes, "case": case.full_name}
-            tried |= {"row": formatted(row), "shipped": shipped is None, **_compiled(case, passes, arch)}
+            tried |= {"row": formatted(row), "shipped": shipped is None}
+            read = static.read(case, passes, arch)
+            for what in ("registers", "stack", "shared"):
+                tried[what] = max((of[what] for of in read if what in of), default=None)
+            tried["rejected"] = next((f"{of['kernel']}: {why}" for of in read for why in of["failures"]), None)
             if not options.dry_run and not tried["rejected"]:
                 tried |= _timed(case, options, shipped)
         shipped = shipped or tried
@@ -105,30 +106,17 @@ def _try(case: Case, lookup: Lookup, options: Namespace, arch: int) -> Iterator[
         yield tried | {"said": said + (f" REJECTED: {tried['rejected']}" if tried["rejected"] else "")}
 
 
-def _constants(passes: dict[str, list[Launch]]) -> str:
-    """What tells one way to launch a case from another."""
-    return repr(
-        [
-            (one.kernel.__name__, one.grid, one.num_warps, one.num_stages)
-            + tuple((name, value) for name, value in one.arguments.items() if not isinstance(value, torch.Tensor))
-            for listed in passes.values()
-            for one in listed
-        ]
-    )
-
-
-def _compiled(case: Case, passes: dict[str, list[Launch]], arch: int) -> Row:
-    read = static.read(case, passes, arch)
-    numbers = ("registers", "stack", "shared")
-    worst = {key: max((row[key] for row in read if key in row), default=None) for key in numbers}
-    reasons = (f"{row['kernel']}: {why}" for row in read for why in row["failures"])
-    return {**worst, "rejected": next(reasons, None)}
+def _constants(passes: dict[str, list[Launch]]) -> list[Launch]:
+    """What tells one way to launch a case from another: all but its tensors."""
+    every = [launch for listed in passes.values() for launch in listed]
+    plain = ({k: v for k, v in one.arguments.items() if not isinstance(v, torch.Tensor)} for one in every)
+    return [replace(one, arguments=arguments) for one, arguments in zip(every, plain, strict=True)]
 
 
 def _timed(case: Case, options: Namespace, shipped: Row | None) -> Row:
     try:
         with use("triton"):
-            work = case.make(options.samples or case.samples, DEVICE.type)
+            work = case.make(case.samples, DEVICE.type)
             fill(work)
             mode = "full" if work.differentiated else "fwd"
             error = accuracy.error(work.kernels, work, mode)

@@ -3,7 +3,7 @@
 update.step()          one update, from getting the images to the new weights
 update.losses          float32 [n], each sample's, of the last step
 update.drawn()         what that step was about
-update.references()    teacher and student with the weights of now, in float64
+update.has_weights_of_setting   whether it begins with them
 update.tensors()       what it keeps between steps
 update.running()       what its networks are called within
 update.networks()      teacher and student, to be called by themselves from now on: a graph of the update is let go

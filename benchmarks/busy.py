@@ -15,7 +15,6 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 
@@ -35,34 +34,24 @@ CASES: dict[str, tuple[int, int, dict[str, str]]] = {
 POLICIES = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS"
 
 
-class Case:
+def start(processes: int, threads: int, told: dict[str, str]) -> list[subprocess.Popen]:
     """The processes of a case, which make updates when they are told how many."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        mesh = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    kept = {name: value for name, value in os.environ.items() if name not in POLICIES}
+    environment = kept | mesh | told | {"OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, "-m", "benchmarks.busy", "--worker"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
+    return [subprocess.Popen(command, env=environment | {"RANK": str(r)}, **pipes) for r in range(processes)]
 
-    def __init__(self, processes: int, threads: int, told: dict[str, str]) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        kept = {name: value for name, value in os.environ.items() if name not in POLICIES}
-        mesh = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = kept | mesh | told | {"OMP_NUM_THREADS": str(threads)}
-        command = [sys.executable, "-m", "benchmarks.busy", "--worker"]
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
-        ranks = range(processes)
-        self._processes = [subprocess.Popen(command, env=environment | {"RANK": str(r)}, **pipes) for r in ranks]
-        self.run(3)
 
-    def run(self, updates: int) -> tuple[list[float], float]:
-        """The ms of each of so many updates, and those that one had on all cores together."""
-        for process in self._processes:
-            assert process.stdin
-            process.stdin.write(f"{updates}\n")
-            process.stdin.flush()
-        said = [json.loads(process.stdout.readline()) for process in self._processes if process.stdout]
-        return said[0][0], sum(on_cores for _, on_cores in said)
-
-    def close(self) -> None:
-        for process in reversed(self._processes):  # the first keeps the store
-            process.communicate()  # the end of what it is told
+def run(processes: list[subprocess.Popen], updates: int) -> tuple[list[float], float]:
+    """The ms of each of so many updates, and those that one had on all cores together."""
+    for process in processes:
+        print(updates, file=process.stdin, flush=True)
+    said = [json.loads(process.stdout.readline()) for process in processes]
+    return said[0][0], sum(on_cores for _, on_cores in said)
 
 
 def work() -> None:
@@ -103,15 +92,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     numbers = "ms {ms:.1f}, least_ms {least_ms:.1f}, on_cores_ms {on_cores_ms:.1f}"
     report = Report(options.json, header(torch.device("cpu")), "{busy} busy, load {load:.1f}  {case:<17}", numbers)
-    cases = {name: Case(*CASES[name]) for name in options.cases}
+    cases = {name: start(*CASES[name]) for name in options.cases}
+    for processes in cases.values():
+        run(processes, 3)
     for busy in options.busy:
         beside = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
         try:
             turns = {name: [] for name in cases}
             loads = []
             for _ in range(options.turns):
-                for name, case in cases.items():
-                    turns[name].append(case.run(options.updates))
+                for name, processes in cases.items():
+                    turns[name].append(run(processes, options.updates))
                     loads.append(os.getloadavg()[0])
         finally:
             for process in beside:
@@ -122,8 +113,9 @@ def main(arguments: list[str] | None = None) -> int:
             row = {"ms": median(elapsed), "least_ms": min(elapsed), "on_cores_ms": median(ms for _, ms in seen)}
             row = {what: round(value, 1) for what, value in row.items()}
             report.add({"busy": busy, "case": name, "load": min(loads), **row})
-    for case in cases.values():
-        case.close()
+    for processes in cases.values():
+        for process in reversed(processes):  # the first keeps the store
+            process.communicate()  # the end of what it is told
     return 0
 
 

@@ -5,7 +5,6 @@ import datetime
 import json
 import math
 import platform
-import subprocess
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,12 +77,7 @@ def header(device: torch.device | None = None) -> Row:
     if device and device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         arch = f"sm_{gpu.major}{gpu.minor}, {gpu.multi_processor_count} processors, {gpu.total_memory >> 20} MiB"
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        try:
-            driver = subprocess.run(query, capture_output=True, text=True).stdout.partition("\n")[0]
-        except OSError:
-            driver = "unknown"
-        said |= {"gpu": arch, "cpu": describe(torch.device("cpu")), "driver": driver}
+        said |= {"gpu": arch, "cpu": describe(torch.device("cpu")), "driver": torch._C._cuda_getDriverVersion()}
         said |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     said |= {"torch": torch.__version__, "triton": triton.__version__ if triton else "none"}
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -11,13 +11,11 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-import torch
-
 from benchmarks import accuracy
-from benchmarks.choice import add_choice_of_cases, chosen_cases
+from benchmarks.cases import add_choice_of_cases, chosen_cases
 from benchmarks.command import Parser, Report, Row, Unavailable, header, reason
 from benchmarks.providers import NAMES, call_of, fallback
-from benchmarks.timing import captured, ceilings, measure, peak_mib, quantiles
+from benchmarks.timing import captured, ceilings, measure, quantiles
 from benchmarks.work import Case, fill, in_mode, must_move
 from pdfast_kernels import dispatch
 
@@ -69,8 +67,6 @@ def _measured(case: Case, provider: str, mode: str, options: Namespace, ceiling:
         forward = call_of(provider, case, work)
         said = {"fell_back": fallback(forward)}
         call = in_mode(forward, work, mode)
-        before = torch.cuda.memory_allocated() / 2**20 if device.type == "cuda" else 0.0
-        said["peak_mib"] = peak_mib(call, device, ()) - before if device.type == "cuda" else None
         comparable = provider == "pdfast" or work.same_numbers is None
         said["error"] = accuracy.error(forward, work, mode) if comparable else None
         must = must_move(case.make(samples, "meta"))

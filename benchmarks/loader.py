@@ -14,6 +14,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
+from itertools import chain, repeat
 from pathlib import Path
 from statistics import median
 from typing import Any, get_args
@@ -85,7 +86,7 @@ def _batches(name: str, encoded: EncodedImages, options: Namespace) -> Iterator[
     if name == "webdataset":
         return _webdataset(encoded, options)
     loading = {"shuffle": True, "num_workers": options.workers, "batch_size": options.batch, "drop_last": True}
-    return _without_end(DataLoader(_Plain(encoded, options.image_size), **loading))
+    return chain.from_iterable(repeat(DataLoader(_Plain(encoded, options.image_size), **loading)))
 
 
 class _Plain(Dataset):
@@ -115,12 +116,8 @@ def _webdataset(encoded: EncodedImages, options: Namespace) -> Iterator[object]:
 
     shards = webdataset.WebDataset([str(f) for f in encoded.files], shardshuffle=False, empty_check=False)
     samples = shards.shuffle(1000).map(image).batched(options.batch, partial=False, collation_fn=torch.stack)
-    return _without_end(DataLoader(samples, batch_size=None, num_workers=min(options.workers, len(encoded.files))))
-
-
-def _without_end(loader: DataLoader) -> Iterator[object]:
-    while True:
-        yield from loader
+    processes = min(options.workers, len(encoded.files))
+    return chain.from_iterable(repeat(DataLoader(samples, batch_size=None, num_workers=processes)))
 
 
 def _cpu_seconds() -> float:

@@ -1,6 +1,6 @@
 """`python -m benchmarks.tune --op OP ...`: which launch configurations are the fastest, when somebody asks.
 
-For each case, each table of pdfast_kernels.configs that its launches ask is tried with other rows (benchmarks.candidates),
+For each case, each table of pdfast_kernels.configs that its launches ask is tried with other rows (`candidates`),
 one table at a time. A row is compiled and must pass the gate of benchmarks.static (no spills, above all); its values must be
 as near to float64 as the shipped row's; then it is timed, forward and backward, in a CUDA graph. Printed at the end are the
 rows to put before the table's own. Without a GPU `--dry-run` compiles the candidates for an `--arch` and times nothing.
@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
@@ -21,17 +22,34 @@ from typing import Any
 import torch
 
 from benchmarks import accuracy, static
-from benchmarks.candidates import candidates
-from benchmarks.choice import add_choice_of_cases, chosen_cases
+from benchmarks.cases import add_choice_of_cases, chosen_cases
 from benchmarks.command import Parser, Report, Row, header, reason, seconds
 from benchmarks.static import launches
 from benchmarks.timing import captured, measure, quantiles
 from benchmarks.work import Case, fill, in_mode
+from pdfast_kernels import _attention_kernels as attention
 from pdfast_kernels import use
 from pdfast_kernels._triton import INTERPRETED
 from pdfast_kernels.configs import UNBOUNDED, Lookup, looked_up
-from pdfast_kernels.launch import Launch, arch_of
+from pdfast_kernels.launch import Launch, arch_of, next_power_of_2
 
+Grid = dict[str, tuple[Any, ...]]
+
+MOST_RESIDENT = 512  # positions
+
+BLOCKS: Grid = {"block": (512, 1024, 2048, 4096, 8192), "num_warps": (2, 4, 8, 16)}
+GROUP_NORM: tuple[Grid, ...] = (
+    {"resident": (1024, 2048, 4096, 8192), "most": (8192, 16384), "per_warp": (512, 1024, 2048)},
+    {"most": (0,), "stream": (2048, 4096, 8192), "tiles": (2, 4, 8), "stream_warps": (4, 8)},
+)
+GRIDS: dict[str, tuple[Grid, ...]] = {
+    "diffuse": ({"block": (512, 1024, 2048), "tiles": (1, 2, 4), "num_warps": (2, 4, 8)},),
+    "ddim_step": (BLOCKS,),
+    "ddim_step_weighted_loss": (BLOCKS,),
+    "adam_ema": (BLOCKS,),
+    "group_norm forward": GROUP_NORM,
+    "group_norm backward": GROUP_NORM,
+}
 DEVICE = torch.device("cuda")
 FASTER = 0.98
 """Of the shipped row's time, which another must be below: less is noise."""
@@ -80,6 +98,34 @@ def _arch(parser: Parser, options: Namespace) -> int:
     if (arch := arch_of(DEVICE)) not in static.COMPILED_FOR:
         parser.error(f"this GPU is an sm_{arch}; the gate knows {', '.join(map(str, static.COMPILED_FOR))}")
     return arch
+
+
+def candidates(lookup: Lookup) -> list[tuple]:
+    """The shipped row first. All are for launches of at most the lookup's sizes."""
+    sizes = dict(zip(lookup.row._fields, lookup.sizes, strict=False))
+    grids = GRIDS.get(lookup.table.name) or tuple(_attention(lookup))
+    rows = [lookup.row._replace(**sizes)]
+    for grid in grids:
+        rows += [rows[0]._replace(**dict(zip(grid, values, strict=True))) for values in product(*grid.values())]
+    return list(dict.fromkeys(rows))
+
+
+def _attention(lookup: Lookup) -> Iterator[Grid]:
+    """Where all positions fit on chip also the kernels that hold them."""
+    fp32 = lookup.table.name.endswith("fp32")
+    backward, rows = "backward" in lookup.table.name, max(next_power_of_2(lookup.sizes[0]), 16)
+    blocks, steps = ((16, 32, 64), (16, 32)) if fp32 else ((64, 128), (32, 64, 128))
+    common = {"num_warps": (4, 8), "num_stages": (1,) if fp32 else (2, 3)}
+    stream = attention.backward_stream if backward else attention.forward_stream
+    yield {"kernel": (stream,), "block": blocks, "step": steps, **common}
+    if rows > MOST_RESIDENT:
+        return
+    if not backward:
+        yield {"kernel": (attention.forward_resident,), "block": blocks, "step": (rows,), **common}
+        return
+    one = {"num_warps": (4, 8), "num_stages": (1,)}
+    yield {"kernel": (attention.backward_tile,), "block": (rows,), "step": (rows,), **one}
+    yield {"kernel": (attention.backward_resident,), "block": (rows,), "step": steps, **common}
 
 
 def _try(case: Case, lookup: Lookup, options: Namespace, arch: int) -> Iterator[Row]:

@@ -76,12 +76,11 @@ def open_setting(
     preset: DistillConfig, device: torch.device, batch: int, engine: EngineConfig
 ) -> Iterator[tuple[Setting, Callable[[str], Machine]]]:
     """The preset's first round at that batch, on random images, and the machine by a value of --engine.compile."""
-    rounds, start, end = resolve_steps((None, None, None), (preset.rounds, preset.start_steps, preset.end_steps))
-    steps = {"rounds": rounds, "start_steps": start, "end_steps": end}
+    resolved = resolve_steps((None, None, None), (preset.rounds, preset.start_steps, preset.end_steps))
+    steps = dict(zip(("rounds", "start_steps", "end_steps"), resolved, strict=True))
     train = replace(preset.train, batch_size=batch)
     config = replace(preset, device=str(device), batch_size=batch, train=train, engine=engine, **steps)
-    network = config.network
-    generator = torch.Generator().manual_seed(0)
+    network, generator = config.network, torch.Generator().manual_seed(0)
     shape = NUM_IMAGES, network.image_size, network.image_size, network.image_channels
     images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
     classes = network.num_classes

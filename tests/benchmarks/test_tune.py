@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from benchmarks import tune
-from benchmarks.candidates import candidates
 from benchmarks.cases import all_cases
 from benchmarks.static import launches
 from pdfast_kernels.configs import UNBOUNDED, Blocks, looked_up
@@ -23,7 +22,7 @@ def test_candidates_are_for_the_launch_and_the_shipped_row_is_first(case):
     with looked_up() as asked:
         launches(lambda: case.make(1, "cpu"), 90)
     for lookup in asked:
-        rows = candidates(lookup)
+        rows = tune.candidates(lookup)
         assert len(rows) > 4 and len(set(rows)) == len(rows)
         assert rows[0][len(lookup.sizes) :] == lookup.row[len(lookup.sizes) :]
         for row in (rows[0], rows[1], rows[-1]):

@@ -6,17 +6,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
+from benchmarks import operations as op
 from benchmarks.command import Parser, count
-from benchmarks.operations import (
-    DTYPES,
-    Size,
-    adam_ema_case,
-    attention_block_case,
-    attention_case,
-    diffuse_case,
-    group_norm_case,
-    state_case,
-)
+from benchmarks.operations import DTYPES, Size
 from benchmarks.work import Case
 
 STATES = ("ddim_step", "ddim_step_weighted_loss", "ddim_step_weighted_loss_and_grad")
@@ -71,7 +63,7 @@ def sizes(text: str) -> Iterator[tuple[int, ...]]:
 
 
 def all_cases() -> list[Case]:
-    adam_ema = [adam_ema_case(name, elements, dtype) for dtype in DTYPES for name, elements in PARAMETERS.items()]
+    adam_ema = [op.adam_ema_case(name, elements, dtype) for dtype in DTYPES for name, elements in PARAMETERS.items()]
     return [*_states(), *_norms(), *_attention(), *adam_ema]
 
 
@@ -81,12 +73,12 @@ def cases_at(shape: tuple[int, int, int, int], head_dim: int) -> Iterator[Case]:
     n, channels, *size = shape
     at = "", n, channels, tuple(size)
     for dtype in DTYPES:
-        yield diffuse_case(*at, dtype)
-        yield from (state_case(op, *at, dtype, 1) for op in STATES)
-        yield from (group_norm_case(*at, dtype, kind) for kind in ("film+silu", "silu", "plain"))
+        yield op.diffuse_case(*at, dtype)
+        yield from (op.state_case(name, *at, dtype, 1) for name in STATES)
+        yield from (op.group_norm_case(*at, dtype, kind) for kind in ("film+silu", "silu", "plain"))
         if channels % head_dim == 0:
-            yield attention_case("", n, size[0] * size[1], channels // head_dim, head_dim, dtype)
-            yield attention_block_case(*at, dtype, channels // head_dim)
+            yield op.attention_case("", n, size[0] * size[1], channels // head_dim, head_dim, dtype)
+            yield op.attention_block_case(*at, dtype, channels // head_dim)
 
 
 def _states() -> Iterator[Case]:
@@ -95,41 +87,41 @@ def _states() -> Iterator[Case]:
         [(channels, size)] = sizes(network.image)
         shapes.append((network.parts, (name, network.samples, channels, (size, size))))
     for _, at in shapes:
-        yield from (diffuse_case(*at, "fp32"), diffuse_case(*at, "fp32", flip=True), diffuse_case(*at, "bf16"))
-    yield diffuse_case(SMALL_BATCH, 1, 3, (32, 32), "fp16", flip=True)
+        yield from (op.diffuse_case(*at, "fp32"), op.diffuse_case(*at, "fp32", flip=True), op.diffuse_case(*at, "bf16"))
+    yield op.diffuse_case(SMALL_BATCH, 1, 3, (32, 32), "fp16", flip=True)
     for parts, at in shapes:
-        yield from (state_case("ddim_step", *at, dtype, parts) for dtype in DTYPES)
-        yield state_case("ddim_step", *at, "fp32", parts, channels_last=False)
-        yield state_case("ddim_step", at[0], 1, *at[2:], "fp32", parts)
-    yield state_case("ddim_step", "latents", 16, 8, (32, 32), "bf16", 2)
-    for op in STATES[1:]:
+        yield from (op.state_case("ddim_step", *at, dtype, parts) for dtype in DTYPES)
+        yield op.state_case("ddim_step", *at, "fp32", parts, channels_last=False)
+        yield op.state_case("ddim_step", at[0], 1, *at[2:], "fp32", parts)
+    yield op.state_case("ddim_step", "latents", 16, 8, (32, 32), "bf16", 2)
+    for name in STATES[1:]:
         for parts, at in shapes:
-            yield from (state_case(op, *at, dtype, parts) for dtype in ("fp32", "bf16"))
-            yield state_case(op, *at, "fp16", parts, channels_last=False)
+            yield from (op.state_case(name, *at, dtype, parts) for dtype in ("fp32", "bf16"))
+            yield op.state_case(name, *at, "fp16", parts, channels_last=False)
 
 
 def _norms() -> Iterator[Case]:
     for name, network in NETWORKS.items():
         for channels, size in sizes(network.norms):
             kind = "film+silu" if channels in network.widths else "silu"
-            yield group_norm_case(name, network.samples, channels, (size, size), network.dtype, kind)
+            yield op.group_norm_case(name, network.samples, channels, (size, size), network.dtype, kind)
         for channels, size in sizes(network.plain):
-            yield group_norm_case(name, network.samples, channels, (size, size), network.dtype, "plain")
+            yield op.group_norm_case(name, network.samples, channels, (size, size), network.dtype, "plain")
     for dtype in DTYPES:
         for channels, size in sizes("256x32 192x64 1280x8"):
-            yield group_norm_case(SMALL_BATCH, 1, channels, (size, size), dtype, "film+silu")
+            yield op.group_norm_case(SMALL_BATCH, 1, channels, (size, size), dtype, "film+silu")
 
 
 def _attention() -> Iterator[Case]:
     """The attention block at a small batch: its matrix products are computed, here too. Stable Diffusion has another."""
     for name, network in NETWORKS.items():
         for shape in sizes(network.attention):
-            yield attention_case(name, network.samples, *shape, network.dtype, packed=name != "sd15")
+            yield op.attention_case(name, network.samples, *shape, network.dtype, packed=name != "sd15")
     for dtype in DTYPES:
-        yield from (attention_case(SMALL_BATCH, 1, *shape, dtype) for shape in sizes("16x2x64 64x4x64 1024x2x128"))
+        yield from (op.attention_case(SMALL_BATCH, 1, *shape, dtype) for shape in sizes("16x2x64 64x4x64 1024x2x128"))
     for name, network in [*NETWORKS.items()][:3]:
         for (channels, size), (_, heads, _) in zip(sizes(network.plain), sizes(network.attention), strict=True):
-            yield attention_block_case(name, 2, channels, (size, size), network.dtype, heads)
+            yield op.attention_block_case(name, 2, channels, (size, size), network.dtype, heads)
 
 
 def _named_shape(text: str) -> str | tuple[int, ...]:

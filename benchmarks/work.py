@@ -60,27 +60,21 @@ class Case:
     @property
     def quick(self) -> bool:
         """Whether it is one of the few of --quick."""
-        return self.full_name in QUICK
+        return self.name in QUICK.get(self.op, "").split("|")
 
 
-QUICK = (
-    "diffuse cifar10 128x3x32 flip fp32",
-    "ddim_step cifar10 128x3x32 P=1 NHWC fp32",
-    "ddim_step imagenet64 16x3x64 P=2 NHWC fp32",
-    "ddim_step latents 16x8x32 P=2 NHWC bf16",
-    "ddim_step_weighted_loss cifar10 128x3x32 P=1 NHWC fp32",
-    "ddim_step_weighted_loss_and_grad cifar10 128x3x32 P=1 NHWC fp32",
-    "group_norm cifar10 128x256x16 film+silu bf16",
-    "group_norm lsun128 16x64x64 film+silu bf16",
-    "group_norm small batch 1x1280x8 film+silu fp32",
-    "attention cifar10 128x256x1x256 packed bf16",
-    "attention imagenet64 16x64x12x64 packed bf16",
-    "attention sd15 4x64x8x160 fp16",
-    "attention small batch 1x64x4x64 packed fp32",
-    "group_norm_attention cifar10 2x256x8 heads=1 bf16",
-    "adam_ema whole vectors, fp32 gradients",
-    "adam_ema any sizes, fp32 gradients",
-)
+QUICK = {
+    "diffuse": "cifar10 128x3x32 flip fp32",
+    "ddim_step": "cifar10 128x3x32 P=1 NHWC fp32|imagenet64 16x3x64 P=2 NHWC fp32|latents 16x8x32 P=2 NHWC bf16",
+    "ddim_step_weighted_loss": "cifar10 128x3x32 P=1 NHWC fp32",
+    "ddim_step_weighted_loss_and_grad": "cifar10 128x3x32 P=1 NHWC fp32",
+    "group_norm": "cifar10 128x256x16 film+silu bf16|lsun128 16x64x64 film+silu bf16|small batch 1x1280x8 film+silu fp32",
+    "attention": "cifar10 128x256x1x256 packed bf16|imagenet64 16x64x12x64 packed bf16|sd15 4x64x8x160 fp16"
+    "|small batch 1x64x4x64 packed fp32",
+    "group_norm_attention": "cifar10 2x256x8 heads=1 bf16",
+    "adam_ema": "whole vectors, fp32 gradients|any sizes, fp32 gradients",
+}
+"""Names of cases by operation."""
 
 
 def fill(work: Work) -> None:

@@ -28,7 +28,7 @@ from triton.runtime.errors import InterpreterError
 from benchmarks.cases import all_cases
 from benchmarks.command import Row
 from benchmarks.static.code import kernels_wanted
-from benchmarks.work import QUICK, Case, Work, bytes_of, plain_passes, tensors_in
+from benchmarks.work import Case, Work, bytes_of, plain_passes, tensors_in
 
 SECTOR = 32
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
@@ -46,7 +46,7 @@ def samples_of(case: Case) -> int:
     """The number of samples at which its bytes are counted; 0: they are not. Few, since the interpreter takes seconds, but
     enough that weights, where there are any, are the lesser part."""
     few = {"group_norm_attention": 8, "adam_ema": 1}.get(case.op, 2)
-    return few if case.full_name in (*QUICK, *COUNTED_TOO) else 0
+    return few if case.quick or case.full_name in COUNTED_TOO else 0
 
 
 def count(cases: list[Case]) -> list[Row]:

@@ -175,8 +175,8 @@ def _conclude(variant: Variant, setting: Setting, options: Namespace, said: Row)
     row["parameters"] = parameters
     try:
         row["breakdown_ms"] = _breakdown(update, setting, options.seconds / 12, row["median_ms"])
-    except torch.cuda.OutOfMemoryError:  # the rest of the row stands
-        row["breakdown_ms"] = None
+    except Exception as failure:  # such as no memory for a graph of the backward alone: the rest of the row stands
+        row["breakdown_ms"] = reason(failure)
     for steps in SAMPLING_STEPS if options.sampling else ():
         times = measure(partial(update.sample, steps), setting.device, options.seconds / 8)
         row.setdefault("sampled_images_per_second", {})[str(steps)] = 1e3 * batch / median(times)

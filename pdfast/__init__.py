@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         to_x,
     )
     from pdfast.loss import distillation_loss
+    from pdfast.own_code import Teacher
     from pdfast.teachers import adapt
 
 __version__ = "0.1.0"
@@ -59,6 +60,7 @@ __all__ = [
     "LinearBeta",
     "StartingAt",
     "StepTable",
+    "Teacher",
     "adapt",
     "alpha_bar_from_phi",
     "ancestral",
@@ -84,6 +86,7 @@ __all__ = [
 # Imported when they are used: `import pdfast` alone costs nothing.
 _HOMES = dict.fromkeys(__all__, "pdfast.diffusion") | {
     "adapt": "pdfast.teachers",
+    "Teacher": "pdfast.own_code",
     "distillation_loss": "pdfast.loss",
 }
 

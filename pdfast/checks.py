@@ -29,7 +29,7 @@ def _plain_values(config: Any, place: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the numbers and texts of a configuration, each with its place."""
     for field in dataclasses.fields(config):
         value, here = getattr(config, field.name), place + field.name
-        if isinstance(value, NetworkConfig) or here == "schedule.table":
+        if isinstance(value, NetworkConfig) or here in ("schedule.table", "schedule.angles"):
             continue  # which check themselves
         if dataclasses.is_dataclass(value):
             yield from _plain_values(value, f"{here}.")

@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+from pdfast import own_code
 from pdfast.checks import check_values
 from pdfast.cli import parse
 from pdfast.config import FACTS, DistillConfig, TrainConfig, parse_updates, resolve_steps
 from pdfast.errors import UsageError
-from pdfast.flags import FlagCreatePairsOff, OptionalPath
+from pdfast.flags import FlagCreatePairsOff, OptionalPath, OptionalString
 from pdfast.plain import from_plain, to_plain
 from pdfast.presets import preset
 from pdfast.reading import load_yaml
@@ -60,7 +61,8 @@ def distill_arguments() -> tuple[DistillConfig, Extra]:
 
     @dataclasses.dataclass(frozen=True)
     class Arguments(Extra, DistillConfig):
-        pass
+        network_from: OptionalString = None
+        """package.module:function, where --teacher is a folder whose network is made by code of your own."""
 
     base = _defaults(DistillConfig, sys.argv[1:])
     unset = dataclasses.replace(base, rounds=None, start_steps=None, end_steps=None)
@@ -80,6 +82,7 @@ def distill_arguments() -> tuple[DistillConfig, Extra]:
         config = dataclasses.replace(config, schedule=config.schedule.with_table())
     _refuse_empty(sys.argv[1:])
     check_values(config)
+    own_code.allow(_own_code(config.teacher, parsed.network_from))
     if config.teacher is not None:
         _refuse_what_the_teacher_brings(config, sys.argv[1:])
     named = parse_updates(config.updates)[1]
@@ -90,6 +93,21 @@ def distill_arguments() -> tuple[DistillConfig, Extra]:
                 f"{', '.join(map(str, config.round_steps))}: correct the table"
             )
     return config, Extra(parsed.config, parsed.dry_run)
+
+
+def _own_code(teacher: Path | None, network_from: str | None) -> str | None:
+    """The function that the command line lets run. UsageError where it is named by a saved configuration alone, or twice."""
+    if not own_code.is_function(teacher):
+        return network_from
+    if _peek("--teacher", sys.argv[1:]) is None:
+        raise UsageError(
+            f"the teacher is made by {teacher}, code of your own, which no file runs: say --teacher {teacher}"
+        )
+    if network_from is not None:
+        raise UsageError(
+            f"{own_code.FLAG} is for a --teacher that is a folder: leave it out, {teacher} makes the network"
+        )
+    return str(teacher)
 
 
 def _refuse_empty(arguments: list[str]) -> None:

@@ -155,8 +155,8 @@ class DistillConfig(RunConfig):
     """A distillation run."""
 
     teacher: OptionalPath = None
-    """Folder of a trained teacher (or student), of a diffusers pipeline, or of a network of EDM's authors; without one the
-    preset's teacher is trained first."""
+    """Folder of a trained teacher (or student), of a diffusers pipeline, or of a network of EDM's authors; or
+    package.module:function, code of your own that returns a pdfast.Teacher; without one the preset's teacher is trained first."""
     convert: Annotated[Literal["v"] | None, arg(metavar="v")] = None
     """v: distil a copy of the teacher that predicts v. For one that predicts eps, which cannot be distilled to one step."""
     convert_updates: int = 2000

@@ -22,6 +22,7 @@ from typing import Annotated, Any
 import torch
 
 import pdfast.sample as sample
+from pdfast import own_code
 from pdfast.bounds import STEPS, require, whole
 from pdfast.cli import parse, run_command
 from pdfast.config import DistillConfig
@@ -31,7 +32,7 @@ from pdfast.engine.log import count_steps
 from pdfast.engine.model_folder import SavedModel, load_model
 from pdfast.engine.run import students_of
 from pdfast.errors import UsageError
-from pdfast.flags import Positional
+from pdfast.flags import OptionalString, Positional
 from pdfast.names import printable
 from pdfast.plain import fields_of
 from pdfast.reading import load_yaml
@@ -66,6 +67,8 @@ class Arguments:
     """Where to listen; 0 for any that is free."""
     open: bool = False
     """Open the page in this machine's browser, too."""
+    network_from: OptionalString = None
+    """package.module:function, for a network made by code of your own, which runs only where you name it."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
 
@@ -160,6 +163,7 @@ def build_page(models: Models, draw: Callable[..., tuple[bytes, float]]) -> Any:
 
 def main() -> None:
     arguments = parse(Arguments, prog="python -m pdfast.demo", description=__doc__)
+    own_code.allow(arguments.network_from)
     require("count", arguments.count, whole(1, 10**4))
     models = Models(arguments.run, arguments.count, open_device(arguments.device))
     wanted: queue.SimpleQueue[tuple[Future, tuple]] = queue.SimpleQueue()

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 
+from pdfast import own_code
 from pdfast.bounds import BATCH, SAMPLES, SEED, STEPS, require
 from pdfast.checks import check_evaluation, check_once
 from pdfast.cli import parse, run_command
@@ -60,6 +61,8 @@ class Arguments:
     """Seed of the noise that all models draw from; unless said that of the run, which gives its numbers again."""
     json: OptionalPath = None
     """Write the figures here as well."""
+    network_from: OptionalString = None
+    """package.module:function, for a network made by code of your own, which runs only where you name it."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
@@ -139,6 +142,7 @@ def _figures(row: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     arguments = parse(Arguments, prog="python -m pdfast.evaluate", description=__doc__)
+    own_code.allow(arguments.network_from)
     for steps in arguments.steps:
         require("steps", steps, STEPS)
     check_once("steps", arguments.steps)

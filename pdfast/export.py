@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 
+from pdfast import own_code
 from pdfast.bounds import STEPS, require
 from pdfast.cli import parse, run_command
 from pdfast.diffusers_tables import library
@@ -25,7 +26,7 @@ from pdfast.engine.files import check_folder, check_seal, sealed, write_folder, 
 from pdfast.engine.log import count_steps
 from pdfast.engine.model_folder import SavedModel
 from pdfast.errors import RunError, UsageError
-from pdfast.flags import OptionalInt, Positional
+from pdfast.flags import OptionalInt, OptionalString, Positional
 from pdfast.names import printable, utf8_path
 from pdfast.plain import to_plain
 from pdfast.reading import read_json
@@ -54,6 +55,8 @@ class Arguments:
     """Sampling steps; a student takes its own unless said, a teacher 256."""
     format: Literal["diffusers", "safetensors"] = "diffusers"
     """diffusers: a pipeline. safetensors: the weights with our config.json, as in a run."""
+    network_from: OptionalString = None
+    """package.module:function, for a network made by code of your own, which runs only where you name it."""
     device: str = "auto"
     """Where both are compared: auto (a GPU where there is one), cpu, cuda or cuda:N."""
 
@@ -188,7 +191,7 @@ def export_pipeline(saved: SavedModel, steps: int, out: Path, device: torch.devi
 def export_plain(saved: SavedModel, out: Path) -> None:
     """The model's own folder again: weights, config.json and what was measured."""
     if not (saved.folder / "config.json").exists():
-        raise UsageError(f"{saved.folder} is a pipeline of diffusers: its weights are safetensors already")
+        raise UsageError(f"{saved.folder} is no folder that pdfast wrote: its weights are where they came from")
 
     def fill(folder: Path) -> None:
         for pattern in ("*.safetensors", "*.json", "grid.png"):
@@ -204,6 +207,7 @@ def export_plain(saved: SavedModel, out: Path) -> None:
 
 def main() -> None:
     arguments = parse(Arguments, prog="python -m pdfast.export", description=__doc__)
+    own_code.allow(arguments.network_from)
     if os.path.lexists(arguments.out):
         raise UsageError(f"{arguments.out} is there already: choose another folder, or delete it")
     check_folder(arguments.out, REMEDY)

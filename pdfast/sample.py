@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 
+from pdfast import own_code
 from pdfast.bounds import BATCH, SEED, STEPS, between, require, whole
 from pdfast.cli import parse, run_command
 from pdfast.diffusion import ancestral, angles, noise, sample
@@ -26,7 +27,7 @@ from pdfast.engine.files import check_file, writing_file
 from pdfast.engine.model_folder import SavedModel, is_model, load_model
 from pdfast.engine.run import students_of
 from pdfast.errors import UsageError
-from pdfast.flags import OptionalInt, Positional
+from pdfast.flags import OptionalInt, OptionalString, Positional
 from pdfast.report.evaluator import check_finite, to_uint8
 from pdfast.report.grids import image_grid, write_png
 
@@ -71,6 +72,8 @@ class Arguments:
     """Of activations; auto is bf16 on a GPU, fp32 on a CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the network's blocks; auto is on for a GPU, off for a CPU. It pays for many images."""
+    network_from: OptionalString = None
+    """package.module:function, for a network made by code of your own, which runs only where you name it."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
 
@@ -139,6 +142,7 @@ def picture(images: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     arguments = parse(Arguments, prog="python -m pdfast.sample", description=__doc__)
+    own_code.allow(arguments.network_from)
     require("steps", arguments.steps, STEPS)
     require("count", arguments.count, whole(1, 10**7))
     require("batch-size", arguments.batch_size, BATCH)

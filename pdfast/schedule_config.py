@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 
-from pdfast import diffusion
+from pdfast import diffusion, own_code
 from pdfast.diffusers_tables import alpha_bars
 from pdfast.errors import UsageError
 from pdfast.flags import OptionalPath, Suppress
@@ -20,9 +20,9 @@ MOST_ALPHA_BARS = 1 << 16
 class ScheduleConfig:
     """How noise grows with the diffusion time u, from data at 0 to noise at 1."""
 
-    name: Literal["cosine", "clipped_cosine", "linear_beta", "alpha_bars", "diffusers"] = "cosine"
+    name: Literal["cosine", "clipped_cosine", "linear_beta", "alpha_bars", "diffusers", "module"] = "cosine"
     """cosine; clipped_cosine (log-SNR within bounds, as in the paper's code); linear_beta (VP-SDE); alpha_bars (a table);
-    diffusers (that of a teacher from there)."""
+    diffusers (that of a teacher from there); module (that of a teacher made by code of your own)."""
     u_start: float = 1.0
     """Diffusion time at which sampling starts; below 1 for networks that predict eps."""
     logsnr_min: float = -20.0
@@ -37,6 +37,10 @@ class ScheduleConfig:
     """alpha_bars: a .npy file of strictly decreasing values in [0, 1), entry i at u = (i + 1) / T."""
     diffusers: Annotated[dict[str, Any] | None, Suppress] = None
     """diffusers: of a scheduler_config.json, what its table is made from."""
+    module: Annotated[str | None, Suppress] = None
+    """module: package.module:function, whose schedule it is."""
+    angles: Annotated[tuple[float, ...] | None, Suppress] = None
+    """module: that schedule's angles at u = 0, 1/8, ..., 1, by which it is known again."""
     table: Annotated[tuple[float, ...] | None, Suppress] = None
     """alpha_bars: the values of that file, which stand in its place once it was read (see `with_table`)."""
 
@@ -73,6 +77,10 @@ class ScheduleConfig:
                     if self.diffusers is None:
                         raise UsageError("--schedule.name diffusers comes with a teacher of diffusers: say --teacher")
                     schedule = diffusion.AlphaBars(alpha_bars(self.diffusers))
+                case "module":
+                    if self.module is None or self.angles is None:
+                        raise UsageError("--schedule.name module comes with a teacher of your own code: say --teacher")
+                    schedule = own_code.schedule(self.module, self.angles)
             return diffusion.StartingAt(schedule, self.u_start) if self.u_start != 1 else schedule
         except (ValueError, OSError) as error:
             raise UsageError(f"schedule: {error}") from None

@@ -64,6 +64,11 @@ GIVEN = {
         student, teacher = (PRESETS["digits"].network.build() for _ in range(2))
         x = torch.rand(4, 1, 8, 8)
     """,
+    "docs/your-model.md": """
+        import pdfast
+        import torch
+        from torch import nn
+    """,
     "docs/drop-in.md": """
         from torch import nn
         model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.GroupNorm(32, 32), nn.SiLU())
@@ -143,6 +148,8 @@ class Reader:
             return
         module, *arguments = module_of([f".{word}" if word.startswith("/") else word for word in words], patch)
         assert module in SMALL, f"no rule runs {module}: add it to SMALL"
+        if "flow_teacher:teacher" in arguments:
+            self.provide_flow_teacher(patch)
         small = SMALL[module].split()
         if module.startswith("benchmarks."):
             if module == "benchmarks.kernels" and "--shapes" not in arguments:
@@ -156,7 +163,9 @@ class Reader:
             return
         name = module.removeprefix("pdfast.")
         if name in ("distill", "train"):
-            if "--teacher" in arguments:
+            if "flow_teacher:teacher" in arguments:
+                pass
+            elif "--teacher" in arguments:
                 self.provide(Path(arguments[arguments.index("--teacher") + 1]))
             else:
                 small += TINY_TEACHER
@@ -188,6 +197,13 @@ class Reader:
         elif not path.suffix:
             for label in ("cat", "dog"):
                 solid(path / label / "1.png", (90, 120, 150))
+
+    def provide_flow_teacher(self, patch: pytest.MonkeyPatch) -> None:
+        """What the example's function needs: its module, as PYTHONPATH gives it to a new process, and its weights."""
+        examples = ROOT / "docs" / "examples"
+        patch.syspath_prepend(examples)
+        if not Path("flow-digits.pt").exists():
+            runpy.run_path(str(examples / "flow_teacher.py"))["train"]("flow-digits.pt", updates=1)
 
 
 def module_of(words: list[str], patch: pytest.MonkeyPatch) -> list[str]:

@@ -6,6 +6,7 @@ reduce-scatter, and 2 (R - 1)/R of the reduced bytes for an all-reduce.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -29,6 +30,9 @@ def inputs(network: NetworkConfig, count: int, device: torch.device | str) -> tu
 
 
 def _empty(network: NetworkConfig) -> Network:
+    """The network without content, where it runs so."""
+    if not network.runs_on_meta:
+        return network.build()
     with torch.device("meta"):
         return network.build().to("meta")
 
@@ -39,10 +43,10 @@ def _count(parameters) -> int:
 
 @lru_cache
 def parameters_and_flops(network: NetworkConfig) -> tuple[int, int]:
-    """Parameters, and floating-point operations of one forward of one image; nothing is allocated."""
+    """Parameters, and floating-point operations of one forward of one image."""
     model = _empty(network)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(*inputs(network, 1, "meta"))
+        model(*inputs(network, 1, "meta" if network.runs_on_meta else "cpu"))
     return _count(model.parameters()), counter.get_total_flops()
 
 
@@ -64,7 +68,7 @@ class Parameters:
 def parameters(network: NetworkConfig) -> Parameters:
     model = _empty(network)
     blocks = [_count(block.parameters()) for block in model.blocks()]
-    return Parameters(_count(model.parameters()), sum(blocks), max(blocks))
+    return Parameters(_count(model.parameters()), sum(blocks), max(blocks, default=0))
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,9 @@ def kept(
     if fused:
         _fuse(model)
     # Shapes alone, but on the code path of a CPU: on meta, attention would take another.
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu")
+    with FakeTensorMode(allow_non_fake_inputs=True) if network.runs_on_meta else nullcontext():
+        if network.runs_on_meta:
+            model.to_empty(device="cpu")
         two, three = (_kept_bytes(model, recomputed, *inputs(network, count, "cpu")) for count in (2, 3))
     return Kept(three - two, 3 * two - 2 * three)
 

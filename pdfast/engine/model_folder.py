@@ -19,10 +19,12 @@ from pdfast.engine.files import SEAL, check_seal, sealed, sha256, write_json
 from pdfast.errors import UsageError
 from pdfast.names import utf8_path
 from pdfast.networks import ModelConfig, Network
+from pdfast.own_code import is_function
 from pdfast.plain import from_plain, to_plain
 from pdfast.reading import read_json, shown
 from pdfast.schedule_config import ScheduleConfig
-from pdfast.teachers import edm, is_pipeline, load_edm, load_pipeline, network_config
+from pdfast.teachers import edm, is_pipeline, load_edm, load_function, load_pipeline, network_config
+from pdfast.teachers.module import weights_hash
 from pdfast.teachers.weights import build_with, read_weights
 
 FORMAT = "pdfast-1"
@@ -44,7 +46,9 @@ class SavedModel:
         return self.network.config
 
     def weights_sha256(self) -> str:
-        """Of the files as they are now."""
+        """Of the files as they are now; of the network, where a function made it."""
+        if is_function(self.folder):
+            return weights_hash(self.network)
         files = sorted(self.folder.rglob("*.safetensors"))
         return sha256(files[0]) if len(files) == 1 else hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
 
@@ -82,8 +86,12 @@ def is_model(folder: Path) -> bool:
 
 
 def load_model(folder: Path, device: torch.device) -> SavedModel:
-    """Load a teacher's or student's folder, a pipeline's of diffusers, or one of EDM's network. UsageError, in one line, for a
-    missing, damaged or foreign one."""
+    """Load a teacher's or student's folder, a pipeline's of diffusers, one of EDM's network, or what the function of the command line
+    makes. UsageError, in one line, for a missing, damaged or foreign one."""
+    network: Network
+    if is_function(folder):
+        network, schedule = load_function(str(folder))
+        return SavedModel(network.to(device), schedule, None, folder)
     if edm.is_pickle(folder):
         raise UsageError(
             f"{folder} holds a pickle, which runs code when it is read: write a folder from it with {edm.SCRIPT}, where that "
@@ -94,9 +102,8 @@ def load_model(folder: Path, device: torch.device) -> SavedModel:
     if not folder.is_dir():
         raise UsageError(
             f"there is no folder {folder}: give a model's, with config.json and *.safetensors, or a diffusers pipeline's on this "
-            "disk; nothing is downloaded"
+            "disk (nothing is downloaded), or package.module:function"
         )
-    network: Network
     if is_pipeline(folder):
         network, schedule = load_pipeline(folder)
         return SavedModel(network.to(device), schedule, None, folder)

@@ -1,7 +1,7 @@
 """What all networks have in common, ours and those of others."""
 
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -17,6 +17,8 @@ class ModelConfig:
     image_channels: int
     num_classes: int
     prediction: Prediction
+    runs_on_meta: ClassVar[bool] = True
+    """Whether its operations are counted on tensors without content."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -51,6 +53,10 @@ class WrapperConfig(ModelConfig):
     @property
     def num_classes(self) -> int:  # type: ignore[override]
         return self.inner.num_classes
+
+    @property
+    def runs_on_meta(self) -> bool:  # type: ignore[override]
+        return getattr(self.inner, "runs_on_meta", True)
 
 
 class Network(nn.Module):

@@ -9,6 +9,7 @@ from pdfast.reading import shown
 from pdfast.teachers.convert import ConvertedConfig
 from pdfast.teachers.diffusers import DiffusersConfig, DiffusersNetwork, adapt, is_pipeline, load_pipeline
 from pdfast.teachers.edm import EDMConfig, load_edm
+from pdfast.teachers.module import ModuleConfig, load_function
 
 __all__ = [
     "KINDS",
@@ -16,9 +17,11 @@ __all__ = [
     "DiffusersConfig",
     "DiffusersNetwork",
     "EDMConfig",
+    "ModuleConfig",
     "adapt",
     "is_pipeline",
     "load_edm",
+    "load_function",
     "load_pipeline",
     "network_config",
 ]
@@ -28,6 +31,7 @@ KINDS: dict[str | None, type[ModelConfig]] = {
     "diffusers": DiffusersConfig,
     "edm": EDMConfig,
     "converted": ConvertedConfig,
+    "module": ModuleConfig,
 }
 """The union of the configurations of networks, by what their field `kind` says in a file; a further kind is a line here."""
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pdfast.diffusers_tables import library
 from pdfast.diffusion import outputs_per_channel
 from pdfast.diffusion.schedules import Schedule
+from pdfast.errors import UsageError
 from pdfast.networks import Network, NetworkConfig, UNet, Wrapped
 from pdfast.networks.layers import Attention, Conv2d, ResBlock, time_embedding
 from pdfast.networks.wrapped import Wrapping
@@ -125,8 +126,9 @@ def _unet2d(network: Network, phi: Tensor) -> Any:
         learned = {"time_embedding_type": "learned", "num_train_timesteps": len(phi)}
         unet = library().UNet2DModel.from_config(network.config.unet | learned)
         weights = network.unet.state_dict() | {"time_proj.weight": network.unet.time_proj(network.label(phi))}
+    elif not isinstance(network, UNet):
+        raise UsageError("a network made by code of your own has no class in diffusers: say --format safetensors")
     else:
-        assert isinstance(network, UNet)  # of the others `combination` gives what is inside
         unet = library().UNet2DModel(**unet2d_arguments(network.config, len(phi)))
         weights = _weights(network, phi)
     unet.load_state_dict(weights)

@@ -1,1 +1,1 @@
-"""Measurements of pdfast_kernels. `python -m benchmarks.static` reads the machine code, and needs no GPU."""
+"""Measurements, a command a question: `python -m benchmarks.` kernels, tune, static; step, first, loader, busy."""

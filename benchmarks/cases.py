@@ -138,14 +138,10 @@ def add_choice_of_cases(parser: Parser) -> None:
     ops = list(dict.fromkeys(case.op for case in all_cases()))
     parser.add_argument("--op", nargs="+", choices=[*ops, "all"], default=["all"], help="in this order")
     parser.add_argument("--case", nargs="+", default=["*"], metavar="PATTERN", help="of the names that --list prints")
-    said = (
-        f"of these networks ({', '.join(SHAPES_OF)}), or N,C,H,W: images of that shape, and attention over their H*W "
-    )
+    said = f"of these networks ({', '.join(SHAPES_OF)}), or N,C,H,W: images of that shape, and attention over their "
     said += "positions. adam_ema has none and is not chosen by it"
     parser.add_argument("--shapes", nargs="+", type=_named_shape, metavar="SHAPE", help=said)
-    parser.add_argument(
-        "--head-dim", type=count, default=64, metavar="D", help="of the attention at N,C,H,W: C/D heads"
-    )
+    parser.add_argument("--head-dim", type=count, default=64, metavar="D", help="of attention at N,C,H,W: C/D heads")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="all unless said")
     parser.add_argument("--quick", action="store_true", help="a few shapes of each operation")
     parser.add_argument("--samples", type=count, metavar="N", help="another batch size than the case's")

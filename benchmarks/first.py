@@ -11,7 +11,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from statistics import median
 
@@ -27,8 +27,7 @@ from pdfast.config import EngineConfig
 from pdfast.diffusion import outputs_per_channel
 from pdfast.presets import PRESETS
 
-PACKAGES = ("numpy", "safetensors", "tensorboard", "torchmetrics", "tyro", "diffusers", "nvidia-dali-cuda130")
-TESTS = ("pytest", "pytest-xdist")
+PACKAGES = "numpy safetensors tensorboard torchmetrics tyro diffusers nvidia-dali-cuda130 pytest pytest-xdist".split()
 TOOLS = ("compute-sanitizer", "ncu", "nvidia-smi")
 ENDS = {"cifar10": 128, "imagenet64": 256}  # networks, and images at once
 SHOWN = 40  # kernels
@@ -53,13 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def installed() -> Row:
     """Versions of what the parts of the queue use, and where tools are; `missing` for what is not there."""
-    found: Row = {name: shutil.which(name) or "missing" for name in TOOLS}
-    for name in (*PACKAGES, *TESTS):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "missing"
-    return found
+    versions = {found.name: found.version for found in distributions()}
+    tools = {name: shutil.which(name) or "missing" for name in TOOLS}
+    return tools | {name: versions.get(name, "missing") for name in PACKAGES}
 
 
 def convolutions(device: torch.device, seconds: float, copy_gb_s: float) -> Iterator[Row]:

@@ -28,9 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_choice_of_cases(parser)
     parser.add_argument("--providers", nargs="+", choices=[*NAMES, "all"], default=["pdfast", "eager", "compile"])
     parser.add_argument("--mode", nargs="+", choices=PASSES, default=["fwd"])
-    parser.add_argument(
-        "--graph", choices=GRAPHS, default="off", help="time CUDA graphs of the calls, the calls, or both"
-    )
+    parser.add_argument("--graph", choices=GRAPHS, default="off", help="CUDA graphs of the calls, the calls, or both")
     parser.add_measuring(0.2)
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse(arguments)

@@ -72,6 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     said = header(options.device) | ceilings(options.device, min(options.seconds, 0.5))
     numbers = "{images_per_second:9.1f} images/s {median_ms:9.2f} ms ({p20_ms:.2f} .. {p80_ms:.2f}) {dtype:<13} "
     numbers += "{tflop_s:8.3f} TFLOP/s MFU {mfu:6.1%} {peak_mib:9.1f} MiB error {error:.1e}; {breakdown_ms}"
+    numbers += "; images/s by steps {sampled_images_per_second}" if options.sampling else ""
     report = Report(options.json, said, "{preset:<12} {batch:>5} {provider:<9} {variant:<26}", numbers)
     try:
         for name in options.preset or ["imagenet64" if options.device.type == "cuda" else "digits"]:
@@ -183,7 +184,8 @@ def _conclude(variant: Variant, setting: Setting, options: Namespace, said: Row)
 
 
 def _breakdown(update: Any, setting: Setting, seconds: float, whole: float) -> dict[str, float]:
-    """Milliseconds of an update's two forwards of the teacher, the student's forward and its backward, and all the rest."""
+    """Milliseconds of an update's two forwards of the teacher, the student's forward and backward, and all the rest. Called as
+    in the update, with and without gradient, or what is compiled would be compiled again."""
     drawn, (teacher, student) = update.drawn(), update.networks()
     _free(setting.device)
     z, phi = drawn.x.float(), torch.ones(len(drawn.x), device=setting.device)
@@ -198,9 +200,8 @@ def _breakdown(update: Any, setting: Setting, seconds: float, whole: float) -> d
         graphed = setting.device.type == "cuda" and isinstance(update, Pdfast)
         return median(measure(captured(call) if graphed else call, setting.device, seconds))
 
-    twice, forward, both = 2 * timed(teacher, False), timed(student, False), timed(student, True)
-    stages = {"teacher": twice, "student forward": forward, "backward": both - forward, "rest": whole - twice - both}
-    return {name: round(ms, 3) for name, ms in stages.items()}
+    twice, both = 2 * timed(teacher, False), timed(student, True)
+    return {"teacher": round(twice, 3), "student": round(both, 3), "rest": round(whole - twice - both, 3)}
 
 
 def _free(device: torch.device) -> None:

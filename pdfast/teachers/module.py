@@ -4,14 +4,14 @@ import copy
 import functools
 import hashlib
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from pdfast import own_code
 from pdfast.diffusion import Prediction, check_output
-from pdfast.errors import UsageError
+from pdfast.errors import RunError, UsageError
 from pdfast.networks import ModelConfig
 from pdfast.networks.wrapped import Autocasted, Wrapping
 from pdfast.own_code import NAME, OwnCode, given, located
@@ -38,9 +38,9 @@ class ModuleConfig(ModelConfig):
         if not NAME.fullmatch(self.function):
             raise ValueError("function is not the name of one, package.module:function")
 
-    def build(self, dropout: float = 0.0) -> Autocasted:
+    def build(self, dropout: float = 0.0) -> "ModuleNetwork":
         """The function's network, with the weights that it gave it."""
-        return Autocasted(self, _copied(given(self.function, "the network"), dropout), Wrapping())
+        return ModuleNetwork(self, _copied(given(self.function, "the network"), dropout), Wrapping())
 
     def checked(self, where: str) -> Self:
         own = given(self.function, f"{where}: the network")
@@ -55,13 +55,26 @@ class ModuleConfig(ModelConfig):
         return self
 
 
+class ModuleNetwork(Autocasted):
+    """The function's network. RunError, in one line, where it fails in the middle; what PyTorch raises, such as for memory, is left as
+    it is."""
+
+    def ask(self, z: Tensor, label: Tensor, cond: Any) -> Tensor:
+        try:
+            return self.inner(z, label, cond)
+        except RuntimeError:
+            raise
+        except Exception as error:
+            raise RunError(str(located(self.config.function, error))) from None
+
+
 def config_of(own: OwnCode) -> ModuleConfig:
     """The configuration of the function's network."""
     channels, size, _ = own.teacher.image_shape
     return ModuleConfig(own.name, size, channels, own.teacher.prediction, own.teacher.num_classes)
 
 
-def load_function(name: str) -> tuple[Autocasted, ScheduleConfig]:
+def load_function(name: str) -> tuple[ModuleNetwork, ScheduleConfig]:
     """The teacher of a function that the command line named, float32 on the CPU, and its schedule. UsageError, in one line, where
     it cannot be distilled."""
     own = given(name, "this teacher")

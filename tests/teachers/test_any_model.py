@@ -11,7 +11,8 @@ from diffusers import DDIMScheduler, EDMEulerScheduler
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pdfast.engine.model_folder import SavedModel, load_model
+from pdfast import Flow, Teacher, own_code
+from pdfast.engine.model_folder import SavedModel, fill_model_folder, load_model
 from pdfast.errors import UsageError
 from tests.teachers.pipelines import save, unet
 from tests.teachers.test_edm import write as write_edm
@@ -35,6 +36,19 @@ ODD = st.one_of(
     ),
     st.sampled_from([[], {}, [[]], [1], ["diffusers"], ["diffusers", None], [0.5] * 1000, {"kind": "converted"}]),
 )
+
+
+FUNCTION = f"{__name__}:teacher"
+
+
+class Convolution(torch.nn.Conv2d):
+    def forward(self, z, phi, cond):
+        return super().forward(z)
+
+
+def teacher():
+    """What the folder `module` is of."""
+    return Teacher(Convolution(1, 1, 3, padding=1), "flow", Flow(), (1, 8, 8))
 
 
 def places(value, path=()):
@@ -79,7 +93,17 @@ def loads_or_says(folder):
 
 @pytest.fixture(
     scope="module",
-    params=["ours", "converted", "diffusers in ours", "edm", "edm in ours", "pipeline", "edm pipeline", "shards"],
+    params=[
+        "ours",
+        "converted",
+        "diffusers in ours",
+        "edm",
+        "edm in ours",
+        "pipeline",
+        "edm pipeline",
+        "shards",
+        "module",
+    ],
 )
 def folder(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("any") / "model"
@@ -95,10 +119,16 @@ def folder(request, tmp_path_factory):
             (folder / "unet/diffusion_pytorch_model.safetensors").unlink(missing_ok=True)
         case "edm":
             write_edm(folder)
+        case "module":
+            own_code.allow(FUNCTION)
+            saved = load_model(FUNCTION, CPU)
+            folder.mkdir()
+            fill_model_folder(folder, saved.network.state_dict(), saved.config, saved.schedule, None)
         case kind:
             made(kind, folder)
     load_model(folder, CPU)
-    return folder
+    yield folder
+    own_code.allow(None)
 
 
 @EXAMPLES

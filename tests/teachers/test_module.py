@@ -192,6 +192,15 @@ def test_what_is_no_teacher_is_refused_at_the_start(changed, words, write, capsy
         assert words in last_line(capsys)
 
 
+@pytest.mark.filterwarnings("ignore:64 images are too few")
+def test_what_fails_in_the_middle_is_one_line_too(write, tmp_path, capsys):
+    name = write(GOOD.replace("return self.conv(z)", "return self.conv(z) * {1: 1.0, 2: 1.0}[len(z)]"))
+    run = ["--rounds", "1", "--batch-size", "8", "--run", str(tmp_path / "run")]
+    assert call("distill", *TINY_GIVEN, "--teacher", name, *run) == 1
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"pdfast: error: {name} failed: KeyError: 64 (") and "in forward)" in line
+
+
 @pytest.mark.parametrize(
     "name, words", [("nowhere.to.be:found", "no module nowhere"), ("nothing", "there is no folder")]
 )

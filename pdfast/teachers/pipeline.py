@@ -127,7 +127,7 @@ def _unet2d(network: Network, phi: Tensor) -> Any:
         unet = library().UNet2DModel.from_config(network.config.unet | learned)
         weights = network.unet.state_dict() | {"time_proj.weight": network.unet.time_proj(network.label(phi))}
     elif not isinstance(network, UNet):
-        raise UsageError("a network made by code of your own has no class in diffusers: say --format safetensors")
+        raise UsageError("a network made by code of your own has no class in diffusers: write safetensors")
     else:
         unet = library().UNet2DModel(**unet2d_arguments(network.config, len(phi)))
         weights = _weights(network, phi)

@@ -1,6 +1,5 @@
 """Loaders: the same samples in the same order from every one of them, after every stop, whatever is bad among them."""
 
-import json
 import sys
 import threading
 
@@ -11,6 +10,7 @@ import torch
 from pdfast.data import dali, load_source, loaders
 from pdfast.data.source import home_of, order_of
 from pdfast.engine import interrupt
+from pdfast.engine.log import read_log
 from pdfast.report.metrics import split_real
 from tests.commands import TINY_RUN, call
 from tests.data.archives import write_tar
@@ -188,7 +188,7 @@ def test_a_run_from_files_goes_on_bit_for_bit(folder, tmp_path, loader, monkeypa
             assert not (run / "teacher").exists()
         assert call("train", *flags, "--run", str(run)) == 0
         weights.append((run / "teacher/teacher.safetensors").read_bytes())
-        entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        entries = [entry for _, entry in read_log(run / "log.jsonl")]
         assert {"event": "bad image", "name": "05.png", "reason": "empty"} in entries
     assert weights[0] == weights[1]
     said = capsys.readouterr().out
@@ -220,7 +220,7 @@ def test_what_another_process_could_not_use_is_in_the_log(tmp_path):
     ]
     flags += f"--train.updates {updates} --train.batch-size {size} --evaluation.num-samples 8".split()
     processes.run(2, "-m", "pdfast.train", *flags)
-    entries = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    entries = [entry for _, entry in read_log(tmp_path / "run/log.jsonl")]
     assert [e for e in entries if e.get("event") == "bad image"] == [
         {"event": "bad image", "name": name, "reason": "empty"}
     ]

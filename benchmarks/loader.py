@@ -30,9 +30,10 @@ from pdfast.data.files import spare_cores
 from pdfast.data.formats import SHARDS, find_images
 from pdfast.data.pictures import decode
 from pdfast.diffusion import Cosine
-from pdfast.engine.step import Draws, teacher_gradient
+from pdfast.engine.batch import TrainingBatch
 from pdfast.engine.world import World
 from pdfast.errors import UsageError
+from pdfast.methods import Denoise
 from pdfast.presets import PRESETS
 
 OURS = tuple(name for name in get_args(LoaderName) if name != "auto")
@@ -154,22 +155,24 @@ def _training(source: ImageSource, options: Namespace) -> Row:
     shape = {"image_size": options.image_size, "image_channels": 3, "channels": 8, "channel_mult": levels}
     few = {"num_res_blocks": 1, "attention_resolutions": (), "head_dim": 8, "emb_channels": 32, "num_groups": 2}
     network = dataclasses.replace(PRESETS["digits"].network, **shape, **few)
-    model, schedule = network.build().to(options.device), Cosine()
-    draws = Draws(source, World(options.device), seed=SEED, batch_size=options.batch, flip=True, conditional=False)
-    draws.load(0, 0)
+    method = Denoise(network.build().to(options.device), Cosine(), "truncated_snr")
+    batch = TrainingBatch(
+        source, World(options.device), seed=SEED, batch_size=options.batch, flip=True, conditional=False
+    )
+    batch.load(0, 0)
     shares, rates, update = [], {True: [], False: []}, 0
     end = time.perf_counter() + options.seconds
     while time.perf_counter() < end or len(shares) < 3:
         for loading in (True, False):  # by turns, for what else the machine does
-            waited, began = draws.waited, time.perf_counter()
+            waited, began = batch.waited, time.perf_counter()
             if loading:
                 update += 1
-                draws.load(0, update)
-            float(teacher_gradient(model, draws, schedule, "truncated_snr").mean())
+                batch.load(0, update)
+            float(method.gradient(batch)[0].mean())
             seconds = time.perf_counter() - began
             rates[loading].append(options.batch / seconds)
             if loading:
-                shares.append((draws.waited - waited) / seconds)
+                shares.append((batch.waited - waited) / seconds)
     fed, still = median(rates[True]), median(rates[False])
     return {"data_wait": median(shares), "trained_images_per_second": fed, "of_no_data": fed / still}
 

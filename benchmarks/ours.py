@@ -8,10 +8,10 @@ from torch import Tensor
 from benchmarks.updates import Batch, Network, Setting
 from pdfast.diffusion import noise
 from pdfast.diffusion.noise import Stream
-from pdfast.distill import Rounds
 from pdfast.engine import layout
+from pdfast.engine.loop import Trainer
 from pdfast.engine.machine import Machine
-from pdfast.engine.optimizer import linear_decay
+from pdfast.methods import Progressive
 from pdfast.report.evaluator import draw
 
 
@@ -23,48 +23,50 @@ class Pdfast:
     def __init__(self, setting: Setting, machine: Machine) -> None:
         self.setting, self._machine = setting, machine
         self.dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}[machine.dtype]
-        self._rounds = rounds = Rounds(setting.config, machine, setting.source, log=None)
-        for network, weights in zip((rounds.teacher, rounds.student), setting.weights, strict=True):
+        config = setting.config
+        self._method = method = Progressive.open(config, machine)
+        self._trainer = Trainer(method, method.optimization(config), config, machine, setting.source, log=None)
+        for network, weights in zip((method.teacher, method.student), setting.weights, strict=True):
             layout.set_weights(network, weights, machine.world)
-        rounds.student.train()
-        rounds.optimizer.reset()
-        self.losses = torch.zeros_like(rounds.draws.index, dtype=torch.float32)
-        add = rounds.losses.add
+        method.student.train()
+        self._trainer.optimizer.reset()
+        self.losses = torch.zeros_like(self._trainer.batch.index, dtype=torch.float32)
+        add = self._trainer.losses.add
 
         def add_and_keep(losses: Tensor, k: Tensor, steps: Tensor) -> None:
             self.losses.copy_(losses)
             add(losses, k, steps)
 
-        rounds.losses.add = add_and_keep
+        self._trainer.losses.add = add_and_keep
         self._update = 0
 
     def step(self) -> None:
-        rounds, update = self._rounds, self._update
-        rounds.draws.load(1, update)
-        rounds.optimizer.set(update, self.setting.config.learning_rate * linear_decay(update, 1_000_000))
-        rounds.run_update()
+        trainer, update = self._trainer, self._update
+        trainer.batch.load(1, update)
+        trainer.optimizer.set(update, trainer.optimization.learning_rate_at(update, 1_000_000))
+        trainer.run_update()
         self._update += 1
 
     def drawn(self) -> Batch:
-        draws, config = self._rounds.draws, self.setting.config
-        x = draws.images.permute(0, 3, 1, 2).double() / 127.5 - 1
+        batch, config = self._trainer.batch, self.setting.config
+        x = batch.images.permute(0, 3, 1, 2).double() / 127.5 - 1
         if config.flip:
-            flip = noise.integer(draws.key(Stream.FLIP), draws.index, 2).bool()
+            flip = noise.integer(batch.key(Stream.FLIP), batch.index, 2).bool()
             x = torch.where(flip[:, None, None, None], x.flip(-1), x)
-        eps = noise.normal(draws.key(Stream.NOISE), draws.index, config.network.image_shape)
-        return Batch(x, eps, draws.step_indices(self._rounds.table.count), draws.labels)
+        eps = noise.normal(batch.key(Stream.NOISE), batch.index, config.network.image_shape)
+        return Batch(x, eps, batch.step_indices(self._method.table.count), batch.labels)
 
     def tensors(self) -> list[Tensor]:
-        return [*self._rounds.teacher.parameters(), *self._rounds.optimizer.state().values()]
+        return [*self._method.teacher.parameters(), *self._trainer.optimizer.state().values()]
 
     def running(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
 
     def networks(self) -> tuple[Network, Network]:
-        self._rounds.run_update = self._rounds._update
-        return self._rounds.teacher, self._rounds.student
+        self._trainer.run_update = self._trainer.update
+        return self._method.teacher, self._method.student
 
     def sample(self, steps: int) -> None:
-        config, network, n = self.setting.config, self._rounds.student.eval(), self.setting.config.batch_size
+        config, network, n = self.setting.config, self._method.student.eval(), self.setting.config.batch_size
         of, shape = {"seed": config.seed, "num_classes": config.network.num_classes}, config.network.image_shape
         draw(network, config.schedule.build(), steps, shape, n, self._machine.world, batch_size=n, **of)

@@ -18,7 +18,7 @@ from pdfast_kernels import ddim_step, ddim_step_weighted_loss
 from pdfast_kernels.index import in_range, rows_of
 
 
-def as_it_is(function: Callable) -> Callable:
+def identity(function: Callable) -> Callable:
     return function
 
 
@@ -38,7 +38,7 @@ def teacher_outputs(
     table: StepTable,
     index: Tensor,
     cond: Any = None,
-    run: Callable[[Callable], Callable] = as_it_is,
+    run: Callable[[Callable], Callable] = identity,
     average: Model | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the target is a combination of: z and the last two outputs, [N, P*C, ...]; no gradient.
@@ -79,7 +79,7 @@ def student_losses(
     second: Tensor,
     table: StepTable,
     index: Tensor,
-    run: Callable[[Callable], Callable] = as_it_is,
+    run: Callable[[Callable], Callable] = identity,
 ) -> Tensor:
     """The weighted squared error of the student's output from what `teacher_outputs` gave, a mean over all but N: float32 [N]."""
     return run(ddim_step_weighted_loss)(

@@ -25,6 +25,7 @@ from pdfast.engine.checkpoint import Checkpoints
 from pdfast.engine.files import sha256
 from pdfast.engine.world import World
 from pdfast.errors import UsageError
+from pdfast.methods import Progressive
 from tests.commands import TINY_DISTILL, TINY_GIVEN, TINY_ROUNDS, TINY_RUN, call, environment, rewrite_config, spawn
 
 
@@ -331,20 +332,18 @@ def test_a_full_disk_in_the_middle(tmp_path):
 
 def test_a_loss_that_is_not_finite(tmp_path, capsys, monkeypatch):
     """Ten in a row end the run; the weights never see one, and what was saved before stays."""
-    import pdfast.distill
+    original, calls = Progressive.gradient, []
 
-    original, calls = pdfast.distill.distillation_gradient, []
-
-    def poisoned(student, *rest):
-        losses, k = original(student, *rest)
-        calls.append(k)
+    def poisoned(method, *rest):
+        losses, targets = original(method, *rest)
+        calls.append(targets.row)
         if len(calls) > 4:
-            for parameter in student.parameters():
+            for parameter in method.student.parameters():
                 parameter.grad.mul_(float("nan"))
             losses[3] = float("inf")
-        return losses, k
+        return losses, targets
 
-    monkeypatch.setattr(pdfast.distill, "distillation_gradient", poisoned)
+    monkeypatch.setattr(Progressive, "gradient", poisoned)
     run = tmp_path / "run"
     code = call("distill", *TINY_DISTILL, "--updates", "20", "--run", str(run), "--engine.non-finite-limit", "8")
     step = f"step index {calls[-1][3]}"

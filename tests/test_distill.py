@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import pdfast.distill
 from pdfast.config import DistillConfig
 from pdfast.engine import interrupt, layout
 from pdfast.engine.model_folder import load_model
+from pdfast.methods import Progressive
 from pdfast.plain import from_plain
 from pdfast.reading import load_yaml
 from tests.commands import TINY_DISTILL, TINY_GIVEN, TINY_RUN, call, environment, rewrite_config, spawn
@@ -97,17 +97,17 @@ def test_the_check_before_a_round_keeps_nothing_and_needs_few_images(finished_ru
     """Beside the CUDA graph of an update there is no memory for another one."""
     seen = []
 
-    def watched(rounds, *arguments):
+    def watched(method, *arguments):
         def note(network, inputs, output):
             seen.append((len(inputs[0]), output.requires_grad))
 
-        hooks = [network.register_forward_hook(note) for network in (rounds.student, rounds.teacher)]
-        begin(rounds, *arguments)
+        hooks = [network.register_forward_hook(note) for network in (method.student, method.teacher)]
+        begin(method, *arguments)
         for hook in hooks:
             hook.remove()
 
-    begin = pdfast.distill.Rounds.begin
-    monkeypatch.setattr(pdfast.distill.Rounds, "begin", watched)
+    begin = Progressive.begin
+    monkeypatch.setattr(Progressive, "begin", watched)
     flags = ["--teacher", str(finished_run / "teacher"), *"--rounds 2 --updates 1 --batch-size 32".split()]
     assert call("distill", *TINY_GIVEN, *flags, "--run", str(tmp_path / "r")) == 0
     assert seen == [(8, False)] * 4

@@ -146,13 +146,13 @@ def test_networks_of_another_prediction_than_the_tables_are_refused():
 
 
 def test_a_round_of_another_prediction_is_refused():
-    from pdfast.engine.step import RoundTable, distillation_gradient
+    from pdfast.methods import Progressive, RoundTable
 
     rows = RoundTable(pdfast.build_step_table(pdfast.Cosine(), 4, "v", "snr"))
     with pytest.raises(ValueError, match="predicts 'x' after one that predicts 'v'"):
         rows.set(pdfast.build_step_table(pdfast.Cosine(), 2, "x", "snr"))
     with pytest.raises(ValueError, match="the teacher predicts 'x'"):
-        distillation_gradient(network("v", 0), network("x", 0), None, rows)
+        Progressive(network("v", 0), network("x", 0), rows).targets(None)
 
 
 def test_arguments_that_do_not_fit_are_named():

@@ -8,10 +8,11 @@ import torch
 
 from pdfast.data import ResidentImages
 from pdfast.diffusion import build_step_table
+from pdfast.engine.batch import TrainingBatch
 from pdfast.engine.model_folder import load_model
 from pdfast.engine.optimizer import Optimizer
-from pdfast.engine.step import Draws, RoundTable, distillation_gradient, teacher_gradient
 from pdfast.engine.world import World
+from pdfast.methods import Denoise, Progressive, RoundTable
 from pdfast.networks import UNet
 from pdfast.presets import PRESETS
 from pdfast.report import mobilenet
@@ -28,16 +29,16 @@ def test_an_update_of_teacher_and_student(name):
     images = np.random.default_rng(0).integers(0, 256, (2, height, width, channels), dtype=np.uint8)
     labels = torch.tensor([3, 1]) if config.network.num_classes else None
     source, conditional = ResidentImages("noise", torch.from_numpy(images), labels), labels is not None
-    draws = Draws(source, ALONE, seed=0, batch_size=2, flip=config.flip, conditional=conditional)
+    batch = TrainingBatch(source, ALONE, seed=0, batch_size=2, flip=config.flip, conditional=conditional)
     schedule = config.schedule.build()
 
     torch.manual_seed(0)
     network = UNet(config.network, dropout=config.train.dropout).train()
     optimizer = Optimizer(network, ALONE, clip=config.train.clip, weight_decay=config.train.weight_decay)
-    draws.load(0, 0)
-    losses = []
+    batch.load(0, 0)
+    losses, teacher = [], Denoise(network, schedule, config.train.weighting)
     for update in range(2):
-        loss = teacher_gradient(network, draws, schedule, config.train.weighting).mean()
+        loss = teacher.gradient(batch)[0].mean()
         optimizer.set(update, 1e-3)
         optimizer.step(loss)
         losses.append(float(loss))
@@ -47,14 +48,15 @@ def test_an_update_of_teacher_and_student(name):
     # A student that equals its teacher already does, but for the curvature, what two of the teacher's steps do; of many
     # steps there is little curvature, of one a lot.
     network.eval()
-    draws.load(1, 0)
+    batch.load(1, 0)
     many, one = (
-        distillation_gradient(
+        Progressive(
             network,
             network,
-            draws,
             RoundTable(build_step_table(schedule, steps, config.network.prediction, config.weighting)),
-        )[0].mean()
+        )
+        .gradient(batch)[0]
+        .mean()
         for steps in (1 << 16, 1)
     )
     assert 0 < many < 0.01 * one

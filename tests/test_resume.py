@@ -90,11 +90,11 @@ class Killed(BaseException):
 
 def crash(monkeypatch, target, after):
     """Make the function `target` ("module.name") end the process at its `after`-th call."""
-    import importlib
+    import pkgutil
 
-    module, name = target.rsplit(".", 1)
-    module = importlib.import_module(module)
-    original, calls = getattr(module, name), []
+    owner, name = target.rsplit(".", 1)
+    owner = pkgutil.resolve_name(owner)
+    original, calls = getattr(owner, name), []
 
     def wrapper(*args, **kwargs):
         calls.append(1)
@@ -102,20 +102,20 @@ def crash(monkeypatch, target, after):
             raise Killed
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(module, name, wrapper)
+    monkeypatch.setattr(owner, name, wrapper)
 
 
 @pytest.mark.parametrize(
     "target, after",
     [
-        ("pdfast.train.teacher_gradient", 8),  # in the teacher's training
+        ("pdfast.methods.Denoise.targets", 8),  # in the teacher's training
         ("pdfast.report.evaluator.sample", 2),  # in the teacher's evaluation
-        ("pdfast.train.write_folder", 1),  # before the teacher is written
-        ("pdfast.distill.distillation_gradient", 1),  # before the first update of a round
-        ("pdfast.distill.distillation_gradient", 15),  # in the middle of the last round
+        ("pdfast.stages.write_folder", 1),  # before the teacher is written
+        ("pdfast.methods.Progressive.targets", 1),  # before the first update of a round
+        ("pdfast.methods.Progressive.targets", 15),  # in the middle of the last round
         ("pdfast.engine.layout.set_weights", 3),  # where the student of a round becomes its teacher
         ("pdfast.engine.checkpoint.save_file", 2),  # before a checkpoint is on the disk
-        ("pdfast.distill.write_folder", 2),  # before the last student is written
+        ("pdfast.stages.write_folder", 2),  # before the last student is written
         ("pdfast.distill.build_report", 2),  # between two rounds
         ("os.rename", 4),  # while a checkpoint becomes visible
     ],
@@ -173,7 +173,7 @@ def killed_in_the_round(tmp_path_factory):
     run = tmp_path_factory.mktemp("killed") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "Thread", AtOnce)
-        crash(patch, "pdfast.distill.distillation_gradient", 9)
+        crash(patch, "pdfast.methods.Progressive.targets", 9)
         with pytest.raises(Killed):
             call("distill", *TINY_DISTILL, "--run", str(run))
     return run

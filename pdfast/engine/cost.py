@@ -172,6 +172,24 @@ def _fused_attention(block: Attention) -> Callable[[Tensor], Tensor]:
 
 
 @dataclass(frozen=True)
+class UpdateCost:
+    """What an update costs for each image, in forwards of the network."""
+
+    teacher_forwards: int
+    """Forwards without a gradient."""
+
+    @property
+    def evaluations(self) -> int:
+        """Forwards in all: the student has one."""
+        return self.teacher_forwards + 1
+
+    @property
+    def flops(self) -> int:
+        """Forwards' worth of floating-point operations: the student's backward takes two."""
+        return self.evaluations + 2
+
+
+@dataclass(frozen=True)
 class Job:
     """One stage of a run on its processes, as far as its memory and its communication go."""
 
@@ -185,8 +203,7 @@ class Job:
     recompute: bool = False
     average: bool = False
     """Whether there is a moving average of the weights."""
-    teacher: bool = True
-    """Whether there is a teacher, as in distillation."""
+    cost: UpdateCost = UpdateCost(teacher_forwards=2)
     teacher_sharded: bool = False
     fused: bool = False
 
@@ -211,7 +228,7 @@ def memory(job: Job) -> dict[str, int]:
     gradients = FLOAT * count.all if job.micro_batches > 1 else part
     activations = kept(job.network, job.dtype, job.recompute, job.fused)
     items = {"weights": part, "gradients": gradients, "Adam": 2 * part, "average": part if job.average else 0}
-    if job.teacher:
+    if job.cost.teacher_forwards:
         items["teacher"] = count.in_dtype(job.dtype) // (job.shards if job.teacher_sharded else 1)
     items["activations"] = activations.an_image * job.micro_batch
     if job.shards == 1:
@@ -232,8 +249,8 @@ def communication(job: Job) -> dict[str, int]:
     count = parameters(job.network)
     others = (job.shards - 1) / job.shards
     gathers = 2 * job.micro_batches  # of the student, forward and backward
-    if job.teacher and job.teacher_sharded:
-        gathers += 2
+    if job.teacher_sharded:
+        gathers += job.cost.teacher_forwards
     gradients = FLOAT * count.all
     return {
         "all-gather": round(gathers * others * count.in_dtype(job.dtype)),

@@ -6,7 +6,8 @@ in this order, all from outside of a plain module, whose state-dict keys stay. A
 are and by `dtype` what its activations are; one that has neither is a unit by itself.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from inspect import signature
 from typing import Any
 
@@ -92,6 +93,12 @@ def compile_network(network: nn.Module, *, whole: bool = False) -> None:
     isolated = {"isolate_recompiles": True} if "isolate_recompiles" in signature(torch.compile).parameters else {}
     for block in [network] if whole else blocks(network):
         block.compile(fullgraph=True, dynamic=False, **isolated)
+
+
+@cache
+def compile_function(function: Callable) -> Callable:
+    """Return a function compiled as one graph, once a process."""
+    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def compiled_graphs() -> int:

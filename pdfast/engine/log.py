@@ -17,12 +17,12 @@ from typing import Any
 from tqdm import tqdm
 
 from pdfast.data import ImageSource
+from pdfast.engine.batch import TrainingBatch
 from pdfast.engine.board import Board
 from pdfast.engine.files import write_file, writing
 from pdfast.engine.metrics import Losses, Speed, peak_memory_mib
 from pdfast.engine.optimizer import Optimizer
 from pdfast.engine.pace import Pace, Slowness, likely_cause
-from pdfast.engine.step import Draws
 from pdfast.engine.world import World
 from pdfast.errors import UsageError
 from pdfast.reading import parse_json
@@ -223,7 +223,7 @@ class Progress:
         losses: Losses,
         speed: Speed,
         optimizer: Optimizer,
-        draws: Draws,
+        batch: TrainingBatch,
         *,
         phase: str,
         steps: int | None,
@@ -233,7 +233,7 @@ class Progress:
         every: int,
     ) -> None:
         """every: updates between log lines, fewer in a stage that would have less than `LINES`."""
-        self._log, self._losses, self._speed, self._optimizer, self._draws = log, losses, speed, optimizer, draws
+        self._log, self._losses, self._speed, self._optimizer, self._batch = log, losses, speed, optimizer, batch
         self._phase, self._steps, self._updates, self._every = (
             phase,
             steps,
@@ -242,9 +242,9 @@ class Progress:
         )
         self._seconds_before, self._began, self._start = seconds, time.perf_counter(), start
         self._last_line = self._began
-        speed.start(start, draws.waited)
+        speed.start(start, batch.waited)
         self._pace = log.pace(phase)
-        self._pace.start(draws.waited)
+        self._pace.start(batch.waited)
         self.name = "teacher" if steps is None else count_steps(steps)
         silent = not (log.first and sys.stderr.isatty())
         self._bar = tqdm(
@@ -259,12 +259,12 @@ class Progress:
     def update(self, done: int, learning_rate: float) -> None:
         """Report that `done` updates are done; writes a log line now and then, and after the last."""
         self._bar.update(1)
-        if slowness := self._pace.update(self._draws.waited):
+        if slowness := self._pace.update(self._batch.waited):
             self._log.warn_of_slowness(slowness, self._steps)
         if done % self._every and done != self._updates:
             return
         loss, by_step = self._losses.read()
-        rates = self._speed.read(done, self._draws.waited)
+        rates = self._speed.read(done, self._batch.waited)
         norm = float(self._optimizer.norm)
         entry: dict[str, Any] = {
             "phase": self._phase,

@@ -13,7 +13,7 @@ from pdfast.config import DistillConfig, EngineConfig, RunConfig
 from pdfast.diffusion import noise
 from pdfast.diffusion.noise import Stream
 from pdfast.engine import interrupt, layout
-from pdfast.engine.cost import parameters_and_flops
+from pdfast.engine.cost import UpdateCost, parameters_and_flops
 from pdfast.engine.device import describe
 from pdfast.engine.graph import Replayed
 from pdfast.engine.metrics import Losses, Speed, peak_flops
@@ -21,6 +21,7 @@ from pdfast.engine.optimizer import Optimizer
 from pdfast.engine.watchdog import Watchdog
 from pdfast.engine.world import World, open_world
 from pdfast.errors import RunError, UsageError
+from pdfast.loss import identity
 from pdfast.networks import Network, NetworkConfig
 
 RETRY_SECONDS = 5.0
@@ -52,6 +53,11 @@ class Machine:
         return layout.chosen_compile(self.settings.compile, self.world.device)
 
     @property
+    def compile_function(self) -> Callable[[Callable], Callable]:
+        """What compiles a function around the networks, where they are compiled too."""
+        return layout.compile_function if self.compiled else identity
+
+    @property
     def _in_one_graph(self) -> bool:
         return self.world.device.type == "cpu" and self.world.shards == 1
 
@@ -71,7 +77,7 @@ class Machine:
             parts += ["teacher in parts"] if self.teacher_sharded else []
         return ", ".join(parts)
 
-    def trained(self, network: Network) -> Network:
+    def prepare_student(self, network: Network) -> Network:
         """A network to train: float32 weights, divided over the processes."""
         self.watchdog.begin()
         network.to(self.world.device).dtype = self.dtype
@@ -82,7 +88,7 @@ class Machine:
         layout.shard(network, self.world)
         return network
 
-    def frozen(self) -> Network:
+    def prepare_teacher(self) -> Network:
         """A teacher to distill from, its weights yet to be written: what its blocks multiply by is kept in the dtype of
         activations."""
         network = self.network.build().to(self.world.device).eval().requires_grad_(False)
@@ -107,19 +113,19 @@ class Machine:
         """All weights, float32 on the CPU, in the first process. All processes must call it."""
         return layout.whole_weights(network, self.world)
 
-    def speed(self, batch_size: int, *, evaluations_per_image: int, forwards_of_flops: int) -> Speed:
-        """The rates of a stage whose update costs so many forwards' floating-point operations an image."""
-        flops = forwards_of_flops * parameters_and_flops(self.network)[1]
-        return Speed(batch_size, evaluations_per_image, flops, self.peak_flops * self.world.size)
+    def speed(self, batch_size: int, cost: UpdateCost) -> Speed:
+        """Return the meter of a stage whose updates cost so much for each image."""
+        flops = cost.flops * parameters_and_flops(self.network)[1]
+        return Speed(batch_size, cost.evaluations, flops, self.peak_flops * self.world.size)
 
     def seed_dropout(self, seed: int, update: int) -> None:
         """Dropout is a function of the seed, the update and the process."""
         index = torch.tensor([self.world.rank])
         torch.manual_seed(int(noise.integer(noise.key(seed, Stream.DROPOUT, 0, update), index, 1 << 32)))
 
-    def finish(self, write: Callable[[], object]) -> None:
-        """Write what a stage ends with, in the first process. Work is finished then, and not to be lost: where the disk is full
-        it is tried again for half the patience. RunError where that did not help."""
+    def write_with_retry(self, write: Callable[[], object]) -> None:
+        """Write a stage's results, in rank 0. Finished work is not to be lost: where the disk is full this is tried again for half
+        the patience. Raises RunError where that did not help."""
 
         def attempt() -> None:
             end, warned = time.monotonic() + self.settings.patience / 2, False

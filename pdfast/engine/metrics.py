@@ -67,7 +67,7 @@ class Speed:
 
     batch_size: int
     evaluations_per_image: int
-    """Forwards of a network an image: three in distillation, one in a teacher's training."""
+    """Forwards of a network for each image."""
     flops_per_image: float
     """Of an update, the forwards and the backward."""
     peak_flops: float

@@ -199,8 +199,8 @@ class Optimizer:
         dist.all_reduce(totals)
         return totals[0].sqrt().float(), totals[1] == 0
 
-    def publish(self) -> None:
-        """Write the weights that count, the average where there is one, into the model."""
+    def copy_ema_to_model(self) -> None:
+        """Copy the EMA weights, if any, into the model."""
         if self._averages:
             torch._foreach_copy_(self._parameters, self._averages)
 

@@ -5,6 +5,7 @@ runs/NAME/{config.yaml, log.jsonl, tb/, checkpoints/, teacher/, students/NNNN/, 
 
 import fcntl
 import hashlib
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -62,6 +63,8 @@ def open_run(config: RunConfig, source: ImageSource, world: World, teacher: Save
             with writing(config.run):
                 config.run.mkdir(parents=True, exist_ok=True)
                 lock = until_the_end.enter_context(open(config.run / ".lock", "w"))
+                # Else the lock would be held by the loaders' processes too, which may outlive a killed run.
+                os.register_at_fork(after_in_child=lock.close)
             _begin_or_resume(config, source, _facts(config, source, teacher), lock)
             clear_finished(config.run)
 

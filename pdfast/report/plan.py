@@ -8,11 +8,12 @@ import torch
 
 from pdfast.cli import is_rank0
 from pdfast.config import DistillConfig, RunConfig, TrainConfig
-from pdfast.engine.cost import Job, activation_bytes, communication, inputs, memory, parameters_and_flops
+from pdfast.engine.cost import Job, UpdateCost, activation_bytes, communication, inputs, memory, parameters_and_flops
 from pdfast.engine.layout import chosen_dtype
 from pdfast.engine.log import clock, count_steps
 from pdfast.engine.machine import teacher_in_parts
 from pdfast.errors import UsageError
+from pdfast.methods import Denoise, Reparameterize
 from pdfast.networks import NetworkConfig
 
 TIMED_FLOPS = {"cpu": 4e10, "cuda": 2e13}  # of one timed forward: seconds on a laptop, a tenth of one on a GPU
@@ -21,7 +22,7 @@ WITHIN, BETWEEN = 450e9, 50e9
 """Bytes a second out of one GPU: NVLink of an H100, and one 400 Gbit/s adapter for each GPU, as their makers state them."""
 
 
-def _job(config: RunConfig, device: torch.device, batch_size: int, *, teacher: bool, average: bool) -> Job:
+def _job(config: RunConfig, device: torch.device, batch_size: int, cost: UpdateCost, *, average: bool) -> Job:
     """One stage of a run. UsageError where the processes cannot share its batch."""
     engine, processes = config.engine, int(os.environ.get("WORLD_SIZE", "1"))
     if engine.shard < 1 or processes % engine.shard:
@@ -40,8 +41,10 @@ def _job(config: RunConfig, device: torch.device, batch_size: int, *, teacher: b
         micro_batches=engine.micro_batches,
         recompute=engine.recompute,
         average=average,
-        teacher=teacher,
-        teacher_sharded=teacher and engine.shard > 1 and teacher_in_parts(engine, config.network, dtype, device),
+        cost=cost,
+        teacher_sharded=cost.teacher_forwards > 0
+        and engine.shard > 1
+        and teacher_in_parts(engine, config.network, dtype, device),
         fused=dtype == torch.bfloat16 or device.type == "cuda",  # who asks for bf16 on a CPU plans for a GPU
     )
 
@@ -67,14 +70,18 @@ def seconds_a_forward(network: NetworkConfig, dtype: torch.dtype, most: int, dev
     return min(times) / count
 
 
-def _stages(config: RunConfig, device: torch.device) -> dict[str, Job]:
-    """The teacher's training, where there is one, and the rounds."""
+def _stages(config: RunConfig, device: torch.device, cost: UpdateCost | None = None) -> dict[str, Job]:
+    """The teacher's training or conversion, where there is one, and the rounds, whose updates cost so much."""
     stages = {}
     if not (isinstance(config, DistillConfig) and config.teacher):
         average = config.train.ema > 0
-        stages["teacher"] = _job(config, device, config.train.batch_size, teacher=False, average=average)
-    if isinstance(config, DistillConfig):
-        stages["rounds"] = _job(config, device, config.batch_size, teacher=True, average=config.ema > 0)
+        stages["teacher"] = _job(config, device, config.train.batch_size, Denoise.cost, average=average)
+    elif config.convert:
+        stages["conversion"] = _job(
+            config, device, config.batch_size, Reparameterize.cost, average=config.train.ema > 0
+        )
+    if isinstance(config, DistillConfig) and cost:
+        stages["rounds"] = _job(config, device, config.batch_size, cost, average=config.ema > 0)
     return stages
 
 
@@ -139,10 +146,11 @@ def _row(name: str, updates: int, images: int, evaluations: int, seconds: float)
     print(f"{name:<12} {updates:>10,} {images:>14,} {evaluations:>16,} {clock(seconds):>12}")
 
 
-def _print_teacher(config: RunConfig, forward: float) -> float:
-    images = config.train.updates * config.train.batch_size
-    seconds = 3 * forward * images
-    _row("teacher", config.train.updates, images, images, seconds)
+def _print_stage(name: str, updates: int, job: Job, forward: float) -> float:
+    """Print the row of a stage; return its seconds."""
+    images = updates * job.batch_size
+    seconds = job.cost.flops * forward * images
+    _row(name, updates, images, job.cost.evaluations * images, seconds)
     return seconds
 
 
@@ -152,26 +160,26 @@ def print_training_plan(config: TrainConfig, device: torch.device) -> None:
         return
     stages = _stages(config, device)
     print(f"plan of {config.run}: a teacher for {config.data}")
-    total = _print_teacher(config, _print_machine(config, device, stages))
+    forward = _print_machine(config, device, stages)
+    total = _print_stage("teacher", config.train.updates, stages["teacher"], forward)
     print(f"\nexpected time {clock(total)} and the evaluation of {config.evaluation.num_samples:,} images")
 
 
-def print_distillation_plan(config: DistillConfig, device: torch.device) -> None:
-    """The plan of `pdfast.distill`: an update costs two forwards of the teacher and three forwards' worth of the student."""
+def print_distillation_plan(config: DistillConfig, cost: UpdateCost, device: torch.device) -> None:
+    """Print the plan of `pdfast.distill` with a method whose updates cost so much."""
     if not is_rank0():
         return
-    stages = _stages(config, device)
+    stages = _stages(config, device, cost)
     print(
         f"plan of {config.run}: {config.rounds} rounds, {config.start_steps} -> {config.end_steps} steps, on {config.data}"
     )
     forward = _print_machine(config, device, stages)
-    total = 0.0 if config.teacher else _print_teacher(config, forward)
+    total = 0.0
+    for name, updates in (("teacher", config.train.updates), ("conversion", config.convert_updates)):
+        if name in stages:
+            total += _print_stage(name, updates, stages[name], forward)
     for steps in config.round_steps:
-        updates = config.updates_at(steps)
-        images = updates * config.batch_size
-        seconds = 5 * forward * images
-        _row(count_steps(steps), updates, images, 3 * images, seconds)
-        total += seconds
+        total += _print_stage(count_steps(steps), config.updates_at(steps), stages["rounds"], forward)
     judged = [n for n in config.round_steps if n <= config.evaluation.max_steps]
     draws = (config.first_steps + 2 * sum(config.round_steps if not judged else judged)) * config.evaluation.num_samples
     _row("evaluation", 0, 0, draws, draws * forward)

@@ -6,8 +6,9 @@ import torch
 from pdfast.data import ResidentImages
 from pdfast.diffusion import Cosine, build_step_table
 from pdfast.engine import layout
-from pdfast.engine.step import Draws, RoundTable, distillation_gradient, teacher_gradient
+from pdfast.engine.batch import TrainingBatch
 from pdfast.engine.world import World
+from pdfast.methods import Denoise, Progressive, RoundTable
 from pdfast.networks import NetworkConfig, UNet
 
 ALONE = World(torch.device("cpu"))
@@ -36,20 +37,20 @@ def network(seed=0):
     return model
 
 
-def draws(batch_size=8):
+def loaded(batch_size=8):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (20, 8, 8, 3), dtype=torch.uint8, generator=generator)
     source = ResidentImages("noise", images, torch.arange(20) % 3)
-    drawn = Draws(source, ALONE, seed=1, batch_size=batch_size, flip=True, conditional=True)
-    drawn.load(1, 5)
-    return drawn
+    batch = TrainingBatch(source, ALONE, seed=1, batch_size=batch_size, flip=True, conditional=True)
+    batch.load(1, 5)
+    return batch
 
 
 def gradients(model, micro_batches=1):
     teacher = network(1).eval().requires_grad_(False)
     table = RoundTable(build_step_table(Cosine(), 4, "v", "truncated_snr"))
-    losses, k = distillation_gradient(model, teacher, draws(), table, micro_batches)
-    return losses, k, {name: p.grad for name, p in model.named_parameters()}
+    losses, targets = Progressive(model, teacher, table).gradient(loaded(), micro_batches)
+    return losses, targets.row, {name: p.grad for name, p in model.named_parameters()}
 
 
 def test_the_names_of_parameters_stay():
@@ -151,13 +152,13 @@ def test_a_smaller_table_in_the_place_of_a_larger():
     table.set(build_step_table(Cosine(), 2, "v", "snr"))
     own = RoundTable(build_step_table(Cosine(), 2, "v", "snr"))
     student, teacher = network(), network(1).requires_grad_(False)
-    results = [distillation_gradient(student, teacher, draws(), t) for t in (table, own)]
-    assert torch.equal(results[0][0], results[1][0]) and set(results[0][1].tolist()) == {1, 2}
+    results = [Progressive(student, teacher, t).gradient(loaded()) for t in (table, own)]
+    assert torch.equal(results[0][0], results[1][0]) and set(results[0][1].row.tolist()) == {1, 2}
 
 
 def test_the_teachers_micro_batches():
     whole, parts = network(), network()
-    losses = [teacher_gradient(m, draws(), Cosine(), "truncated_snr", n) for m, n in ((whole, 1), (parts, 2))]
+    losses = [Denoise(m, Cosine(), "truncated_snr").gradient(loaded(), n)[0] for m, n in ((whole, 1), (parts, 2))]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-7)
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)

@@ -59,7 +59,7 @@ def test_as_in_float64(backend, clip):
     weights, averages = in_float64(6, clip, 0.9, 0.1)
     for ours, theirs in zip(model.parameters(), weights, strict=True):
         torch.testing.assert_close(ours.detach().double(), theirs, rtol=1e-5, atol=1e-6)
-    optimizer.publish()
+    optimizer.copy_ema_to_model()
     for ours, theirs in zip(model.parameters(), averages, strict=True):
         torch.testing.assert_close(ours.detach().double(), theirs, rtol=1e-5, atol=1e-6)
 

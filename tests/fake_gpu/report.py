@@ -6,7 +6,6 @@ from tests.fake_gpu.cuda import Waits, pretend, to_fake  # before anything else:
 import contextlib
 import importlib.util
 import json
-from collections.abc import Callable
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -14,12 +13,14 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 pretend()
 
 from pdfast.data import ResidentImages, source
-from pdfast.diffusion import AlphaBars, Cosine, Schedule, StepTable, build_step_table
+from pdfast.diffusion import AlphaBars, Cosine, StepTable, build_step_table
 from pdfast.engine import optimizer as optimizer_module
 from pdfast.engine.metrics import Losses
 from pdfast.engine.optimizer import Optimizer
-from pdfast.engine.step import Draws, RoundTable, conversion_gradient, distillation_gradient, teacher_gradient
+from pdfast.engine.batch import TrainingBatch
 from pdfast.engine.world import World
+from pdfast.engine.loop import Method
+from pdfast.methods import Denoise, Progressive, Reparameterize, RoundTable
 from pdfast.networks import UNet
 from pdfast.networks.layers import ResBlock
 from pdfast.teachers import edm_unet
@@ -47,16 +48,18 @@ def table(steps: int) -> StepTable:
     return TABLES[steps].map(lambda c: torch.empty(c.shape, dtype=c.dtype, device=WORLD.device))
 
 
-def waits(images: ResidentImages, update: Callable[[Draws, Optimizer], None], network: torch.nn.Module) -> list[str]:
+def waits(images: ResidentImages, method: Method, losses: Losses) -> list[str]:
     """Of the second update: the first fills what is kept."""
-    draws = Draws(images, WORLD, seed=0, batch_size=BATCH, flip=True, conditional=True)
-    optimizer = Optimizer(network, WORLD, clip=1.0, ema=0.9, backend="torch")
+    batch = TrainingBatch(images, WORLD, seed=0, batch_size=BATCH, flip=True, conditional=True)
+    optimizer = Optimizer(method.student, WORLD, clip=1.0, ema=0.9, backend="torch")
     with Waits() as seen:
         for i in range(2):
             seen.found.clear()
-            draws.load(1, i)
+            batch.load(1, i)
             optimizer.set(i, 1e-3)
-            update(draws, optimizer)
+            values, targets = method.gradient(batch, micro_batches=2)
+            losses.add(values, targets.row, targets.count)
+            optimizer.step(values.mean())
     return seen.found
 
 
@@ -67,26 +70,16 @@ def of_updates() -> dict[str, list[str]]:
     losses, rows = Losses(WORLD), RoundTable(table(8))
     rows.set(table(2))
 
-    def distill(draws: Draws, optimizer: Optimizer) -> None:
-        values, k = distillation_gradient(student, teacher, draws, rows, micro_batches=2)
-        losses.add(values, k, rows.count)
-        optimizer.step(values.mean())
-
-    def convert(draws: Draws, optimizer: Optimizer) -> None:
-        optimizer.step(conversion_gradient(student, draws, teacher, (0.2, 1.5), 1.55).mean())
-
     TABULATED.knots, TABULATED._rises = (torch.zeros(t.shape) for t in (TABULATED.knots, TABULATED._rises))
 
-    def train(schedule: Schedule) -> Callable[[Draws, Optimizer], None]:
-        return lambda draws, optimizer: optimizer.step(teacher_gradient(student, draws, schedule, "snr").mean())
-
-    return {
-        "a round": waits(images(0.5), distill, student),
-        "a round from the host's memory": waits(images(0.0), distill, student),
-        "a conversion": waits(images(0.5), convert, student),
-        "a teacher": waits(images(0.5), train(Cosine()), student),
-        "a teacher of a table": waits(images(0.5), train(TABULATED), student),
+    methods = {
+        "a round": Progressive(student, teacher, rows),
+        "a conversion": Reparameterize(student, teacher, (0.2, 1.5), 1.55),
+        "a teacher": Denoise(student, Cosine(), "snr"),
+        "a teacher of a table": Denoise(student, TABULATED, "snr"),
     }
+    found = {name: waits(images(0.5), method, losses) for name, method in methods.items()}
+    return found | {"a round from the host's memory": waits(images(0.0), methods["a round"], losses)}
 
 
 def a_wait() -> list[str]:

@@ -7,10 +7,12 @@ from pdfast.config import EngineConfig
 from pdfast.data import ResidentImages
 from pdfast.diffusion import Cosine, build_step_table
 from pdfast.engine import layout
+from pdfast.engine.batch import TrainingBatch
 from pdfast.engine.graph import Replayed
 from pdfast.engine.optimizer import Optimizer
-from pdfast.engine.step import Draws, RoundTable, distillation_gradient
 from pdfast.engine.world import World
+from pdfast.loss import identity
+from pdfast.methods import Progressive, RoundTable
 from pdfast.networks import UNet
 from pdfast_kernels import use
 from tests.commands import TINY_DISTILL, call
@@ -36,12 +38,13 @@ def course(graph, dtype=torch.float32, compiled=False, optimizer="pdfast", updat
     layout.halve(teacher.requires_grad_(False), dtype)
     images = torch.randint(0, 256, (64, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     source = ResidentImages("noise", images, torch.arange(64) % 3, "cuda")
-    draws = Draws(source, ALONE, seed=0, batch_size=16, flip=True, conditional=True)
+    batch = TrainingBatch(source, ALONE, seed=0, batch_size=16, flip=True, conditional=True)
     adam = Optimizer(student, ALONE, clip=1.0, ema=0.9, backend=optimizer)
     rows, losses = RoundTable(table(8)), torch.zeros(16, device="cuda")
+    method = Progressive(student, teacher, rows, layout.compile_function if compiled else identity)
 
     def update():
-        values, _ = distillation_gradient(student, teacher, draws, rows, micro_batches=2, compiled=compiled)
+        values, _ = method.gradient(batch, micro_batches=2)
         losses.copy_(values)
         adam.step(values.mean())
 
@@ -49,7 +52,7 @@ def course(graph, dtype=torch.float32, compiled=False, optimizer="pdfast", updat
     for steps in (8, 2):
         rows.set(table(steps))
         for i in range(updates):
-            draws.load(1, i)
+            batch.load(1, i)
             adam.set(i, 1e-3)
             run()
             seen.append(losses.clone())
@@ -72,7 +75,7 @@ def test_a_graph_does_what_its_function_does_over_two_rounds(dtype, optimizer):
 def test_the_host_never_waits_for_an_update(monkeypatch, compiled):
     """Nor do two compiled updates differ in a bit, upsampling and all."""
     torch.backends.cudnn.deterministic = True
-    load, step, calls = Draws.load, Optimizer.step, []
+    load, step, calls = TrainingBatch.load, Optimizer.step, []
 
     def watched_load(*arguments):
         calls.append(arguments)
@@ -83,7 +86,7 @@ def test_the_host_never_waits_for_an_update(monkeypatch, compiled):
         step(*arguments)
         torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(Draws, "load", watched_load)
+    monkeypatch.setattr(TrainingBatch, "load", watched_load)
     monkeypatch.setattr(Optimizer, "step", watched_step)
     try:
         first = course(False, torch.bfloat16, compiled=compiled)

@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pdfast.config import DistillConfig
 from pdfast.data import load_source
-from pdfast.distill import Rounds
 from pdfast.engine.layout import local
+from pdfast.engine.loop import Trainer
 from pdfast.engine.machine import Machine, open_machine
+from pdfast.methods import Progressive
 from pdfast.presets import preset
 
 
@@ -46,14 +47,15 @@ def _size(group):
 
 
 def case(machine: Machine, config: DistillConfig) -> dict:
-    rounds = Rounds(config, machine, load_source("digits", image_size=8, channels=1, device="cpu"), None)
+    method, source = Progressive.open(config, machine), load_source("digits", image_size=8, channels=1, device="cpu")
+    trainer = Trainer(method, method.optimization(config), config, machine, source, None)
     for update in range(2):
-        rounds.draws.load(1, update)
-        rounds.optimizer.set(update, 1e-3)
+        trainer.batch.load(1, update)
+        trainer.optimizer.set(update, 1e-3)
         with Sent() as sent:
-            rounds.run_update()
-    state = rounds.optimizer.state()
-    teacher = [local(p) for p in rounds.teacher.parameters()]
+            trainer.run_update()
+    state = trainer.optimizer.state()
+    teacher = [local(p) for p in method.teacher.parameters()]
     return {
         "state": sum(t.nbytes for t in state.values()),
         "teacher": sum(t.nbytes for t in teacher),

@@ -11,9 +11,10 @@ from torch import nn
 
 from pdfast.data import ResidentImages
 from pdfast.diffusion import Cosine, sample, to_v
+from pdfast.engine.batch import TrainingBatch
 from pdfast.engine.model_folder import load_model
-from pdfast.engine.step import Draws, conversion_gradient
 from pdfast.engine.world import World
+from pdfast.methods import Reparameterize
 from pdfast.networks import NetworkConfig, UNet
 from pdfast.plain import to_plain
 from pdfast.teachers import ConvertedConfig, network_config
@@ -144,10 +145,10 @@ def test_what_it_learns(prediction):
     """Of images that are all 0.3, where the truth is known: the original's v where that is regular, the true one elsewhere,
     each for half of the images."""
     images = torch.full((4, 8, 8, 1), round((0.3 + 1) * 127.5), dtype=torch.uint8)
-    draws = Draws(
+    batch = TrainingBatch(
         ResidentImages("flat", images), World(torch.device("cpu")), seed=1, batch_size=64, flip=False, conditional=False
     )
-    draws.load(0, 0)
+    batch.load(0, 0)
     original = perturbed(inner(prediction).build(), 3)
     end = math.pi / 2
     regular = regular_angles(prediction, end)
@@ -163,7 +164,7 @@ def test_what_it_learns(prediction):
             return 0 * z + self.weight
 
     copy = Copy()
-    losses = conversion_gradient(copy, draws, original, regular, end)
+    losses, _ = Reparameterize(copy, original, regular, end).gradient(batch)
     [(z, phi)] = seen
     inside = (phi >= regular[0]) & (phi <= regular[1])
     assert 16 < inside.sum() < 48 and phi.min() >= 0 and phi.max() <= end + 1e-6

@@ -1,0 +1,28 @@
+"""Progressive Distillation (Algorithm 2 of Salimans & Ho 2022): one student step lands where two DDIM steps of the teacher do."""
+
+from torch import Tensor
+
+from pdfast.engine.batch import TrainingBatch
+from pdfast.engine.cost import UpdateCost
+from pdfast.engine.loop import Targets
+from pdfast.loss import check_predictions, student_losses, teacher_outputs
+from pdfast.methods.distillation import Distillation, images_at_steps
+
+
+class Progressive(Distillation):
+    """Algorithm 2: the weighted error of one student step from `factor` DDIM steps of the teacher, which sees the whole batch."""
+
+    cost = UpdateCost(teacher_forwards=Distillation.factor)
+
+    def targets(self, batch: TrainingBatch) -> Targets:
+        rows = self.table.rows
+        check_predictions(rows, student=self.student, teacher=self.teacher)
+        k, phi, z = self._run(images_at_steps)(batch, self.table)
+        index = k - 1
+        start, first, second = teacher_outputs(self.teacher, z, rows, index, batch.labels, self._run)
+        return Targets((z, phi, batch.labels, start, first, second, index), k, self.table.count)
+
+    def losses(self, z: Tensor, phi: Tensor, cond: Tensor | None, *target: Tensor) -> Tensor:
+        start, first, second, index = target
+        output = self.student(z, phi, cond)
+        return student_losses(output, start, first, second, self.table.rows, index, self._run)

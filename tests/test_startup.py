@@ -31,7 +31,7 @@ def run(tmp_path, monkeypatch):
     def refuse(*arguments, **settings):
         raise AssertionError("something is trained")
 
-    monkeypatch.setattr("pdfast.engine.machine.Machine.trained", refuse)
+    monkeypatch.setattr("pdfast.engine.machine.Machine.prepare_student", refuse)
     return tmp_path / "run"
 
 

@@ -1,15 +1,20 @@
 """What a run's folder may hold besides what a run wrote, and what the files that it wrote are."""
 
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pdfast.engine.files import write_json
-from tests.commands import TINY_DISTILL, call, environment
+from tests.commands import TINY_DISTILL, TINY_RUN, call, environment, spawn
+from tests.data.files import encoded
 from tests.test_bad_input import one_line
 
 
@@ -113,3 +118,29 @@ def test_a_full_disk_behind_the_output():
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment(), check=False)
     assert ended.returncode == 1
     assert ended.stderr.splitlines() == ["pdfast: error: the output could not be written (No space left on device)"]
+
+
+def test_the_lock_ends_with_a_killed_run_and_not_with_its_loaders(tmp_path):
+    """What decodes in processes of its own outlives a killed run for seconds."""
+    images, run = tmp_path / "images", tmp_path / "run"
+    images.mkdir()
+    for i in range(64):
+        (images / f"{i:02}.png").write_bytes(encoded(np.full((8, 8), 2 * i, dtype=np.uint8)))
+    flags = [*TINY_RUN, "--data", str(images), "--loader", "portable", "--train.updates", "100000", "--run", str(run)]
+    flags += ["--evaluation.num-samples", "8"]
+    process, end = spawn("train", *flags), time.monotonic() + 60
+    while not list(run.glob("checkpoints/teacher-*")) and time.monotonic() < end:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    loaders = [int(pid) for pid in children(process.pid)]
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    process.stderr.close()
+    with open(run / ".lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert any(os.path.exists(f"/proc/{pid}") for pid in loaders)
+
+
+def children(pid):
+    return "".join(file.read_text() for file in Path(f"/proc/{pid}/task").glob("*/children")).split()

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.command import ROOT, Parser, Report, count, header
 from pdfast.config import EngineConfig
-from pdfast.presets import PRESETS
+from pdfast.recipes import PRESETS
 
 CORES = len(os.sched_getaffinity(0))
 # Processes, threads of each, what OpenMP is told.

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 from pdfast.engine.device import commit, describe, open_device
-from pdfast.errors import UsageError
+from pdfast.io.errors import UsageError
 from pdfast_kernels._triton import triton
 
 ROOT = Path(__file__).parent.parent

@@ -25,7 +25,7 @@ from benchmarks.timing import Call, ceilings, measure
 from benchmarks.updates import WARM_UP, open_setting
 from pdfast.config import EngineConfig
 from pdfast.diffusion import outputs_per_channel
-from pdfast.presets import PRESETS
+from pdfast.recipes import PRESETS
 
 PACKAGES = "numpy safetensors tensorboard torchmetrics tyro diffusers nvidia-dali-cuda130 pytest pytest-xdist".split()
 TOOLS = ("compute-sanitizer", "ncu", "nvidia-smi")

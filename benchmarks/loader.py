@@ -32,9 +32,9 @@ from pdfast.data.pictures import decode
 from pdfast.diffusion import Cosine
 from pdfast.engine.batch import TrainingBatch
 from pdfast.engine.world import World
-from pdfast.errors import UsageError
+from pdfast.io.errors import UsageError
 from pdfast.methods import Denoise
-from pdfast.presets import PRESETS
+from pdfast.recipes import PRESETS
 
 OURS = tuple(name for name in get_args(LoaderName) if name != "auto")
 OTHERS = ("webdataset", "dataloader")

@@ -11,8 +11,8 @@ from pdfast.diffusion.noise import Stream
 from pdfast.engine import layout
 from pdfast.engine.loop import Trainer
 from pdfast.engine.machine import Machine
+from pdfast.evaluation.evaluator import draw
 from pdfast.methods import Progressive
-from pdfast.report.evaluator import draw
 
 
 class Pdfast:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from benchmarks.command import Unavailable
 from benchmarks.updates import Batch, Network, Setting, distillation_losses
 from pdfast.diffusion import sample
+from pdfast.exporting.pipeline import unet2d_arguments
 from pdfast.networks import NetworkConfig, UNet
 from pdfast.networks.layers import Conv2d
-from pdfast.teachers.pipeline import unet2d_arguments
 from pdfast_kernels import dispatch
 
 

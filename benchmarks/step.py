@@ -29,8 +29,8 @@ from benchmarks.timing import captured, ceilings, measure, peak_mib, quantiles
 from benchmarks.updates import WARM_UP, Setting, distillation_losses, open_setting, reference
 from pdfast.config import EngineConfig
 from pdfast.engine.cost import parameters_and_flops
-from pdfast.errors import UsageError
-from pdfast.presets import PRESETS
+from pdfast.io.errors import UsageError
+from pdfast.recipes import PRESETS
 
 PROVIDERS = ("eager", "pdfast", "compile", "diffusers")
 MODES = {"cuda": ("default", "reduce-overhead", "max-autotune-no-cudagraphs"), "cpu": ("default",)}

@@ -14,7 +14,8 @@ from importlib import import_module
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from pdfast.cli import let_threads_sleep, stop_while_importing
+from pdfast.cli import stop_while_importing
+from pdfast.io.process import let_threads_sleep
 
 if TYPE_CHECKING:
     from pdfast.diffusion import (
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     )
     from pdfast.loss import distillation_loss
     from pdfast.own_code import Teacher
-    from pdfast.teachers import adapt
+    from pdfast.pretrained import adapt
 
 __version__ = "0.1.0"
 
@@ -85,7 +86,7 @@ __all__ = [
 
 # Imported when they are used: `import pdfast` alone costs nothing.
 _HOMES = dict.fromkeys(__all__, "pdfast.diffusion") | {
-    "adapt": "pdfast.teachers",
+    "adapt": "pdfast.pretrained",
     "Teacher": "pdfast.own_code",
     "distillation_loss": "pdfast.loss",
 }

@@ -1,7 +1,6 @@
 """What is wrong with a run and can be known before it begins: each check raises a UsageError, in one line."""
 
 import dataclasses
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -10,17 +9,17 @@ from typing import Any
 
 import torch
 
-from pdfast.bounds import MOST_PARAMETERS, SETTINGS, require
 from pdfast.config import DistillConfig, EvaluationConfig, RunConfig, TrainConfig, parse_updates
 from pdfast.data import DIGITS_SHAPE, ImageSource, check_shape
 from pdfast.diffusion import build_step_table, check_start
 from pdfast.engine.cost import parameters_and_flops
 from pdfast.engine.optimizer import check_backend
-from pdfast.errors import UsageError
+from pdfast.evaluation import mobilenet
+from pdfast.evaluation.features import check_feature_space
+from pdfast.evaluation.metrics import split_real
+from pdfast.io.bounds import MOST_PARAMETERS, SETTINGS, require
+from pdfast.io.errors import UsageError
 from pdfast.networks import NetworkConfig
-from pdfast.report import mobilenet
-from pdfast.report.features import check_feature_space
-from pdfast.report.metrics import split_real
 
 GRID = 1024  # of diffusion times, at which a schedule is looked at
 
@@ -35,11 +34,6 @@ def _plain_values(config: Any, place: str = "") -> Iterator[tuple[str, Any]]:
             yield from _plain_values(value, f"{here}.")
         else:
             yield from ((here, v) for v in (value if isinstance(value, tuple) else [value]))
-
-
-def _is_begun(config: RunConfig) -> bool:
-    """Whether the run's folder has a run, which goes on although what it was begun with would now be refused."""
-    return os.path.exists(config.run / "config.yaml")  # also where the name is too long, which is said of the folder
 
 
 def check_once(flag: str, counts: Sequence[int | str]) -> None:
@@ -60,11 +54,11 @@ def check_values(config: DistillConfig | TrainConfig) -> None:
     if isinstance(config, TrainConfig):
         if not config.evaluation_steps:
             raise UsageError("--evaluation-steps needs at least one step count")
-        if not _is_begun(config):
+        if not config.folder.is_begun():
             check_once("evaluation-steps", config.evaluation_steps)
         return
     default, exceptions = parse_updates(config.updates)
-    if not _is_begun(config):
+    if not config.folder.is_begun():
         check_once("updates", re.findall(r"(\d+):", config.updates))
     for updates in (default, *exceptions.values()):
         if updates > SETTINGS["train.updates"].high:
@@ -88,7 +82,7 @@ def _check_network(config: RunConfig) -> None:
     if isinstance(network, NetworkConfig):
         sizes = [network.image_size >> level for level in range(len(network.channel_mult))]
         missing = [size for size in network.attention_resolutions if size not in sizes]
-        if missing and not _is_begun(config):  # where it goes on, without the attention that it never had
+        if missing and not config.folder.is_begun():  # where it goes on, without the attention that it never had
             raise UsageError(
                 f"--network.attention-resolutions {missing[0]}: the network has no level of that size, but of "
                 f"{', '.join(map(str, sizes))}; correct it, or leave it out"

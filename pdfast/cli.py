@@ -18,21 +18,13 @@ from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 from pdfast.engine import interrupt
-from pdfast.errors import RunError, UsageError
+from pdfast.io.errors import INTERRUPTED, NO_COMPILER, Interrupted, RunError, UsageError
+from pdfast.io.process import is_rank0
 
-INTERRUPTED = 130
-WAITING = {"GOMP_SPINCOUNT": "300"}
-"""How OpenMP's threads wait for each other: they look 300 times, then sleep. GNU's look 300,000 times as they come, which takes
-cores from whatever else runs there, and from an update many times what it saves."""
-WAITING_POLICIES = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"
 STOPPED_EARLY = "pdfast: stopped before there was anything to save"
 _FORMAT_WARNING = warnings.formatwarning
 LAUNCHED = "PDFAST_LAUNCHED"
 """In the environment of processes whose last line `pdfast.launch` prints."""
-NO_COMPILER = (
-    "compiled code needs a C++ compiler, and none works here: install g++, or say --engine.compile off (--compile off "
-    "where nothing is trained)"
-)
 _NO_COMPILER = r"No working C\+\+ compiler|InvalidCxxCompiler|Failed to find C compiler"  # of Inductor, of Triton
 _NO_MEMORY = r"can't allocate memory|out of memory"  # on a CPU, on a GPU
 SHOWN = 120  # characters of what torch says
@@ -40,23 +32,11 @@ PEER_SECONDS = 20.0  # that a process which failed has to end, before those that
 _LOST = r"Connection (closed|reset)|Broken pipe|Read error|Timed out|NCCL|gloo"  # how a collective ends without a peer
 
 
-class Interrupted(Exception):
-    """The run was asked to stop and has saved its state; the message says how to go on."""
-
-    exit_code = INTERRUPTED
-
-
 class _PeerLost(RunError):
     """Another process of the run has ended."""
 
 
 T = TypeVar("T")
-
-
-def let_threads_sleep() -> None:
-    """Set how OpenMP's threads wait, unless the user has: before torch is imported, which loads it."""
-    if not any(name in os.environ for name in WAITING_POLICIES):
-        os.environ.update(WAITING)
 
 
 def stop_while_importing() -> None:
@@ -109,11 +89,6 @@ def _tell_torchrun(message: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def is_rank0() -> bool:
-    """Whether this process is rank 0, or alone."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _print_last_line(line: str, *, of_all: bool = True) -> bool:

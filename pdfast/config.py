@@ -7,13 +7,14 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-from pdfast.bounds import MOST_STEPS
 from pdfast.data import LoaderName
 from pdfast.diffusion import Weighting
-from pdfast.errors import UsageError
 from pdfast.flags import OptionalInt, OptionalPath, arg
+from pdfast.io.bounds import MOST_STEPS
+from pdfast.io.errors import UsageError
+from pdfast.io.plain import to_plain
+from pdfast.io.run_folder import RunFolder
 from pdfast.networks import NetworkConfig
-from pdfast.plain import to_plain
 from pdfast.schedule_config import ScheduleConfig
 
 
@@ -140,6 +141,11 @@ class RunConfig:
     log_every: int = 100
     """Updates between log lines; a short stage has at least eight lines."""
     engine: EngineConfig = EngineConfig()
+
+    @property
+    def folder(self) -> RunFolder:
+        """The run's folder and the paths in it."""
+        return RunFolder(self.run)
 
 
 @dataclass(frozen=True)

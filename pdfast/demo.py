@@ -23,20 +23,20 @@ import torch
 
 import pdfast.sample as sample
 from pdfast import own_code
-from pdfast.bounds import STEPS, require, whole
 from pdfast.cli import parse, run_command
 from pdfast.config import DistillConfig
 from pdfast.engine import layout
 from pdfast.engine.device import open_device
-from pdfast.engine.log import count_steps
-from pdfast.engine.model_folder import SavedModel, load_model
-from pdfast.engine.run import students_of
-from pdfast.errors import UsageError
 from pdfast.flags import OptionalString, Positional
-from pdfast.names import printable
-from pdfast.plain import fields_of
-from pdfast.reading import load_yaml
-from pdfast.report.grids import write_png
+from pdfast.io.bounds import STEPS, require, whole
+from pdfast.io.errors import UsageError
+from pdfast.io.grids import write_png
+from pdfast.io.names import printable
+from pdfast.io.plain import fields_of
+from pdfast.io.reading import load_yaml
+from pdfast.io.run_folder import RunFolder
+from pdfast.io.text import count_steps
+from pdfast.pretrained.model_folder import SavedModel, load_model
 
 ALL_CLASSES = "all, in turn"
 LARGEST_SEED = 2**53 - 1  # that a browser's numbers hold
@@ -80,13 +80,14 @@ class Models:
     """
 
     def __init__(self, run: Path, count: int, device: torch.device) -> None:
-        folders = students_of(run)
+        folder = RunFolder(run)
+        folders = folder.students()
         if not folders:
             raise UsageError(f"there are no students in {run}: give the folder of a run of pdfast.distill")
         self.run, self.count, self.device = run, count, device
-        self.students = {steps: load_model(folder, device) for steps, folder in folders.items()}
-        self.teacher = load_model(run / "teacher", device)
-        file = run / "config.yaml"
+        self.students = {steps: load_model(student, device) for steps, student in folders.items()}
+        self.teacher = load_model(folder.teacher, device)
+        file = folder.config
         saved_start = fields_of(DistillConfig, load_yaml(file), ("start_steps",), str(file)).get("start_steps")
         if saved_start is not None and saved_start not in STEPS:
             raise UsageError(f"{file}: start_steps must be {STEPS.text}, got {saved_start}")

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from pdfast.diffusion import AlphaBars
-from pdfast.errors import UsageError
-from pdfast.plain import fields_of
-from pdfast.reading import shown
+from pdfast.io.errors import UsageError
+from pdfast.io.plain import fields_of
+from pdfast.io.reading import shown
 
 INSTALL = "pip install 'pdfast[diffusers]'"
 DISCRETE = (

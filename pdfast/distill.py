@@ -11,26 +11,28 @@ from typing import cast
 
 import torch
 
+from pdfast.arguments import distill_arguments
 from pdfast.checks import check_evaluation, check_job, check_plan
 from pdfast.cli import run_command
-from pdfast.commands import distill_arguments
 from pdfast.config import DistillConfig
 from pdfast.data import ImageSource
 from pdfast.engine import interrupt
 from pdfast.engine.device import open_device
-from pdfast.engine.log import RunLog, clock
+from pdfast.engine.log import RunLog
 from pdfast.engine.loop import Stage, Trainer
 from pdfast.engine.machine import Machine, open_machine
-from pdfast.engine.model_folder import SavedModel, load_model
-from pdfast.engine.run import check_place, open_run
-from pdfast.errors import UsageError
+from pdfast.engine.run import open_run
+from pdfast.evaluation.evaluator import Evaluator
+from pdfast.evaluation.stored import read_reference
+from pdfast.io.errors import UsageError
+from pdfast.io.reading import read_json
+from pdfast.io.text import clock
 from pdfast.methods import Distillation, Progressive
 from pdfast.networks import NetworkConfig
-from pdfast.reading import read_json
-from pdfast.report.evaluator import Evaluator
+from pdfast.networks.converted import ConvertedConfig
+from pdfast.plan.dry_run import print_distillation_plan
+from pdfast.pretrained.model_folder import SavedModel, load_model
 from pdfast.report.html import build_report
-from pdfast.report.plan import print_distillation_plan
-from pdfast.report.stored import read_reference
 from pdfast.stages import (
     check_finished,
     convert_teacher,
@@ -42,7 +44,6 @@ from pdfast.stages import (
     write_student,
     write_teacher,
 )
-from pdfast.teachers import ConvertedConfig
 
 
 def with_teachers_network(config: DistillConfig) -> tuple[DistillConfig, SavedModel | None]:
@@ -96,7 +97,7 @@ def distill(
 ) -> None:
     """Run all stages: the teacher, then round after round, each skipped where its folder is already there."""
     world = machine.world
-    teacher_folder = config.run / "teacher"
+    teacher_folder = config.folder.teacher
     shape = (config.evaluation.num_samples, *config.network.image_shape)
     world.on_first(lambda: check_finished(config, shape))
     evaluator: Evaluator | None = None
@@ -105,7 +106,7 @@ def distill(
 
     last, trainer = teacher_folder, None
     for round_index, steps in enumerate(config.round_steps, start=1):
-        folder = config.run / "students" / f"{steps:04d}"
+        folder = config.folder.student(steps)
         if not world.on_first(folder.exists):
             if trainer is None:
                 method = method_class.open(config, machine)
@@ -123,13 +124,13 @@ def distill(
         last = folder
 
     machine.write_with_retry(lambda: build_report(config.run))
-    log.say(f"finished, {clock(total_seconds(config))} of training; open {config.run / 'report.html'}")
+    log.say(f"finished, {clock(total_seconds(config))} of training; open {config.folder.report}")
 
 
 def main(method: type[Distillation] = Progressive) -> None:
     """Run the command with a method of distillation: the one of this package, or one of your own."""
     config, extra = distill_arguments()
-    check_place(config.run)
+    config.folder.check()
     config, given_teacher = with_teachers_network(config)
     check_job(config)
     if extra.dry_run:
@@ -139,7 +140,10 @@ def main(method: type[Distillation] = Progressive) -> None:
     with open_machine(config) as machine:
         source = open_data(config, machine.world.device)
         check_evaluation(config.evaluation, source)
-        with open_run(config, source, machine.world, given_teacher), RunLog(config.run, machine.world) as log:
+        with (
+            open_run(config, source, machine.world, given_teacher.weights_sha256 if given_teacher else None),
+            RunLog(config.run, machine.world) as log,
+        ):
             interrupt.install()
             say_what_begins(config, machine, source, log)
             distill(config, method, machine, given_teacher, source, log)

@@ -17,23 +17,24 @@ from typing import Annotated, Any, Literal
 import torch
 
 from pdfast import own_code
-from pdfast.bounds import BATCH, SAMPLES, SEED, STEPS, require
 from pdfast.checks import check_evaluation, check_once
 from pdfast.cli import parse, run_command
 from pdfast.config import EvaluationConfig, Reference, RunConfig
 from pdfast.data import load_source
 from pdfast.engine import layout
 from pdfast.engine.device import open_device
-from pdfast.engine.files import check_file, write_json
-from pdfast.engine.model_folder import SavedModel, is_model, load_model
-from pdfast.engine.run import changed_data, students_of
+from pdfast.engine.run import changed_data
 from pdfast.engine.world import World
-from pdfast.errors import UsageError
+from pdfast.evaluation.evaluator import Evaluator
+from pdfast.evaluation.metrics import in_words
 from pdfast.flags import OptionalInt, OptionalPath, OptionalString, Positional, arg
-from pdfast.plain import fields_of, from_plain
-from pdfast.reading import load_yaml, shown
-from pdfast.report.evaluator import Evaluator
-from pdfast.report.metrics import in_words
+from pdfast.io.bounds import BATCH, SAMPLES, SEED, STEPS, require
+from pdfast.io.errors import UsageError
+from pdfast.io.files import check_file, write_json
+from pdfast.io.plain import fields_of, from_plain
+from pdfast.io.reading import load_yaml, shown
+from pdfast.io.run_folder import RunFolder
+from pdfast.pretrained.model_folder import SavedModel, is_model, load_model
 
 REMEDY = "choose another file with --json"
 
@@ -74,7 +75,7 @@ class Arguments:
 def run_of(folder: Path) -> dict[str, Any]:
     """The saved configuration of the run that `folder` is or lies in, {} where there is none."""
     for candidate in (folder, *folder.resolve().parents[:2]):
-        file = candidate / "config.yaml"
+        file = RunFolder(candidate).config
         if file.exists():
             saved = load_yaml(file)
             return saved | fields_of(RunConfig, saved, ("data", "loader", "max_bad", "seed"), str(file))
@@ -105,7 +106,7 @@ def own_flags() -> Iterator[None]:
         raise UsageError(text.replace("--loader", "the run's loader")) from None
 
 
-def models_to_judge(arguments: Arguments, device: torch.device) -> list[tuple[str, SavedModel, int]]:
+def models_to_evaluate(arguments: Arguments, device: torch.device) -> list[tuple[str, SavedModel, int]]:
     """(name, model, steps) of everything to measure. UsageError where there is nothing."""
     folder = arguments.model
     if is_model(folder) or not folder.is_dir():
@@ -113,8 +114,9 @@ def models_to_judge(arguments: Arguments, device: torch.device) -> list[tuple[st
         name = "teacher" if saved.steps is None else f"student of {saved.steps}"
         counts = arguments.steps or ((saved.steps,) if saved.steps else (256, 16))
         return [(name, saved, n) for n in counts]
-    students = {steps: load_model(f, device) for steps, f in students_of(folder).items()}
-    teacher = load_model(folder / "teacher", device) if (folder / "teacher").is_dir() else None
+    run = RunFolder(folder)
+    students = {steps: load_model(f, device) for steps, f in run.students().items()}
+    teacher = load_model(run.teacher, device) if run.teacher.is_dir() else None
     counts = arguments.steps or tuple(sorted(students, reverse=True))
     wanted = [("student", students[n], n) for n in counts if n in students]
     wanted += [("teacher, DDIM", teacher, n) for n in counts if teacher]
@@ -152,7 +154,7 @@ def main() -> None:
     device = open_device(arguments.device)
     run = run_of(arguments.model)
     settings = evaluation_settings(arguments, run)
-    wanted = models_to_judge(arguments, device)
+    wanted = models_to_evaluate(arguments, device)
     data = arguments.data or run.get("data")
     seed = run.get("seed", 0) if arguments.seed is None else arguments.seed
     require("seed", seed, SEED)

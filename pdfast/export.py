@@ -17,24 +17,24 @@ import numpy as np
 import torch
 
 from pdfast import own_code
-from pdfast.bounds import STEPS, require
 from pdfast.cli import parse, run_command
 from pdfast.diffusers_tables import library
 from pdfast.diffusion import sample
 from pdfast.engine.device import open_device
-from pdfast.engine.files import check_folder, check_seal, sealed, write_folder, write_json
-from pdfast.engine.log import count_steps
-from pdfast.engine.model_folder import SavedModel
-from pdfast.errors import RunError, UsageError
+from pdfast.evaluation.evaluator import check_finite, to_uint8
+from pdfast.evaluation.stored import read_metrics
+from pdfast.exporting.pipeline import write_pipeline
 from pdfast.flags import OptionalInt, OptionalString, Positional
-from pdfast.names import printable, utf8_path
-from pdfast.plain import to_plain
-from pdfast.reading import read_json
-from pdfast.report.evaluator import check_finite, to_uint8
-from pdfast.report.grids import image_grid, write_png
-from pdfast.report.stored import read_metrics
+from pdfast.io.bounds import STEPS, require
+from pdfast.io.errors import RunError, UsageError
+from pdfast.io.files import check_folder, check_seal, sealed, write_folder, write_json
+from pdfast.io.grids import image_grid, write_png
+from pdfast.io.names import printable, utf8_path
+from pdfast.io.plain import to_plain
+from pdfast.io.reading import read_json
+from pdfast.io.text import count_steps
+from pdfast.pretrained.model_folder import SavedModel
 from pdfast.sample import find_model
-from pdfast.teachers.pipeline import write_pipeline
 
 SHOWN = 16  # images in the grid, at least as many are compared
 COMPARED = 1 << 15  # uint8 values, about

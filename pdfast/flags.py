@@ -5,7 +5,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pdfast.errors import UsageError
+from pdfast.io.errors import UsageError
 
 if TYPE_CHECKING:
     from tyro.conf import FlagCreatePairsOff, Positional, Suppress, arg

@@ -21,9 +21,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import determine_local_world_size, get_args_parser, parse_min_max_nnodes, run
 
-from pdfast.cli import INTERRUPTED, LAUNCHED, SHOWN, Interrupted, run_command
-from pdfast.engine.files import check_folder
-from pdfast.errors import RunError, UsageError
+from pdfast.cli import LAUNCHED, SHOWN, run_command
+from pdfast.io.errors import INTERRUPTED, Interrupted, RunError, UsageError
+from pdfast.io.files import check_folder
 
 ENDINGS = {kind.exit_code: kind for kind in (UsageError, RunError, Interrupted)}
 # What they say when a process ends is said here in one line.

@@ -17,8 +17,8 @@ from torch import nn
 
 from pdfast.diffusion import PREDICTIONS, Prediction, Schedule
 from pdfast.diffusion.schedules import check_schedule
-from pdfast.errors import UsageError
-from pdfast.reading import shown
+from pdfast.io.errors import UsageError
+from pdfast.io.reading import shown
 
 FLAG = "--network-from"
 NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")

@@ -17,19 +17,19 @@ import numpy as np
 import torch
 
 from pdfast import own_code
-from pdfast.bounds import BATCH, SEED, STEPS, between, require, whole
 from pdfast.cli import parse, run_command
 from pdfast.diffusion import ancestral, angles, noise, sample
 from pdfast.diffusion.noise import Stream
 from pdfast.engine import layout
 from pdfast.engine.device import open_device
-from pdfast.engine.files import check_file, writing_file
-from pdfast.engine.model_folder import SavedModel, is_model, load_model
-from pdfast.engine.run import students_of
-from pdfast.errors import UsageError
+from pdfast.evaluation.evaluator import check_finite, to_uint8
 from pdfast.flags import OptionalInt, OptionalString, Positional
-from pdfast.report.evaluator import check_finite, to_uint8
-from pdfast.report.grids import image_grid, write_png
+from pdfast.io.bounds import BATCH, SEED, STEPS, between, require, whole
+from pdfast.io.errors import UsageError
+from pdfast.io.files import check_file, writing_file
+from pdfast.io.grids import image_grid, write_png
+from pdfast.io.run_folder import RunFolder
+from pdfast.pretrained.model_folder import SavedModel, is_model, load_model
 
 REMEDY = "choose another file with --out"
 
@@ -86,7 +86,8 @@ def find_model(folder: Path, steps: int | None, device: torch.device) -> SavedMo
     """
     if is_model(folder) or not folder.is_dir():
         return load_model(folder, device)
-    students = students_of(folder)
+    run = RunFolder(folder)
+    students = run.students()
     if steps in students:
         return load_model(students[steps], device)
     if steps is None and students:
@@ -94,10 +95,10 @@ def find_model(folder: Path, steps: int | None, device: torch.device) -> SavedMo
     if students:
         raise UsageError(
             f"{folder} has no student of {steps} steps, but of {', '.join(map(str, sorted(students)))}; for its teacher say "
-            f"{folder / 'teacher'}"
+            f"{run.teacher}"
         )
-    if (folder / "teacher").is_dir():
-        return load_model(folder / "teacher", device)
+    if run.teacher.is_dir():
+        return load_model(run.teacher, device)
     raise UsageError(f"{folder} is neither a run with a teacher or students nor a model's folder")
 
 

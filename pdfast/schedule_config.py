@@ -9,9 +9,9 @@ import torch
 
 from pdfast import diffusion, own_code
 from pdfast.diffusers_tables import alpha_bars
-from pdfast.errors import UsageError
 from pdfast.flags import OptionalPath, Suppress
-from pdfast.reading import read_array
+from pdfast.io.errors import UsageError
+from pdfast.io.reading import read_array
 
 MOST_ALPHA_BARS = 1 << 16
 

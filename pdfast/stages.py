@@ -8,23 +8,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pdfast.cli import Interrupted
 from pdfast.config import DistillConfig, RunConfig
 from pdfast.data import ImageSource, load_source
-from pdfast.engine.files import sealed, write_folder, write_json
-from pdfast.engine.log import RunLog, count_steps
+from pdfast.engine.log import RunLog
 from pdfast.engine.loop import RESUME_HINT, Optimization, Stage, Trainer
 from pdfast.engine.machine import Machine
-from pdfast.engine.model_folder import SavedModel, check_model, fill_model_folder
-from pdfast.errors import UsageError
+from pdfast.evaluation.evaluator import Evaluator, shown
+from pdfast.evaluation.guard import complaints
+from pdfast.evaluation.stored import read_metrics, read_reference
+from pdfast.io.errors import Interrupted, UsageError
+from pdfast.io.files import sealed, write_folder, write_json
+from pdfast.io.grids import image_grid, write_png
+from pdfast.io.text import count_steps
 from pdfast.methods import Denoise, Reparameterize
 from pdfast.networks import Network
-from pdfast.report.evaluator import Evaluator, shown
-from pdfast.report.grids import image_grid, write_png
-from pdfast.report.guard import complaints
-from pdfast.report.stored import read_metrics, read_reference
-from pdfast.teachers import ConvertedConfig
-from pdfast.teachers.convert import regular_angles
+from pdfast.networks.converted import ConvertedConfig, regular_angles
+from pdfast.pretrained.model_folder import SavedModel, check_model, fill_model_folder
 
 CONVERSION_STEPS = (16, 4, 1)
 """Steps at which a teacher is evaluated before it is converted, besides those that distillation starts from."""
@@ -169,7 +168,7 @@ def write_teacher(
         np.save(folder / "reference.npy", reference.numpy())
         write_png(folder / "grid.png", image_grid(samples, columns=4, scale=4))
 
-    machine.write_with_retry(lambda: write_folder(config.run / "teacher", fill))
+    machine.write_with_retry(lambda: write_folder(config.folder.teacher, fill))
     log.images(samples, step_counts[0])
     Stage(0).checkpoints(config, machine).clear()
 
@@ -185,7 +184,7 @@ def write_student(trainer: Trainer, training: dict, evaluator: Evaluator, stage:
     images, seconds = evaluator.draw(student.eval(), steps)
     row = evaluator.measure(images, steps, seconds)
     samples = shown(images)
-    teacher_rows = read_metrics(config.run / "teacher")["evaluation"]
+    teacher_rows = read_metrics(config.folder.teacher)["evaluation"]
     row_before = read_metrics(before)["evaluation"][0]
     for complaint in complaints(row, row_before, teacher_rows, config.guard):
         log.warn(complaint, steps)
@@ -197,7 +196,7 @@ def write_student(trainer: Trainer, training: dict, evaluator: Evaluator, stage:
         np.save(folder / "samples.npy", samples)
         write_png(folder / "grid.png", image_grid(samples, columns=4, scale=4))
 
-    machine.write_with_retry(lambda: write_folder(config.run / "students" / f"{steps:04d}", fill))
+    machine.write_with_retry(lambda: write_folder(config.folder.student(steps), fill))
     stage.checkpoints(config, machine).clear()
     log.images(samples, steps)
     ddim = next((f", the teacher's DDIM {r['fd']:.3f}" for r in teacher_rows if r["steps"] == steps), "")
@@ -207,8 +206,8 @@ def write_student(trainer: Trainer, training: dict, evaluator: Evaluator, stage:
 def check_finished(config: DistillConfig, shape: tuple[int, ...]) -> None:
     """Raise a UsageError where the model of a finished stage, or the metrics or images that later ones are compared with, are
     not what was written."""
-    teacher, last = config.run / "teacher", config.run / "students" / f"{config.end_steps:04d}"
-    for folder in (teacher, *(config.run / "students" / f"{steps:04d}" for steps in config.round_steps)):
+    teacher, last = config.folder.teacher, config.folder.student(config.round_steps[-1])
+    for folder in (teacher, *map(config.folder.student, config.round_steps)):
         if folder.exists():
             check_model(folder)
             read_metrics(folder)
@@ -218,6 +217,6 @@ def check_finished(config: DistillConfig, shape: tuple[int, ...]) -> None:
 
 def total_seconds(config: DistillConfig) -> float:
     """Seconds of training in all stages of the run, over all resumes."""
-    folders = [config.run / "teacher", *(config.run / "students" / f"{n:04d}" for n in config.round_steps)]
+    folders = [config.folder.teacher, *map(config.folder.student, config.round_steps)]
     trainings = [read_metrics(folder)["training"] for folder in folders]
     return sum(training["seconds"] for training in trainings if training)

@@ -5,22 +5,22 @@
 The same command run again resumes. The result, runs/my-teacher/teacher, is what `pdfast.distill --teacher` takes.
 """
 
+from pdfast.arguments import train_arguments
 from pdfast.checks import check_evaluation, check_job, check_plan
 from pdfast.cli import run_command
-from pdfast.commands import train_arguments
 from pdfast.engine import interrupt
 from pdfast.engine.device import open_device
 from pdfast.engine.log import RunLog
 from pdfast.engine.machine import open_machine
-from pdfast.engine.run import check_place, open_run
-from pdfast.names import shell_word
-from pdfast.report.plan import print_training_plan
+from pdfast.engine.run import open_run
+from pdfast.io.names import shell_word
+from pdfast.plan.dry_run import print_training_plan
 from pdfast.stages import open_data, open_evaluator, say_what_begins, train_teacher, write_teacher
 
 
 def main() -> None:
     config, extra = train_arguments()
-    check_place(config.run)
+    config.folder.check()
     check_job(config)
     if extra.dry_run:
         check_plan(config)
@@ -30,15 +30,15 @@ def main() -> None:
         source = open_data(config, machine.world.device)
         check_evaluation(config.evaluation, source)
         with open_run(config, source, machine.world), RunLog(config.run, machine.world) as log:
-            if (config.run / "teacher").exists():
-                log.say(f"already finished: {config.run / 'teacher'}")
+            if (config.folder.teacher).exists():
+                log.say(f"already finished: {config.folder.teacher}")
                 return
             say_what_begins(config, machine, source, log)
             interrupt.install()
             network, training = train_teacher(config, machine, source, log)
             evaluator = open_evaluator(config, machine, source)
             write_teacher(config, machine, network, training, evaluator, config.evaluation_steps, log)
-            teacher = config.run / "teacher"
+            teacher = config.folder.teacher
             log.count_bad_images()
             flags = ["--preset", config.preset, "--data", config.data, "--teacher", str(teacher)]
             flags += ["--evaluation.features", config.evaluation.features]

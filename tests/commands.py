@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 from pdfast.cli import run_command
-from pdfast.engine.files import check_seal, sealed
+from pdfast.io.files import check_seal, sealed
 
 ROOT = Path(__file__).parents[1]
 TINY_NETWORK = (

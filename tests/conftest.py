@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before pdfast_kernels is imported: see tests/kernels
 
 from pdfast.engine import interrupt
-from pdfast.report import features
+from pdfast.evaluation import features
 from tests.commands import TINY_DISTILL, call
 
 torch.set_num_threads(1)

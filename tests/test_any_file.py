@@ -14,20 +14,21 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pdfast.arguments import _defaults
 from pdfast.checks import check_values
-from pdfast.commands import _defaults
 from pdfast.config import DistillConfig, TrainConfig
 from pdfast.engine.checkpoint import Checkpoints
-from pdfast.engine.files import sealed
 from pdfast.engine.log import read_log
 from pdfast.engine.world import World
-from pdfast.errors import UsageError
 from pdfast.evaluate import Arguments, evaluation_settings, run_of
-from pdfast.plain import to_plain
-from pdfast.presets import DIGITS
-from pdfast.reading import load_yaml, read_array, read_json
-from pdfast.report import html, real
-from pdfast.report.stored import read_images, read_metrics, read_reference
+from pdfast.evaluation import real
+from pdfast.evaluation.stored import read_images, read_metrics, read_reference
+from pdfast.io.errors import UsageError
+from pdfast.io.files import sealed
+from pdfast.io.plain import to_plain
+from pdfast.io.reading import load_yaml, read_array, read_json
+from pdfast.recipes import DIGITS
+from pdfast.report import html
 from tests.commands import TINY_DISTILL, call
 from tests.report.test_html import metrics
 from tests.test_bad_input import one_line

@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 
 from pdfast.config import parse_updates, resolve_steps
 from pdfast.engine.checkpoint import Checkpoints
-from pdfast.engine.files import sha256
 from pdfast.engine.world import World
-from pdfast.errors import UsageError
+from pdfast.io.errors import UsageError
+from pdfast.io.files import sha256
 from pdfast.methods import Progressive
 from tests.commands import TINY_DISTILL, TINY_GIVEN, TINY_ROUNDS, TINY_RUN, call, environment, rewrite_config, spawn
 

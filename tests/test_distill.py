@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from pdfast.config import DistillConfig
 from pdfast.engine import interrupt, layout
-from pdfast.engine.model_folder import load_model
+from pdfast.io.plain import from_plain
+from pdfast.io.reading import load_yaml
 from pdfast.methods import Progressive
-from pdfast.plain import from_plain
-from pdfast.reading import load_yaml
+from pdfast.pretrained.model_folder import load_model
 from tests.commands import TINY_DISTILL, TINY_GIVEN, TINY_RUN, call, environment, rewrite_config, spawn
 from tests.engine.processes import TORCHRUN, run
 

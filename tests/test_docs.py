@@ -26,8 +26,8 @@ from torch.distributed.run import get_args_parser
 from pdfast.data.split import Split
 from tests.commands import ROOT, TINY_NETWORK, call
 from tests.data.files import solid
-from tests.teachers.pipelines import save
-from tests.teachers.test_edm import write_pickle
+from tests.pretrained.pipelines import save
+from tests.pretrained.test_edm import write_pickle
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "kernels" / "README.md"]
 
@@ -60,7 +60,7 @@ SMALL = {
 GIVEN = {
     "docs/diffusers.md": """
         import torch
-        from pdfast.presets import PRESETS
+        from pdfast.recipes import PRESETS
         student, teacher = (PRESETS["digits"].network.build() for _ in range(2))
         x = torch.rand(4, 1, 8, 8)
     """,
@@ -169,7 +169,7 @@ class Reader:
                 self.provide(Path(arguments[arguments.index("--teacher") + 1]))
             else:
                 small += TINY_TEACHER
-            patch.setattr("pdfast.report.plan.seconds_a_forward", lambda *_: 1.0)
+            patch.setattr("pdfast.plan.dry_run.seconds_a_forward", lambda *_: 1.0)
             assert call(name, *arguments, "--device", "cpu", "--dry-run") == 0
             if "--data" in arguments or "WORLD_SIZE" in os.environ:
                 return

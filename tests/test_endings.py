@@ -11,7 +11,7 @@ import torch
 from pdfast import cli
 from pdfast.cli import run_command
 from pdfast.engine import machine
-from pdfast.errors import RunError
+from pdfast.io.errors import RunError
 from tests.commands import TINY_DISTILL, call, environment
 
 HUGE = 1 << 55  # bytes, more than any machine's address space
@@ -122,7 +122,7 @@ ONE_OF_SEVERAL = """
 import atexit, sys
 from pdfast.cli import run_command
 from pdfast.engine import world
-from pdfast.errors import UsageError
+from pdfast.io.errors import UsageError
 
 class Kept:
     def __del__(self):

@@ -177,7 +177,7 @@ def test_the_wheel_holds_both_packages_and_nothing_stray(built):
 AWAY = """
 import importlib.util, pdfast, pdfast_kernels
 from pathlib import Path
-from pdfast.presets import PRESETS
+from pdfast.recipes import PRESETS
 print(*(Path(package.__file__).parents[1] for package in (pdfast, pdfast_kernels)), importlib.util.find_spec("kernels"), *PRESETS)
 """
 

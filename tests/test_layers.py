@@ -46,26 +46,52 @@ def reached_from(module: str) -> set[str]:
     return reached
 
 
+LAYERS = [
+    ("io",),
+    ("diffusion", "loss"),
+    ("networks",),
+    ("data",),
+    ("flags", "diffusers_tables", "own_code", "schedule_config", "config"),
+    ("engine",),
+    ("methods",),
+    ("pretrained",),
+    ("exporting",),
+    ("evaluation",),
+    ("report",),
+    ("plan",),
+    ("stages",),
+    ("recipes", "arguments", "checks", "cli", "launch", "distill", "train", "sample", "evaluate", "export", "demo"),
+]
+"""From the ground up: a module imports what stands before it, or beside it in the same layer."""
+COMMANDS_AMONG_DATA = {"pdfast.data.prepare", "pdfast.data.convert"}
+
+
+def layer_of(module: str) -> int:
+    if module in COMMANDS_AMONG_DATA:
+        return len(LAYERS) - 1
+    return next(i for i, names in enumerate(LAYERS) if module.split(".")[1] in names)
+
+
 def test_the_walk_finds_what_is_imported():
-    assert {"pdfast.config", "pdfast.teachers"} < reached_from("pdfast.distill")
+    assert {"pdfast.config", "pdfast.pretrained"} < reached_from("pdfast.distill")
     assert "pdfast.diffusers_tables" in reached_from("pdfast.config")
 
 
-def test_the_configuration_knows_no_teachers_and_they_know_no_run():
-    teachers = {module for module in MODULES if module.startswith("pdfast.teachers")}
-    assert not teachers & reached_from("pdfast.config")
-    assert all("pdfast.config" not in reached_from(module) for module in teachers)
-
-
-def test_the_mathematics_and_the_networks_stand_below():
-    for module in MODULES:
-        if module.startswith("pdfast.diffusion"):
-            assert all(name.startswith("pdfast.diffusion") for name in reached_from(module)), module
-        elif module.startswith("pdfast.networks"):
-            own = ("pdfast.networks", "pdfast.diffusion", "pdfast.bounds", "pdfast.errors")
-            assert all(name.startswith(own) for name in reached_from(module)), module
+def test_each_layer_knows_only_what_stands_before_it():
+    modules = MODULES.keys() - {"pdfast"}
+    upward = [(a, b) for a in modules for b in imported_by(a) if layer_of(b) > layer_of(a)]
+    assert not upward
 
 
 def test_there_are_no_circles():
     """`prepare` raises a CycleError, which names the modules."""
     TopologicalSorter({module: imported_by(module) for module in MODULES}).prepare()
+
+
+def test_folders_have_no_circles():
+    """Nor have the rooms, each taken as a whole."""
+    rooms: dict[str, set[str]] = {}
+    for module in MODULES.keys() - COMMANDS_AMONG_DATA - {"pdfast"}:
+        room = module.split(".")[1]
+        rooms.setdefault(room, set()).update(name.split(".")[1] for name in imported_by(module))
+    TopologicalSorter({room: others - {room} for room, others in rooms.items()}).prepare()

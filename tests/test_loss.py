@@ -12,7 +12,7 @@ import pdfast
 from pdfast.diffusion import to_x
 from tests.commands import ROOT, environment
 from tests.networks.test_unet import perturbed
-from tests.teachers.pipelines import save, unet
+from tests.pretrained.pipelines import save, unet
 
 N = 16
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pdfast import demo
 from pdfast.data import load_source
-from pdfast.reading import load_yaml
+from pdfast.io.reading import load_yaml
 from tests.commands import TINY_GIVEN, TINY_NETWORK, call
 from tests.data.archives import write_tar
 from tests.data.files import encoded

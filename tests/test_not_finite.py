@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 
 import pdfast.export
 from pdfast.diffusion import Cosine
-from pdfast.engine.files import sha256
 from pdfast.engine.world import World
-from pdfast.errors import RunError
-from pdfast.report.evaluator import draw
+from pdfast.evaluation.evaluator import draw
+from pdfast.io.errors import RunError
+from pdfast.io.files import sha256
 from tests.commands import TINY_DISTILL, call, rewrite_config
 
 CPU = torch.device("cpu")
@@ -75,7 +75,7 @@ def test_no_command_shows_them(overflowing, tmp_path, capsys):
 
 def test_a_run_ends_before_it_judges_them(finished_run, tmp_path, capsys, monkeypatch):
     """A student that overflows when it is sampled: no folder of it, no figures; the teacher stays."""
-    import pdfast.report.evaluator as evaluator
+    import pdfast.evaluation.evaluator as evaluator
 
     whole = evaluator.sample
     shutil.copytree(finished_run, tmp_path / "run")

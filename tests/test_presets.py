@@ -9,13 +9,13 @@ import torch
 from pdfast.data import ResidentImages
 from pdfast.diffusion import build_step_table
 from pdfast.engine.batch import TrainingBatch
-from pdfast.engine.model_folder import load_model
 from pdfast.engine.optimizer import Optimizer
 from pdfast.engine.world import World
+from pdfast.evaluation import mobilenet
 from pdfast.methods import Denoise, Progressive, RoundTable
 from pdfast.networks import UNet
-from pdfast.presets import PRESETS
-from pdfast.report import mobilenet
+from pdfast.pretrained.model_folder import load_model
+from pdfast.recipes import PRESETS
 from tests.commands import call
 
 pytestmark = pytest.mark.slow

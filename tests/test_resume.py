@@ -109,7 +109,7 @@ def crash(monkeypatch, target, after):
     "target, after",
     [
         ("pdfast.methods.Denoise.targets", 8),  # in the teacher's training
-        ("pdfast.report.evaluator.sample", 2),  # in the teacher's evaluation
+        ("pdfast.evaluation.evaluator.sample", 2),  # in the teacher's evaluation
         ("pdfast.stages.write_folder", 1),  # before the teacher is written
         ("pdfast.methods.Progressive.targets", 1),  # before the first update of a round
         ("pdfast.methods.Progressive.targets", 15),  # in the middle of the last round

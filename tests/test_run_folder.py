@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pdfast.engine.files import write_json
+from pdfast.io.files import write_json
 from tests.commands import TINY_DISTILL, TINY_RUN, call, environment, spawn
 from tests.data.files import encoded
 from tests.test_bad_input import one_line

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from pdfast.engine.checkpoint import Checkpoints
 from pdfast.engine.log import Progress
-from pdfast.presets import PRESETS
-from pdfast.report.inception import InceptionV3
+from pdfast.evaluation.inception import InceptionV3
+from pdfast.recipes import PRESETS
 from tests.commands import TINY_NETWORK, call
 
 MOST = {"checkpoints": 0.02, "logging": 0.01}

@@ -14,9 +14,9 @@ from PIL import Image
 from pdfast.data import ResidentImages
 from pdfast.engine.run import changed_data, open_run
 from pdfast.engine.world import World
-from pdfast.errors import UsageError
-from pdfast.presets import DIGITS
-from pdfast.reading import load_yaml
+from pdfast.io.errors import UsageError
+from pdfast.io.reading import load_yaml
+from pdfast.recipes import DIGITS
 from tests.commands import TINY_GIVEN, TINY_NETWORK, call
 from tests.test_bad_input import one_line
 

@@ -8,18 +8,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pdfast.bounds import NETWORK, SETTINGS
 from pdfast.checks import _plain_values, check_job, check_values
 from pdfast.config import DistillConfig, TrainConfig, resolve_steps
 from pdfast.engine import device
 from pdfast.engine.device import open_device
-from pdfast.engine.files import write_folder
-from pdfast.engine.model_folder import fill_model_folder
-from pdfast.errors import UsageError
+from pdfast.evaluation.inception import InceptionV3
+from pdfast.io.bounds import NETWORK, SETTINGS
+from pdfast.io.errors import UsageError
+from pdfast.io.files import write_folder
+from pdfast.io.plain import from_plain, to_plain
 from pdfast.networks import NetworkConfig
-from pdfast.plain import from_plain, to_plain
-from pdfast.presets import DIGITS, PRESETS
-from pdfast.report.inception import InceptionV3
+from pdfast.pretrained.model_folder import fill_model_folder
+from pdfast.recipes import DIGITS, PRESETS
 from tests.commands import TINY_DISTILL, TINY_RUN, call
 from tests.test_bad_input import one_line
 
@@ -76,7 +76,7 @@ def test_refused_before_anything_is_done(flags, words, weights, run, capsys):
 
 
 def test_a_plan_needs_no_weights_of_a_package(run, monkeypatch, capsys):
-    monkeypatch.setattr("pdfast.report.mobilenet.PACKAGE", "a_package_that_is_not_there")
+    monkeypatch.setattr("pdfast.evaluation.mobilenet.PACKAGE", "a_package_that_is_not_there")
     command = ["distill", *TINY_DISTILL, "--run", str(run), "--evaluation.features", "mobilenet"]
     assert call(*command, "--dry-run") == 0
     assert "not installed here: pip install" in capsys.readouterr().out

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from pdfast.cli import WAITING, WAITING_POLICIES, let_threads_sleep
+from pdfast.io.process import WAITING, WAITING_POLICIES, let_threads_sleep
 from tests.commands import environment
 
 

@@ -9,8 +9,8 @@ import torch
 import yaml
 
 from pdfast.diffusion import AlphaBars
-from pdfast.engine.model_folder import load_model
-from pdfast.errors import UsageError
+from pdfast.io.errors import UsageError
+from pdfast.pretrained.model_folder import load_model
 from pdfast.schedule_config import ScheduleConfig
 from tests.commands import TINY_DISTILL, TINY_GIVEN, TINY_ROUNDS, call
 
@@ -137,8 +137,8 @@ def test_trained_betas_are_kept_with_the_model(tmp_path):
     """Of a pipeline that is gone afterwards."""
     from diffusers import DDIMScheduler
 
-    from pdfast.engine.model_folder import fill_model_folder
-    from tests.teachers.pipelines import save
+    from pdfast.pretrained.model_folder import fill_model_folder
+    from tests.pretrained.pipelines import save
 
     betas = (0.01 + 0.002 * np.arange(50)).tolist()
     save(tmp_path / "given", DDIMScheduler(50, trained_betas=betas, prediction_type="v_prediction"))

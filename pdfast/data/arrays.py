@@ -10,7 +10,7 @@ from typing import IO, Any
 import numpy as np
 
 from pdfast.data.source import LARGEST_LABEL, NUMBERED
-from pdfast.errors import UsageError
+from pdfast.io.errors import UsageError
 
 HEADER = 1 << 14  # bytes from the start that hold an array's header; NumPy takes no longer ones either
 SHOWN, LONGEST_NAME = 8, 40  # arrays that a message lists, and characters of their names

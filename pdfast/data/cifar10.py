@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from pdfast.data.split import Split, check_split
-from pdfast.engine.files import sha256
-from pdfast.errors import UsageError
+from pdfast.io.errors import UsageError
+from pdfast.io.files import sha256
 
 NPM_SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
 TRAIN, TEST = tuple(f"data_batch_{i}" for i in range(1, 6)), ("test_batch",)

@@ -17,15 +17,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from pdfast.cli import Interrupted
 from pdfast.data.encoded import EncodedImages
 from pdfast.data.files import Samples
 from pdfast.data.identity import contents
 from pdfast.data.pictures import BadImage, decode
 from pdfast.data.split import channel_histogram, moments
-from pdfast.engine.files import write_file, write_folder, write_json, writing, writing_file
-from pdfast.errors import UsageError
-from pdfast.reading import read_json
+from pdfast.io.errors import Interrupted, UsageError
+from pdfast.io.files import write_file, write_folder, write_json, writing, writing_file
+from pdfast.io.reading import read_json
 
 FORMAT = 2  # of the parts
 PART = 1024  # images

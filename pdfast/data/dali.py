@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pdfast.data.files import Bad, Decoded, Samples, spare_cores
 from pdfast.data.pictures import UPRIGHT, BadImage, decode, examine, fit, in_full
-from pdfast.errors import RunError
+from pdfast.io.errors import RunError
 
 AHEAD = 2  # batches decoded before they are asked for
 JOIN_SECONDS = 10.0

@@ -12,7 +12,7 @@ import numpy as np
 
 from pdfast.data.pictures import BadImage
 from pdfast.data.source import LARGEST_LABEL, NUMBERED
-from pdfast.errors import UsageError
+from pdfast.io.errors import UsageError
 
 FILES = "image files"
 SHOWN = 12  # sorts of other things that are counted in a line

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pdfast.data.split import Split, check_split
-from pdfast.errors import UsageError
+from pdfast.io.errors import UsageError
 
 MEAN = (0.2860,)
 SOURCES = "install Debian's dataset-fashion-mnist and give /usr/share/datasets/fashion-mnist, or download it again"

@@ -17,7 +17,7 @@ from pdfast.data.encoded import EncodedImages
 from pdfast.data.identity import of_files, of_names
 from pdfast.data.pictures import BadImage, decode
 from pdfast.data.source import BadImages, Batch, Identity, ResidentImages, order_of
-from pdfast.errors import UsageError
+from pdfast.io.errors import UsageError
 
 T = TypeVar("T")
 CHUNK = 1024  # images decoded between two looks at what was bad

@@ -7,7 +7,7 @@ import torch
 
 from pdfast.data.arrays import load_array_file
 from pdfast.data.source import ImageSource, LoaderName, ResidentImages, check_labels
-from pdfast.errors import UsageError
+from pdfast.io.errors import UsageError
 
 KINDS = "give `digits`, a .npy or .npz file, or a folder or file of image files, tar shards or TFRecord"
 DIGITS_SHAPE = (8, 8, 1)

@@ -10,7 +10,7 @@ from pdfast.data.files import FileImages, Loader, Samples
 from pdfast.data.formats import find_images
 from pdfast.data.portable import PortableLoader
 from pdfast.data.source import ImageSource, LoaderName, check_labels
-from pdfast.errors import UsageError
+from pdfast.io.errors import UsageError
 
 MOST_RESIDENT = 1 << 30  # bytes of decoded images that are kept in memory unless said otherwise
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 
 from pdfast.data.files import Decoded, Samples, spare_cores
-from pdfast.errors import UsageError
+from pdfast.io.errors import UsageError
 
 AHEAD = 2  # batches each process decodes before they are asked for
 

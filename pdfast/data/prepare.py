@@ -21,11 +21,11 @@ from pdfast.data.convert import REMEDY, convert, write_npz
 from pdfast.data.fashion_mnist import load_fashion_mnist
 from pdfast.data.formats import find_images
 from pdfast.data.split import Split, channel_statistics
-from pdfast.engine.files import check_file, check_folder, writing_file
-from pdfast.errors import UsageError
 from pdfast.flags import Positional, arg, reader
-from pdfast.names import shell_word
-from pdfast.report.grids import image_grid, write_png
+from pdfast.io.errors import UsageError
+from pdfast.io.files import check_file, check_folder, writing_file
+from pdfast.io.grids import image_grid, write_png
+from pdfast.io.names import shell_word
 
 P = ParamSpec("P")
 

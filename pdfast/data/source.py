@@ -14,9 +14,9 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from pdfast.bounds import NETWORK
 from pdfast.diffusion.noise import permutation
-from pdfast.errors import UsageError
+from pdfast.io.bounds import NETWORK
+from pdfast.io.errors import UsageError
 
 LARGEST_LABEL = (1 << 31) - 1
 NUMBERED = f"number the classes from 0, one after the other (labels are at most {LARGEST_LABEL})"

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pdfast.errors import UsageError
+from pdfast.io.errors import UsageError
 
 COUNTED = 1 << 22  # values at once, for each of which NumPy makes an int64
 

@@ -23,12 +23,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pdfast.engine.files import check_seal, commit_folder, sealed, sha256, sync, write_json, writing
 from pdfast.engine.layout import rows
 from pdfast.engine.world import World
-from pdfast.errors import RunError, UsageError
-from pdfast.names import utf8_path
-from pdfast.reading import read_json
+from pdfast.io.errors import RunError, UsageError
+from pdfast.io.files import check_seal, commit_folder, sealed, sha256, sync, write_json, writing
+from pdfast.io.names import utf8_path
+from pdfast.io.reading import read_json
+from pdfast.io.run_folder import RunFolder
 
 KEEP = 2
 DAMAGED = (OSError, ValueError, KeyError, TypeError, SafetensorError, UsageError)
@@ -57,7 +58,7 @@ class Checkpoints:
     """The checkpoints of one stage; all processes call all methods."""
 
     def __init__(self, run: Path, stage: str, world: World) -> None:
-        self._folder, self._stage, self._world = run / "checkpoints", stage, world
+        self._folder, self._stage, self._world = RunFolder(run).checkpoints, stage, world
         self._writing: _Writing | None = None
 
     def _path(self, update: int) -> Path:
@@ -244,11 +245,11 @@ def _files(folder: Path, parts: int) -> list[Path]:
     return [folder / f"rank-{part:04d}.safetensors" for part in range(parts)]
 
 
-def clear_finished(run: Path) -> None:
+def clear_finished(run: RunFolder) -> None:
     """Delete the checkpoints of stages whose result is there: a run may be killed between the two."""
-    for folder in (run / "checkpoints").glob("*"):
+    for folder in run.checkpoints.glob("*"):
         stage = re.fullmatch(r"\.?(teacher|student-([0-9]{4,}))-[0-9]{10,}(\.tmp)?", folder.name)
-        if stage and (run / (f"students/{stage[2]}" if stage[2] else "teacher")).is_dir():
+        if stage and (run.student(int(stage[2])) if stage[2] else run.teacher).is_dir():
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from pdfast.errors import UsageError
+from pdfast.io.errors import UsageError
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _GIB = 1 << 30

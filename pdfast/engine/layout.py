@@ -17,9 +17,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from pdfast.cli import NO_COMPILER
 from pdfast.engine.world import World
-from pdfast.errors import UsageError
+from pdfast.io.errors import NO_COMPILER, UsageError
 from pdfast.networks import Network
 
 MANY_GRAPHS = 1024  # of one code object: the blocks of a network share one, and each has its own shapes

@@ -19,13 +19,15 @@ from tqdm import tqdm
 from pdfast.data import ImageSource
 from pdfast.engine.batch import TrainingBatch
 from pdfast.engine.board import Board
-from pdfast.engine.files import write_file, writing
 from pdfast.engine.metrics import Losses, Speed, peak_memory_mib
 from pdfast.engine.optimizer import Optimizer
 from pdfast.engine.pace import Pace, Slowness, likely_cause
 from pdfast.engine.world import World
-from pdfast.errors import UsageError
-from pdfast.reading import parse_json
+from pdfast.io.errors import UsageError
+from pdfast.io.files import write_file, writing
+from pdfast.io.reading import parse_json
+from pdfast.io.run_folder import RunFolder
+from pdfast.io.text import clock, count_steps
 
 PLAIN_LINE_EVERY_SECONDS = 10.0
 LINES = 8  # that a stage has at least, where it has as many updates: a curve of it can be drawn
@@ -99,7 +101,8 @@ class RunLog:
     """log.jsonl, TensorBoard and the console of one run."""
 
     def __init__(self, run: Path, world: World) -> None:
-        self.path, self.first, self._world = run / "log.jsonl", world.first, world
+        folder = RunFolder(run)
+        self.path, self.first, self._world = folder.log, world.first, world
         self._source: ImageSource | None = None
         self._exchanged: set[str] = set()
         self._paces: dict[str, Pace] = {}
@@ -112,7 +115,7 @@ class RunLog:
                 entry["name"] for _, entry in lines if entry.get("event") == "bad image" and "name" in entry
             }
             self._keep(line for line, _ in lines)
-            self._board = Board(run / "tb")
+            self._board = Board(folder.tensorboard)
 
     def say(self, message: str) -> None:
         """A line for the console alone."""
@@ -305,15 +308,3 @@ class Progress:
 
 def _finite(value: float) -> float | None:
     return value if abs(value) < float("inf") else None
-
-
-def count_steps(steps: int) -> str:
-    """`1 step`, `2 steps`."""
-    return f"{steps} step{'' if steps == 1 else 's'}"
-
-
-def clock(seconds: float) -> str:
-    """1:05 or 2:01:05."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

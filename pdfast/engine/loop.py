@@ -6,17 +6,17 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from pdfast.cli import Interrupted
 from pdfast.config import DistillConfig, RunConfig, TeacherConfig
 from pdfast.data import ImageSource
 from pdfast.engine.batch import TrainingBatch, accumulate_gradient
 from pdfast.engine.checkpoint import Checkpoint, Checkpoints
 from pdfast.engine.cost import UpdateCost
-from pdfast.engine.log import Progress, RunLog, count_steps
+from pdfast.engine.log import Progress, RunLog
 from pdfast.engine.machine import Machine
 from pdfast.engine.metrics import Losses
 from pdfast.engine.optimizer import linear_decay, linear_warmup
-from pdfast.errors import UsageError
+from pdfast.io.errors import Interrupted, UsageError
+from pdfast.io.text import count_steps
 from pdfast.networks import Network
 
 RESUME_HINT = "the same command goes on from here"

@@ -20,7 +20,7 @@ from pdfast.engine.metrics import Losses, Speed, peak_flops
 from pdfast.engine.optimizer import Optimizer
 from pdfast.engine.watchdog import Watchdog
 from pdfast.engine.world import World, open_world
-from pdfast.errors import RunError, UsageError
+from pdfast.io.errors import RunError, UsageError
 from pdfast.loss import identity
 from pdfast.networks import Network, NetworkConfig
 

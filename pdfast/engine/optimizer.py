@@ -17,7 +17,7 @@ from pdfast.config import OptimizerName
 from pdfast.engine.layout import local
 from pdfast.engine.replicas import FlatGradient
 from pdfast.engine.world import World
-from pdfast.errors import UsageError
+from pdfast.io.errors import UsageError
 from pdfast_kernels import AdamEma, Scalar
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8

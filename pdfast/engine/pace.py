@@ -8,7 +8,7 @@ from statistics import median
 
 import torch
 
-from pdfast.cli import WAITING_POLICIES
+from pdfast.io.process import WAITING_POLICIES
 
 WINDOW_SECONDS = 10.0
 WINDOW_UPDATES = 5  # at least, so that a checkpoint or a laptop's sleep is not their median

@@ -1,14 +1,10 @@
-"""The folder of a run, which the same command run again resumes.
-
-runs/NAME/{config.yaml, log.jsonl, tb/, checkpoints/, teacher/, students/NNNN/, report.html}
-"""
+"""Beginning a run in its folder, or going on with the one that is there."""
 
 import fcntl
 import hashlib
 import os
-import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import reduce
 from pathlib import Path
@@ -16,17 +12,15 @@ from typing import IO, Any
 
 import yaml
 
-from pdfast.cli import is_rank0
 from pdfast.config import RunConfig, to_yaml
 from pdfast.data import ImageSource
 from pdfast.engine.checkpoint import clear_finished
-from pdfast.engine.files import check_folder, sha256, write_file, writing
-from pdfast.engine.model_folder import SavedModel
 from pdfast.engine.world import World
-from pdfast.errors import UsageError
-from pdfast.names import shell_word
-from pdfast.plain import from_plain, to_plain
-from pdfast.reading import load_yaml
+from pdfast.io.errors import UsageError
+from pdfast.io.files import sha256, write_file, writing
+from pdfast.io.names import shell_word
+from pdfast.io.plain import from_plain, to_plain
+from pdfast.io.reading import load_yaml
 from pdfast.schedule_config import ScheduleConfig
 
 MAY_CHANGE = {"run", "device", "loader", "max_bad", "log_every", "checkpoint_every", "engine", "guard"}
@@ -42,18 +36,12 @@ IMAGES_ALONE = "images_alone_sha256"
 LONG, SHOWN = 300, 60  # characters of a value in a message
 
 
-def students_of(run: Path) -> dict[int, Path]:
-    """The folders of a run's students by their steps, from many to few; what has another name there is somebody's own."""
-    found = {int(f.name): f for f in (run / "students").glob("*") if re.fullmatch("[0-9]{4,9}", f.name) and f.is_dir()}
-    return {
-        steps: found[steps] for steps in sorted(found, reverse=True) if found[steps].name == f"{steps:04d}" and steps
-    }
-
-
 @contextmanager
-def open_run(config: RunConfig, source: ImageSource, world: World, teacher: SavedModel | None = None) -> Iterator[None]:
+def open_run(
+    config: RunConfig, source: ImageSource, world: World, teacher_sha256: Callable[[], str] | None = None
+) -> Iterator[None]:
     """Create the run's folder, or check that it was begun with this configuration, these images and this teacher (where one
-    was given); the first process locks it until the end.
+    was given, by the hash of its weights); the first process locks it until the end.
 
     UsageError where the folder can't be written, another run works in it, or a field differs (it is named).
     """
@@ -62,36 +50,21 @@ def open_run(config: RunConfig, source: ImageSource, world: World, teacher: Save
         def open_folder() -> None:
             with writing(config.run):
                 config.run.mkdir(parents=True, exist_ok=True)
-                lock = until_the_end.enter_context(open(config.run / ".lock", "w"))
+                lock = until_the_end.enter_context(open(config.folder.lock, "w"))
                 # Else the lock would be held by the loaders' processes too, which may outlive a killed run.
                 os.register_at_fork(after_in_child=lock.close)
-            _begin_or_resume(config, source, _facts(config, source, teacher), lock)
-            clear_finished(config.run)
+            _begin_or_resume(config, source, _facts(config, source, teacher_sha256), lock)
+            clear_finished(config.folder)
 
         world.on_first(open_folder)
         yield
 
 
-def check_place(run: Path) -> None:
-    """Raise a UsageError, in rank 0 and before any work, where the run's folder cannot be made or written to, or something else
-    has the name of one of its files or folders: a pipe would be waited for."""
-    if not is_rank0():
-        return
-    check_folder(run)
-    for name in (".lock", "config.yaml", "log.jsonl", "report.html", "grid.png"):
-        if (run / name).exists() and not (run / name).is_file():
-            raise UsageError(f"{run / name} is no regular file: move it away")
-    for name in ("teacher", "students", "checkpoints"):
-        if (run / name).is_symlink() or (run / name).exists():
-            if not (run / name).is_dir():
-                raise UsageError(f"{run / name} is no folder: move it away")
-
-
-def _facts(config: RunConfig, source: ImageSource, teacher: SavedModel | None) -> dict[str, str]:
+def _facts(config: RunConfig, source: ImageSource, teacher_sha256: Callable[[], str] | None) -> dict[str, str]:
     hashes = source.identity.hashes
     facts = {"images_sha256": hashes.everything, IMAGES_ALONE: hashes.images}
-    if teacher is not None:
-        facts["teacher_sha256"] = teacher.weights_sha256()
+    if teacher_sha256 is not None:
+        facts["teacher_sha256"] = teacher_sha256()
     if (features := Path(config.evaluation.features)).is_file():
         facts["features_sha256"] = sha256(features)
     return facts
@@ -115,9 +88,9 @@ def _begin_or_resume(config: RunConfig, source: ImageSource, facts: dict[str, st
         raise UsageError(
             f"another process is working in {config.run}; wait for it, or choose another folder with --run"
         ) from None
-    path, now = config.run / "config.yaml", to_plain(config) | facts
+    path, now = config.folder.config, to_plain(config) | facts
     if not path.exists():
-        if (config.run / "teacher").exists() or students_of(config.run):
+        if config.folder.teacher.exists() or config.folder.students():
             raise UsageError(
                 f"{config.run} holds models, and no config.yaml to say how they were made: restore it, or choose another folder "
                 "with --run"

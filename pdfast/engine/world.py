@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from pdfast.engine.device import open_device
-from pdfast.errors import RunError, UsageError
+from pdfast.io.errors import RunError, UsageError
 
 PATIENCE = timedelta(hours=2)  # of a collective; the watchdog ends a run that hangs long before
 T = TypeVar("T")

@@ -12,7 +12,7 @@ from pdfast.engine import layout
 from pdfast.engine.batch import TrainingBatch
 from pdfast.engine.loop import Method, Optimization, Stage
 from pdfast.engine.machine import Machine
-from pdfast.errors import RunError
+from pdfast.io.errors import RunError
 from pdfast.loss import identity
 from pdfast.networks import Network
 

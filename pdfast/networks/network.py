@@ -11,7 +11,7 @@ from pdfast.diffusion import Prediction
 
 class ModelConfig:
     """What the configuration of every network has: plain data that it can be built from again. In files kinds are told apart by
-    the field `kind`, which only our U-Net's lacks: see `pdfast.teachers.KINDS`."""
+    the field `kind`, which only our U-Net's lacks: see `pdfast.pretrained.KINDS`."""
 
     image_size: int
     image_channels: int

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pdfast.bounds import NETWORK
 from pdfast.diffusion import Prediction, outputs_per_channel
+from pdfast.io.bounds import NETWORK
 from pdfast.networks.layers import Attention, Conv2d, GroupNorm, Linear, ResBlock, time_embedding
 from pdfast.networks.network import ModelConfig, Network
 

@@ -12,17 +12,18 @@ from typing import Any
 import numpy as np
 
 from pdfast.config import DistillConfig
-from pdfast.engine.files import write_file
-from pdfast.engine.log import count_steps, read_log
-from pdfast.engine.run import students_of
-from pdfast.errors import UsageError
-from pdfast.names import printable
-from pdfast.plain import fields_of
-from pdfast.reading import load_yaml, read_text
-from pdfast.report.grids import steps_grid
-from pdfast.report.metrics import in_words
+from pdfast.engine.log import read_log
+from pdfast.evaluation.metrics import in_words
+from pdfast.evaluation.stored import read_images, read_metrics
+from pdfast.io.errors import UsageError
+from pdfast.io.files import write_file
+from pdfast.io.grids import steps_grid
+from pdfast.io.names import printable
+from pdfast.io.plain import fields_of
+from pdfast.io.reading import load_yaml, read_text
+from pdfast.io.run_folder import RunFolder
+from pdfast.io.text import count_steps
 from pdfast.report.plots import loss_by_step_plot, loss_plot, quality_plot
-from pdfast.report.stored import read_images, read_metrics
 
 
 @dataclass(frozen=True)
@@ -218,19 +219,20 @@ def build_report(run: Path) -> Path:
     """Write run/report.html, and run/grid.png, from what the run's folder holds so far; returns the report's path."""
     import jinja2
 
-    teacher = _read_stage(run / "teacher", None)
-    students = [stage for steps, folder in students_of(run).items() if (stage := _read_stage(folder, steps))]
-    log = [entry for _, entry in read_log(run / "log.jsonl")]
-    config_text, config = _read_config(run / "config.yaml")
+    folder = RunFolder(run)
+    teacher = _read_stage(folder.teacher, None)
+    students = [stage for steps, student in folder.students().items() if (stage := _read_stage(student, steps))]
+    log = [entry for _, entry in read_log(folder.log)]
+    config_text, config = _read_config(folder.config)
 
     quality = None
     if teacher:
         judged = [(s.steps, s.metrics["evaluation"][0]["fd"]) for s in students]
         ddim = [(row["steps"], row["fd"]) for row in teacher.metrics["evaluation"]]
         quality = quality_plot(teacher.metrics["feature_space"], judged, ddim, teacher.metrics["floor"])
-    grid = _grid(teacher, students, _read_images(run / "teacher" / "real.npy"))
+    grid = _grid(teacher, students, _read_images(folder.teacher / "real.npy"))
     if grid:
-        write_file(run / "grid.png", grid)
+        write_file(folder.grid, grid)
     by_step = _losses_by_step(_last_lines(log))
     stages = [s for s in (teacher, *students) if s and s.metrics["training"]]
     rounds, training = _loss_curves(log, "distill"), _loss_curves(log, "teacher")
@@ -257,6 +259,5 @@ def build_report(run: Path) -> Path:
         in_words=in_words,
         rate=_rate,
     )
-    path = run / "report.html"
-    write_file(path, printable(page))
-    return path
+    write_file(folder.report, printable(page))
+    return folder.report

@@ -13,7 +13,7 @@ from benchmarks.static.traffic import COUNTED_TOO
 from benchmarks.work import QUICK
 from pdfast.networks import UNet
 from pdfast.networks.layers import Attention, GroupNorm
-from pdfast.presets import PRESETS
+from pdfast.recipes import PRESETS
 from tests.commands import ROOT, environment
 
 OF_TRITON = "AnnAssign.__init__ missing"  # a warning of Triton's own, from Python 3.13 on; see pyproject.toml

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import first, ours, rivals, step, timing, updates
-from pdfast.presets import PRESETS
+from pdfast.recipes import PRESETS
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pdfast.errors import UsageError
+from pdfast.io.errors import UsageError
 
 
 def refusal(call: Callable[..., Any], *arguments: Any, names: Path | str, **options: Any) -> str:

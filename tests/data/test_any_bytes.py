@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pdfast.data.arrays import load_array_file
 from pdfast.data.formats import find_images
 from pdfast.data.pictures import BadImage, decode
-from pdfast.errors import UsageError
+from pdfast.io.errors import UsageError
 from tests.data.archives import write_tar
 from tests.data.errors import refusal
 from tests.data.files import chunk, encoded, field, length_of_record, record_of, write_index, write_tfrecord

@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from pdfast.cli import Interrupted
 from pdfast.data import convert as module
 from pdfast.data import load_source
 from pdfast.data.convert import convert
 from pdfast.data.formats import find_images
 from pdfast.data.split import channel_statistics
+from pdfast.io.errors import Interrupted
 from tests.commands import call
 from tests.data.errors import refusal
 from tests.data.files import encoded

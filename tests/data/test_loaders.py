@@ -11,7 +11,7 @@ from pdfast.data import dali, load_source, loaders
 from pdfast.data.source import home_of, order_of
 from pdfast.engine import interrupt
 from pdfast.engine.log import read_log
-from pdfast.report.metrics import split_real
+from pdfast.evaluation.metrics import split_real
 from tests.commands import TINY_RUN, call
 from tests.data.archives import write_tar
 from tests.data.errors import refusal

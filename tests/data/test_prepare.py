@@ -9,11 +9,11 @@ import sys
 import numpy as np
 import pytest
 
-from pdfast.commands import distill_arguments
+from pdfast.arguments import distill_arguments
 from pdfast.data import cifar10, load_source
 from pdfast.data.cifar10 import load_cifar10
 from pdfast.data.convert import write_npz
-from pdfast.errors import UsageError
+from pdfast.io.errors import UsageError
 from tests.commands import call, spawn
 from tests.data.archives import PARTS, npm_members, write_fashion, write_tar
 from tests.data.errors import refusal

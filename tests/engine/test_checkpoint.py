@@ -10,9 +10,10 @@ import torch
 
 from pdfast.engine import checkpoint
 from pdfast.engine.checkpoint import Checkpoints, clear_finished
-from pdfast.engine.files import SEAL
 from pdfast.engine.layout import rows
 from pdfast.engine.world import World
+from pdfast.io.files import SEAL
+from pdfast.io.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -213,10 +214,10 @@ def test_checkpoints_of_finished_stages_are_cleared(tmp_path):
     (tmp_path / "checkpoints/.student-0004-0000000006.tmp").mkdir()
     (tmp_path / "checkpoints/student-0002-0000000001").mkdir()
     (tmp_path / "checkpoints/notes").write_text("")
-    clear_finished(tmp_path)
+    clear_finished(RunFolder(tmp_path))
     assert len(list((tmp_path / "checkpoints").iterdir())) == 4
     (tmp_path / "students/0004").mkdir(parents=True)
-    clear_finished(tmp_path)
+    clear_finished(RunFolder(tmp_path))
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["notes", "student-0002-0000000001"]
 
 

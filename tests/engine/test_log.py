@@ -15,7 +15,7 @@ from pdfast.engine.board import Board
 from pdfast.engine.log import RunLog, read_log
 from pdfast.engine.metrics import Losses
 from pdfast.engine.world import World
-from pdfast.errors import UsageError
+from pdfast.io.errors import UsageError
 from tests.commands import TINY_GIVEN, TINY_ROUNDS, call
 
 ALONE = World(torch.device("cpu"))

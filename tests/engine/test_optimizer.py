@@ -8,7 +8,7 @@ from torch import nn
 
 from pdfast.engine.optimizer import Optimizer, linear_decay, linear_warmup
 from pdfast.engine.world import World
-from pdfast.errors import UsageError
+from pdfast.io.errors import UsageError
 
 ALONE = World(torch.device("cpu"))
 

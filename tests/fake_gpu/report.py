@@ -23,8 +23,8 @@ from pdfast.engine.loop import Method
 from pdfast.methods import Denoise, Progressive, Reparameterize, RoundTable
 from pdfast.networks import UNet
 from pdfast.networks.layers import ResBlock
-from pdfast.teachers import edm_unet
-from pdfast.teachers.diffusers import upsample_without_atomics
+from pdfast.networks import edm_unet
+from pdfast.pretrained.diffusers import upsample_without_atomics
 from tests.engine.test_layout import CONFIG
 from tests.fake_gpu.inductor import generated
 

@@ -136,8 +136,8 @@ def test_compiled_bf16_is_near_float32():
 def test_a_network_of_diffusers(tmp_path, compiled):
     """In bf16, as a graph as without one."""
     diffusers = pytest.importorskip("diffusers", reason="needs diffusers, which only the extra of the tests brings")
-    from pdfast.teachers import load_pipeline
-    from tests.teachers.pipelines import save, unet
+    from pdfast.pretrained import load_pipeline
+    from tests.pretrained.pipelines import save, unet
 
     save(tmp_path, diffusers.DDPMScheduler(prediction_type="v_prediction"), unet(channels=3, classes=3))
     config = load_pipeline(tmp_path)[0].config

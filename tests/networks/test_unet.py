@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from pdfast.networks import NetworkConfig, UNet
 from pdfast.networks.layers import Attention, Conv2d, ResBlock, time_embedding
-from pdfast.presets import PRESETS
-from pdfast.report.plan import activation_bytes, parameters_and_flops
+from pdfast.plan.dry_run import activation_bytes, parameters_and_flops
+from pdfast.recipes import PRESETS
 from tests.commands import environment
 
 TINY = NetworkConfig(8, 2, 8, (1, 2), 1, (4,), 8, 16, 4, "v")

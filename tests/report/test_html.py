@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from pdfast.report.grids import image_grid, steps_grid
+from pdfast.io.grids import image_grid, steps_grid
 from pdfast.report.html import _losses_by_step, build_report
 from tests.browser import chromium, needs_browser
 

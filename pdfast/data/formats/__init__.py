@@ -15,7 +15,7 @@ from pdfast.data.formats.shards import refuse_compressed
 from pdfast.data.formats.tar import SHARDS, from_tars
 from pdfast.data.formats.tfrecord import TFRECORDS, from_tfrecords
 from pdfast.data.pictures import SUFFIXES
-from pdfast.errors import UsageError
+from pdfast.io.errors import UsageError
 
 
 def find_images(path: Path) -> EncodedImages | None:

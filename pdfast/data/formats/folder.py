@@ -6,7 +6,7 @@ from pdfast.data.encoded import FILES, EncodedImages
 from pdfast.data.formats.label_file import LABEL_FILE, labels_of
 from pdfast.data.formats.names import hidden, in_words, what_is
 from pdfast.data.pictures import SUFFIXES
-from pdfast.errors import UsageError
+from pdfast.io.errors import UsageError
 
 
 def look_into(folder: Path) -> tuple[list[Path], dict[Path, list[Path]]]:

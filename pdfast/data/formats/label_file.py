@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pdfast.data.encoded import label_from
 from pdfast.data.source import LARGEST_LABEL, NUMBERED
-from pdfast.errors import UsageError
+from pdfast.io.errors import UsageError
 
 LABEL_FILE = "labels.csv"
 BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from pdfast.data.encoded import EncodedImages
-from pdfast.errors import UsageError
+from pdfast.io.errors import UsageError
 
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 

@@ -12,7 +12,7 @@ from pdfast.data.formats.names import OTHER_IMAGES, hidden, sample_of
 from pdfast.data.formats.shards import scan_shards
 from pdfast.data.formats.tar_index import BLOCK, Unfit, behind_zeros, indexed
 from pdfast.data.pictures import SUFFIXES
-from pdfast.errors import UsageError
+from pdfast.io.errors import UsageError
 
 SHARDS = "tar shards"
 LINK = "links in tar shards"

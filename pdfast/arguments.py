@@ -1,0 +1,151 @@
+"""From a command line to a resolved configuration: preset or saved file, then flags, then what follows from them."""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pdfast import own_code
+from pdfast.checks import check_values
+from pdfast.cli import parse
+from pdfast.config import FACTS, DistillConfig, TrainConfig, parse_updates, resolve_steps
+from pdfast.flags import FlagCreatePairsOff, OptionalPath, OptionalString
+from pdfast.io.errors import UsageError
+from pdfast.io.plain import from_plain, to_plain
+from pdfast.io.reading import load_yaml
+from pdfast.recipes import preset
+
+C = TypeVar("C")
+
+
+@dataclasses.dataclass(frozen=True)
+class Extra:
+    """What steers the command and is not part of a run."""
+
+    config: OptionalPath = None
+    """A saved config.yaml to start from instead of the preset; flags override it."""
+    dry_run: Annotated[bool, FlagCreatePairsOff] = False
+    """Print the plan (rounds, updates, network evaluations, memory, time) and stop. What a run would refuse is refused, but
+    for what is wrong with the data, which are not read, and for weights of features that are not installed."""
+
+
+def _peek(flag: str, arguments: list[str]) -> str | None:
+    """The value of one flag, before the whole line is parsed."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(flag, dest="value")
+    return parser.parse_known_args(arguments)[0].value
+
+
+def _defaults(cls: type[C], arguments: list[str]) -> C:
+    """The preset, or the saved configuration, that flags override. Fields of the other command are passed over."""
+    file, name = _peek("--config", arguments), _peek("--preset", arguments)
+    plain = load_yaml(Path(file)) if file else {}
+    if isinstance(plain.get("network"), dict) and "kind" in plain["network"]:  # it comes with the teacher
+        del plain["network"]
+    base = to_plain(preset(name or plain.get("preset", "digits"))) | plain
+    known, other = _names(cls), _names(DistillConfig) | _names(TrainConfig) | FACTS
+    return from_plain(cls, {k: v for k, v in base.items() if k in known or k not in other}, file or f"preset {name}")
+
+
+def _names(cls: type) -> set[str]:
+    return {f.name for f in dataclasses.fields(cls)}
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+
+
+def distill_arguments() -> tuple[DistillConfig, Extra]:
+    """The command line of `pdfast.distill`, resolved: rounds, start_steps and end_steps are all set."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Arguments(Extra, DistillConfig):
+        network_from: OptionalString = None
+        """package.module:function, where --teacher is a folder whose network is made by code of your own."""
+
+    base = _defaults(DistillConfig, sys.argv[1:])
+    unset = dataclasses.replace(base, rounds=None, start_steps=None, end_steps=None)
+    parsed = parse(
+        Arguments,
+        default=Arguments(**_fields(unset)),
+        prog="python -m pdfast.distill",
+        description="Distill a diffusion model to few steps (Salimans & Ho 2022). Without --teacher the preset's teacher is "
+        "trained first. The same command run again resumes.",
+    )
+    rounds, start, end = resolve_steps(
+        (parsed.rounds, parsed.start_steps, parsed.end_steps), (base.rounds, base.start_steps, base.end_steps)
+    )
+    fields = {name: getattr(parsed, name) for name in _names(DistillConfig)}
+    config = DistillConfig(**fields | {"rounds": rounds, "start_steps": start, "end_steps": end})
+    if config.teacher is None:
+        config = dataclasses.replace(config, schedule=config.schedule.with_table())
+    _refuse_empty(sys.argv[1:])
+    check_values(config)
+    own_code.allow(_own_code(config.teacher, parsed.network_from))
+    if config.teacher is not None:
+        _refuse_what_the_teacher_brings(config, sys.argv[1:])
+    named = parse_updates(config.updates)[1]
+    for steps in named if config.updates != base.updates else ():  # a preset's table serves any number of rounds
+        if steps not in config.round_steps:
+            raise UsageError(
+                f"--updates {config.updates} names a round to {steps} steps, but the rounds lead to "
+                f"{', '.join(map(str, config.round_steps))}: correct the table"
+            )
+    return config, Extra(parsed.config, parsed.dry_run)
+
+
+def _own_code(teacher: Path | None, network_from: str | None) -> str | None:
+    """The function that the command line lets run. UsageError where it is named by a saved configuration alone, or twice."""
+    if not own_code.is_function(teacher):
+        return network_from
+    if _peek("--teacher", sys.argv[1:]) is None:
+        raise UsageError(
+            f"the teacher is made by {teacher}, code of your own, which no file runs: say --teacher {teacher}"
+        )
+    if network_from is not None:
+        raise UsageError(
+            f"{own_code.FLAG} is for a --teacher that is a folder: leave it out, {teacher} makes the network"
+        )
+    return str(teacher)
+
+
+def _refuse_empty(arguments: list[str]) -> None:
+    """Raise a UsageError for a place that is the empty text, which would be taken for the folder that the command is in."""
+    for flag in ("--run", "--run-dir", "--data", "--teacher"):
+        if _peek(flag, arguments) == "":
+            raise UsageError(f"{flag} is empty: name a place; a variable of the shell may not be set")
+
+
+def _refuse_what_the_teacher_brings(config: DistillConfig, arguments: list[str]) -> None:
+    """UsageError for flags that would do nothing beside --teacher."""
+    allowed = {"--schedule.u-start", *(["--train.ema"] if config.convert else [])}
+    for argument in arguments:
+        flag = argument.split("=")[0].replace("_", "-")
+        if flag.startswith(("--network.", "--schedule.", "--train.")) and flag not in allowed:
+            raise UsageError(
+                f"{flag} is for a teacher that is trained first: leave it out, {config.teacher} brings its own network and schedule"
+            )
+
+
+def train_arguments() -> tuple[TrainConfig, Extra]:
+    """The command line of `pdfast.train`."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Arguments(Extra, TrainConfig):
+        pass
+
+    base = _defaults(TrainConfig, sys.argv[1:])
+    if _peek("--config", sys.argv[1:]) is None:
+        base = dataclasses.replace(base, run=Path(f"{base.run}-teacher"))
+    parsed = parse(
+        Arguments,
+        default=Arguments(**_fields(base)),
+        prog="python -m pdfast.train",
+        description="Train a teacher (Algorithm 1 of Salimans & Ho 2022). The same command run again resumes.",
+    )
+    config = TrainConfig(**{name: getattr(parsed, name) for name in _names(TrainConfig)})
+    config = dataclasses.replace(config, schedule=config.schedule.with_table())
+    _refuse_empty(sys.argv[1:])
+    check_values(config)
+    return config, Extra(parsed.config, parsed.dry_run)

@@ -1,0 +1,1 @@
+"""Writers of pipelines that other programs read."""

@@ -1,0 +1,189 @@
+"""What a job will cost, before it is started: `--dry-run`. For a job of N processes set WORLD_SIZE=N, as torchrun does."""
+
+import os
+import time
+from collections.abc import Mapping
+
+import torch
+
+from pdfast.config import DistillConfig, RunConfig, TrainConfig
+from pdfast.engine.cost import UpdateCost, inputs, parameters_and_flops
+from pdfast.engine.layout import chosen_dtype
+from pdfast.engine.machine import teacher_in_parts
+from pdfast.io.errors import UsageError
+from pdfast.io.process import is_rank0
+from pdfast.io.text import clock, count_steps
+from pdfast.methods import Denoise, Reparameterize
+from pdfast.networks import NetworkConfig
+from pdfast.plan.cost import Job, activation_bytes, communication, memory
+
+TIMED_FLOPS = {"cpu": 4e10, "cuda": 2e13}  # of one timed forward: seconds on a laptop, a tenth of one on a GPU
+ENOUGH = 4.0  # seconds of timing after which a forward is not run again
+WITHIN, BETWEEN = 450e9, 50e9
+"""Bytes a second out of one GPU: NVLink of an H100, and one 400 Gbit/s adapter for each GPU, as their makers state them."""
+
+
+def _job(config: RunConfig, device: torch.device, batch_size: int, cost: UpdateCost, *, average: bool) -> Job:
+    """One stage of a run. UsageError where the processes cannot share its batch."""
+    engine, processes = config.engine, int(os.environ.get("WORLD_SIZE", "1"))
+    if engine.shard < 1 or processes % engine.shard:
+        raise UsageError(f"--engine.shard {engine.shard} must divide the number of processes, {processes}")
+    if batch_size % (processes * engine.micro_batches):
+        raise UsageError(
+            f"a batch of {batch_size} does not divide by {processes} processes times {engine.micro_batches} micro-batches"
+        )
+    dtype = chosen_dtype(engine.dtype, device)
+    return Job(
+        config.network,
+        dtype,
+        batch_size,
+        processes=processes,
+        shards=engine.shard,
+        micro_batches=engine.micro_batches,
+        recompute=engine.recompute,
+        average=average,
+        cost=cost,
+        teacher_sharded=cost.teacher_forwards > 0
+        and engine.shard > 1
+        and teacher_in_parts(engine, config.network, dtype, device),
+        fused=dtype == torch.bfloat16 or device.type == "cuda",  # who asks for bf16 on a CPU plans for a GPU
+    )
+
+
+def seconds_a_forward(network: NetworkConfig, dtype: torch.dtype, most: int, device: torch.device) -> float:
+    """Seconds of one forward of one image on the device, measured on a batch of at most `most`, without compilation."""
+    count = int(min(most, max(1, TIMED_FLOPS[device.type] // parameters_and_flops(network)[1])))
+    model = network.build().to(device).eval()
+    model.dtype = dtype
+    zeros = inputs(network, count, device)
+
+    def run() -> float:
+        began = time.perf_counter()
+        with torch.no_grad():
+            model(*zeros)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    times = [run()]
+    while len(times) < 4 and sum(times) < ENOUGH:
+        times.append(run())
+    return min(times) / count
+
+
+def _stages(config: RunConfig, device: torch.device, cost: UpdateCost | None = None) -> dict[str, Job]:
+    """The teacher's training or conversion, where there is one, and the rounds, whose updates cost so much."""
+    stages = {}
+    if not (isinstance(config, DistillConfig) and config.teacher):
+        average = config.train.ema > 0
+        stages["teacher"] = _job(config, device, config.train.batch_size, Denoise.cost, average=average)
+    elif config.convert:
+        stages["conversion"] = _job(
+            config, device, config.batch_size, Reparameterize.cost, average=config.train.ema > 0
+        )
+    if isinstance(config, DistillConfig) and cost:
+        stages["rounds"] = _job(config, device, config.batch_size, cost, average=config.ema > 0)
+    return stages
+
+
+def _print_table(title: str, columns: Mapping[str, Mapping[str, float]]) -> None:
+    names = list(dict.fromkeys(name for column in reversed(list(columns.values())) for name in column))
+    print(f"{title:<32}" + "".join(f"{stage:>12}" for stage in columns))
+    for name in names:
+        cells = (f"{column[name]:>12,.1f}" if name in column else f"{'-':>12}" for column in columns.values())
+        print(f"  {name:<30}" + "".join(cells))
+
+
+def _print_memory(stages: Mapping[str, Job]) -> None:
+    """What `cost.memory` says."""
+    columns = {}
+    for name, job in stages.items():
+        items = {item: count / 1e6 for item, count in memory(job).items()}
+        columns[name] = items | {"in all": sum(items.values())}
+    _print_table("memory of a process, MB", columns)
+
+
+def _print_communication(stages: Mapping[str, Job]) -> None:
+    """What `cost.communication` says, and the time that it takes where nothing else is waited for."""
+    columns = {}
+    for name, job in stages.items():
+        sent = communication(job)
+        total = sum(sent.values())
+        columns[name] = {item: count / 1e6 for item, count in sent.items()} | {
+            f"ms at {WITHIN / 1e9:.0f} GB/s (NVLink)": 1e3 * total / WITHIN,
+            f"ms at {BETWEEN / 1e9:.0f} GB/s (400 Gbit/s)": 1e3 * total / BETWEEN,
+        }
+    _print_table("sent by a process, MB an update", columns)
+
+
+def _print_machine(config: RunConfig, device: torch.device, stages: Mapping[str, Job]) -> float:
+    """Network, engine, memory and communication; returns the seconds of a forward and image on all processes."""
+    parameters, flops = parameters_and_flops(config.network)
+    main = list(stages.values())[-1]
+    copies = f"{main.copies} cop{'y' if main.copies == 1 else 'ies'} of the network in {main.shards} part{'s' * (main.shards > 1)}"
+    kept = "blocks run again in the backward" if main.recompute else "all activations kept"
+    an_image = activation_bytes(main.network, main.dtype, main.recompute, main.fused) / 1e6
+    teacher = ", teacher in parts" if main.teacher_sharded else ""
+    print(
+        f"network      {parameters:,} parameters, {flops / 1e9:.3g} GFLOP a forward and image, predicts {config.network.prediction}"
+    )
+    print(
+        f"engine       {main.processes} process{'es' * (main.processes > 1)}, {copies}; {str(main.dtype).removeprefix('torch.')}, "
+        f"micro-batches of {main.micro_batch} images, {kept} ({an_image:.3g} MB an image with {'fused' if main.fused else 'PyTorch'} operations){teacher}"
+    )
+    forward = seconds_a_forward(config.network, main.dtype, main.micro_batch, device)
+    print(
+        f"device       {device}: {forward * 1e3:.3g} ms a forward and image ({flops / forward / 1e9:.3g} GFLOP/s), measured\n"
+    )
+    _print_memory(stages)
+    if main.processes > 1:
+        print()
+        _print_communication(stages)
+    print(f"\n{'stage':<12} {'updates':>10} {'images':>14} {'network evals':>16} {'time':>12}")
+    return forward / main.processes
+
+
+def _row(name: str, updates: int, images: int, evaluations: int, seconds: float) -> None:
+    print(f"{name:<12} {updates:>10,} {images:>14,} {evaluations:>16,} {clock(seconds):>12}")
+
+
+def _print_stage(name: str, updates: int, job: Job, forward: float) -> float:
+    """Print the row of a stage; return its seconds."""
+    images = updates * job.batch_size
+    seconds = job.cost.flops * forward * images
+    _row(name, updates, images, job.cost.evaluations * images, seconds)
+    return seconds
+
+
+def print_training_plan(config: TrainConfig, device: torch.device) -> None:
+    """The plan of `pdfast.train`."""
+    if not is_rank0():
+        return
+    stages = _stages(config, device)
+    print(f"plan of {config.run}: a teacher for {config.data}")
+    forward = _print_machine(config, device, stages)
+    total = _print_stage("teacher", config.train.updates, stages["teacher"], forward)
+    print(f"\nexpected time {clock(total)} and the evaluation of {config.evaluation.num_samples:,} images")
+
+
+def print_distillation_plan(config: DistillConfig, cost: UpdateCost, device: torch.device) -> None:
+    """Print the plan of `pdfast.distill` with a method whose updates cost so much."""
+    if not is_rank0():
+        return
+    stages = _stages(config, device, cost)
+    print(
+        f"plan of {config.run}: {config.rounds} rounds, {config.start_steps} -> {config.end_steps} steps, on {config.data}"
+    )
+    forward = _print_machine(config, device, stages)
+    total = 0.0
+    for name, updates in (("teacher", config.train.updates), ("conversion", config.convert_updates)):
+        if name in stages:
+            total += _print_stage(name, updates, stages[name], forward)
+    for steps in config.round_steps:
+        total += _print_stage(count_steps(steps), config.updates_at(steps), stages["rounds"], forward)
+    judged = [n for n in config.round_steps if n <= config.evaluation.max_steps]
+    draws = (config.first_steps + 2 * sum(config.round_steps if not judged else judged)) * config.evaluation.num_samples
+    _row("evaluation", 0, 0, draws, draws * forward)
+    print(
+        f"\nexpected time {clock(total + draws * forward)} (training {clock(total)}, evaluation {clock(draws * forward)})"
+    )

@@ -8,7 +8,7 @@ from torch import Tensor
 from benchmarks.updates import Batch, Network, Setting
 from pdfast.diffusion import noise
 from pdfast.diffusion.noise import Stream
-from pdfast.engine import layout
+from pdfast.engine import parallelize
 from pdfast.engine.loop import Trainer
 from pdfast.engine.machine import Machine
 from pdfast.evaluation.evaluator import draw
@@ -27,7 +27,7 @@ class Pdfast:
         self._method = method = Progressive.open(config, machine)
         self._trainer = Trainer(method, method.optimization(config), config, machine, setting.source, log=None)
         for network, weights in zip((method.teacher, method.student), setting.weights, strict=True):
-            layout.set_weights(network, weights, machine.world)
+            parallelize.set_weights(network, weights, machine.world)
         method.student.train()
         self._trainer.optimizer.reset()
         self.losses = torch.zeros_like(self._trainer.batch.index, dtype=torch.float32)

@@ -38,7 +38,7 @@ DIFFUSERS = {"eager": None, "compile": "default"}
 TURNS = {"cuda": 1, "cpu": 5}
 CHECKED = 8  # samples
 SAMPLING_STEPS = (1, 4)
-LACKED = "out of memory"
+OUT_OF_MEMORY = "out of memory"
 
 
 @dataclass
@@ -118,7 +118,7 @@ def _lacks_memory(options: Namespace, name: str, batch: int, report: Report) -> 
                 report.add(variant.row)
             torch._dynamo.reset()
             _free(device)
-            if options.halve and any(LACKED in variant.row.get("unavailable", "") for variant in group):
+            if options.halve and any(OUT_OF_MEMORY in variant.row.get("unavailable", "") for variant in group):
                 return True
     return False
 
@@ -138,7 +138,7 @@ def _trying(variant: Variant, part: Callable[[Variant], object]) -> None:
     except UsageError:
         raise
     except torch.cuda.OutOfMemoryError:
-        variant.row["unavailable"] = f"{LACKED} at batch {variant.row['batch']}"
+        variant.row["unavailable"] = f"{OUT_OF_MEMORY} at batch {variant.row['batch']}"
     except Exception as failure:  # of another provider, of whatever kind
         variant.row["unavailable"] = reason(failure)
     variant.update = None

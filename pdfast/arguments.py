@@ -9,10 +9,10 @@ from typing import Annotated, Any, TypeVar
 from pdfast import own_code
 from pdfast.checks import check_values
 from pdfast.cli import parse
-from pdfast.config import FACTS, DistillConfig, TrainConfig, parse_updates, resolve_steps
+from pdfast.config import SAVED_FACTS, DistillConfig, TrainConfig, parse_updates, resolve_steps
 from pdfast.flags import FlagCreatePairsOff, OptionalPath, OptionalString
 from pdfast.io.errors import UsageError
-from pdfast.io.plain import from_plain, to_plain
+from pdfast.io.plain import structure, unstructure
 from pdfast.io.reading import load_yaml
 from pdfast.recipes import preset
 
@@ -43,9 +43,9 @@ def _defaults(cls: type[C], arguments: list[str]) -> C:
     plain = load_yaml(Path(file)) if file else {}
     if isinstance(plain.get("network"), dict) and "kind" in plain["network"]:  # it comes with the teacher
         del plain["network"]
-    base = to_plain(preset(name or plain.get("preset", "digits"))) | plain
-    known, other = _names(cls), _names(DistillConfig) | _names(TrainConfig) | FACTS
-    return from_plain(cls, {k: v for k, v in base.items() if k in known or k not in other}, file or f"preset {name}")
+    base = unstructure(preset(name or plain.get("preset", "digits"))) | plain
+    known, other = _names(cls), _names(DistillConfig) | _names(TrainConfig) | SAVED_FACTS
+    return structure(cls, {k: v for k, v in base.items() if k in known or k not in other}, file or f"preset {name}")
 
 
 def _names(cls: type) -> set[str]:

@@ -12,7 +12,7 @@ from pdfast.diffusion import Weighting
 from pdfast.flags import OptionalInt, OptionalPath, arg
 from pdfast.io.bounds import MOST_STEPS
 from pdfast.io.errors import UsageError
-from pdfast.io.plain import to_plain
+from pdfast.io.plain import unstructure
 from pdfast.io.run_folder import RunFolder
 from pdfast.networks import NetworkConfig
 from pdfast.schedule_config import ScheduleConfig
@@ -247,10 +247,10 @@ def resolve_steps(given: Steps, preset: Steps) -> tuple[int, int, int]:
     return rounds, start, end
 
 
-FACTS = {"command", "images_sha256", "images_alone_sha256", "teacher_sha256", "features_sha256", "data_sha256"}
+SAVED_FACTS = {"command", "images_sha256", "images_alone_sha256", "teacher_sha256", "features_sha256", "data_sha256"}
 """Keys of a saved configuration beside its fields; the last was written by the version before."""
 
 
 def to_yaml(config: Any) -> str:
     """YAML text of a configuration, fields in their order."""
-    return yaml.safe_dump(to_plain(config), sort_keys=False)
+    return yaml.safe_dump(unstructure(config), sort_keys=False)

@@ -25,7 +25,7 @@ import pdfast.sample as sample
 from pdfast import own_code
 from pdfast.cli import parse, run_command
 from pdfast.config import DistillConfig
-from pdfast.engine import layout
+from pdfast.engine import parallelize
 from pdfast.engine.device import open_device
 from pdfast.flags import OptionalString, Positional
 from pdfast.io.bounds import STEPS, require, whole
@@ -93,7 +93,7 @@ class Models:
             raise UsageError(f"{file}: start_steps must be {STEPS.text}, got {saved_start}")
         self.start = saved_start or 2 * max(self.students)
         for saved in (self.teacher, *self.students.values()):
-            layout.for_sampling(saved.network, device, "auto", "auto")
+            parallelize.for_sampling(saved.network, device, "auto", "auto")
 
     @functools.lru_cache(maxsize=256)  # noqa: B019 of pictures: the teacher's stays while the student changes
     def draw(self, saved: SavedModel, steps: int, seed: int, classes: tuple[int, ...]) -> tuple[bytes, float]:

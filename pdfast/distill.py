@@ -99,15 +99,15 @@ def distill(
     world = machine.world
     teacher_folder = config.folder.teacher
     shape = (config.evaluation.num_samples, *config.network.image_shape)
-    world.on_first(lambda: check_finished(config, shape))
+    world.run_on_rank0(lambda: check_finished(config, shape))
     evaluator: Evaluator | None = None
-    if not world.on_first(teacher_folder.exists):
+    if not world.run_on_rank0(teacher_folder.exists):
         evaluator = make_teacher(config, machine, given_teacher, source, log)
 
     last, trainer = teacher_folder, None
     for round_index, steps in enumerate(config.round_steps, start=1):
         folder = config.folder.student(steps)
-        if not world.on_first(folder.exists):
+        if not world.run_on_rank0(folder.exists):
             if trainer is None:
                 method = method_class.open(config, machine)
                 trainer = Trainer(method, method.optimization(config), config, machine, source, log)

@@ -21,7 +21,7 @@ from pdfast.checks import check_evaluation, check_once
 from pdfast.cli import parse, run_command
 from pdfast.config import EvaluationConfig, Reference, RunConfig
 from pdfast.data import load_source
-from pdfast.engine import layout
+from pdfast.engine import parallelize
 from pdfast.engine.device import open_device
 from pdfast.engine.run import changed_data
 from pdfast.engine.world import World
@@ -31,7 +31,7 @@ from pdfast.flags import OptionalInt, OptionalPath, OptionalString, Positional, 
 from pdfast.io.bounds import BATCH, SAMPLES, SEED, STEPS, require
 from pdfast.io.errors import UsageError
 from pdfast.io.files import check_file, write_json
-from pdfast.io.plain import fields_of, from_plain
+from pdfast.io.plain import fields_of, structure
 from pdfast.io.reading import load_yaml, shown
 from pdfast.io.run_folder import RunFolder
 from pdfast.pretrained.model_folder import SavedModel, is_model, load_model
@@ -88,7 +88,7 @@ def evaluation_settings(arguments: Arguments, run: dict[str, Any]) -> Evaluation
     if not isinstance(saved, dict):
         raise UsageError(f"evaluation: expected fields, found {shown(saved)}")
     flags = {name: getattr(arguments, name) for name in ("features", "num_samples", "reference", "clip")}
-    settings = from_plain(EvaluationConfig, saved | {k: v for k, v in flags.items() if v is not None}, "evaluation")
+    settings = structure(EvaluationConfig, saved | {k: v for k, v in flags.items() if v is not None}, "evaluation")
     if settings.batch_size not in BATCH:
         raise UsageError(f"evaluation: batch_size must be {BATCH.text}, got {settings.batch_size}")
     require("num-samples", settings.num_samples, SAMPLES)
@@ -175,7 +175,7 @@ def main() -> None:
         )
         check_evaluation(settings, source)
     for network in {id(saved): saved.network for _, saved, _ in wanted}.values():
-        layout.for_sampling(network, device, arguments.dtype, arguments.compile)
+        parallelize.for_sampling(network, device, arguments.dtype, arguments.compile)
     if arguments.data is None and (changed := changed_data(run, source)):
         warnings.warn(
             f"{data} holds other {changed} than {arguments.model} was trained on: these figures are next to them, not to those of "

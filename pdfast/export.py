@@ -30,7 +30,7 @@ from pdfast.io.errors import RunError, UsageError
 from pdfast.io.files import check_folder, check_seal, sealed, write_folder, write_json
 from pdfast.io.grids import image_grid, write_png
 from pdfast.io.names import printable, utf8_path
-from pdfast.io.plain import to_plain
+from pdfast.io.plain import unstructure
 from pdfast.io.reading import read_json
 from pdfast.io.text import count_steps
 from pdfast.pretrained.model_folder import SavedModel
@@ -199,7 +199,7 @@ def export_plain(saved: SavedModel, out: Path) -> None:
                 shutil.copy(file, folder / file.name)
         meta = read_json(folder / "config.json", infinite=True)
         if "schedule" in meta:  # whole, also where an earlier version named its table by a path
-            whole = check_seal(meta) | {"schedule": to_plain(saved.schedule)}
+            whole = check_seal(meta) | {"schedule": unstructure(saved.schedule)}
             write_json(folder / "config.json", sealed(whole))
 
     write_folder(out, fill, REMEDY)

@@ -20,7 +20,7 @@ from pdfast import own_code
 from pdfast.cli import parse, run_command
 from pdfast.diffusion import ancestral, angles, noise, sample
 from pdfast.diffusion.noise import Stream
-from pdfast.engine import layout
+from pdfast.engine import parallelize
 from pdfast.engine.device import open_device
 from pdfast.evaluation.evaluator import check_finite, to_uint8
 from pdfast.flags import OptionalInt, OptionalString, Positional
@@ -159,7 +159,7 @@ def main() -> None:
         raise UsageError(
             f"--out {arguments.out}: images of {saved.config.image_channels} channels are no picture, end it in .npz"
         )
-    layout.for_sampling(saved.network, device, arguments.dtype, arguments.compile)
+    parallelize.for_sampling(saved.network, device, arguments.dtype, arguments.compile)
     began = time.perf_counter()
     images, labels, steps = draw(arguments, saved, device)
     rate = len(images) / (time.perf_counter() - began)

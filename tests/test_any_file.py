@@ -25,7 +25,7 @@ from pdfast.evaluation import real
 from pdfast.evaluation.stored import read_images, read_metrics, read_reference
 from pdfast.io.errors import UsageError
 from pdfast.io.files import sealed
-from pdfast.io.plain import to_plain
+from pdfast.io.plain import unstructure
 from pdfast.io.reading import load_yaml, read_array, read_json
 from pdfast.recipes import DIGITS
 from pdfast.report import html
@@ -95,7 +95,7 @@ def only_usage_errors(function, *arguments):
         return None
 
 
-CONFIG = to_plain(DIGITS) | {"run": "r", "rounds": 2, "start_steps": 4, "end_steps": 1}
+CONFIG = unstructure(DIGITS) | {"run": "r", "rounds": 2, "start_steps": 4, "end_steps": 1}
 LOG = [{"phase": "distill", "steps": 1, "update": n, "loss": 0.5, "loss_by_step": [0.1, None]} for n in (1, 2)]
 
 

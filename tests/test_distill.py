@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from pdfast.config import DistillConfig
-from pdfast.engine import interrupt, layout
-from pdfast.io.plain import from_plain
+from pdfast.engine import interrupt, parallelize
+from pdfast.io.plain import structure
 from pdfast.io.reading import load_yaml
 from pdfast.methods import Progressive
 from pdfast.pretrained.model_folder import load_model
@@ -55,7 +55,7 @@ def test_the_saved_configuration_gives_the_same_run(finished_run, tmp_path):
         "--rounds 2" in plain.pop("command")
         and len(plain.pop("images_sha256")) == len(plain.pop("images_alone_sha256")) == 64
     )
-    config = from_plain(DistillConfig, plain, "config.yaml")
+    config = structure(DistillConfig, plain, "config.yaml")
     assert (config.rounds, config.start_steps, config.end_steps) == (2, 4, 1)
     again = tmp_path / "again"
     assert call("distill", "--config", str(finished_run / "config.yaml"), "--run", str(again)) == 0
@@ -115,14 +115,14 @@ def test_the_check_before_a_round_keeps_nothing_and_needs_few_images(finished_ru
 
 def test_a_student_that_is_not_its_teacher_is_a_bug(finished_run, tmp_path, monkeypatch, capsys):
     """Asserted before the first update of each round."""
-    original = layout.set_weights
+    original = parallelize.set_weights
 
     def broken(network, weights, world):
         original(network, weights, world)
         with torch.no_grad():
             next(network.parameters()).add_(0.1 * (not network.training))
 
-    monkeypatch.setattr(layout, "set_weights", broken)
+    monkeypatch.setattr(parallelize, "set_weights", broken)
     flags = [*TINY_GIVEN, "--teacher", str(finished_run / "teacher"), "--rounds", "1", "--run", str(tmp_path / "r")]
     assert call("distill", *flags) == 1
     assert "before the round to 1 step the student is not its teacher" in capsys.readouterr().err

@@ -113,7 +113,7 @@ def crash(monkeypatch, target, after):
         ("pdfast.stages.write_folder", 1),  # before the teacher is written
         ("pdfast.methods.Progressive.targets", 1),  # before the first update of a round
         ("pdfast.methods.Progressive.targets", 15),  # in the middle of the last round
-        ("pdfast.engine.layout.set_weights", 3),  # where the student of a round becomes its teacher
+        ("pdfast.engine.parallelize.set_weights", 3),  # where the student of a round becomes its teacher
         ("pdfast.engine.checkpoint.save_file", 2),  # before a checkpoint is on the disk
         ("pdfast.stages.write_folder", 2),  # before the last student is written
         ("pdfast.distill.build_report", 2),  # between two rounds

@@ -16,7 +16,7 @@ from pdfast.evaluation.inception import InceptionV3
 from pdfast.io.bounds import NETWORK, SETTINGS
 from pdfast.io.errors import UsageError
 from pdfast.io.files import write_folder
-from pdfast.io.plain import from_plain, to_plain
+from pdfast.io.plain import structure, unstructure
 from pdfast.networks import NetworkConfig
 from pdfast.pretrained.model_folder import fill_model_folder
 from pdfast.recipes import DIGITS, PRESETS
@@ -124,14 +124,14 @@ def test_any_number_is_refused_in_a_line_or_runs(place):
     """0, -1, no number, infinite, huge: a UsageError, or a job that can begin; neither takes long."""
     cls = TrainConfig if place == "evaluation_steps" else DistillConfig
     small = {"rounds": 1, "start_steps": 2, "end_steps": 1, "updates": "2"}
-    plain = to_plain(DIGITS) | small
+    plain = unstructure(DIGITS) | small
     names = {field.name for field in dataclasses.fields(cls)}
     plain = {name: value for name, value in (plain | {"evaluation_steps": [1]}).items() if name in names}
     steps, began = ("rounds", "start_steps", "end_steps"), time.process_time()
     for value in (0, -1, 1e-300, float("nan"), float("inf"), -float("inf"), 10**30, 2**63, 1e300):
         several = place.rpartition(".")[2] in ("channel_mult", "attention_resolutions", "evaluation_steps")
         try:
-            config = from_plain(cls, changed(plain, place, [value] if several else value), "here")
+            config = structure(cls, changed(plain, place, [value] if several else value), "here")
             if place in steps:
                 given = tuple(getattr(config, name) if name == place else None for name in steps)
                 resolved = resolve_steps(given, (1, 2, 1))

@@ -16,7 +16,7 @@ from pdfast_kernels import _forwards, dispatch, reference
 from pdfast_kernels._recognition import code_names, instance_forward
 
 Modules = Sequence[tuple[str, nn.Module]]
-KINDS = ("norm", "activation", "attention")
+KINDS_OF_WORK = ("norm", "activation", "attention")
 
 # Functions that a forward calls, by the last part of their names, with or without a _ at its end.
 _FUNCTIONS = {
@@ -108,7 +108,7 @@ def shares_by_modules(modules: Modules, runs: set[nn.Module]) -> dict[str, Share
         for kind, _ in _work(module):
             total[kind] += 1
             taken[kind] += module in runs
-    return {kind: Share(taken[kind], total[kind], "modules") for kind in KINDS}
+    return {kind: Share(taken[kind], total[kind], "modules") for kind in KINDS_OF_WORK}
 
 
 def unknown_work(modules: Modules, runs: set[nn.Module]) -> list[tuple[str, str]]:
@@ -182,4 +182,4 @@ def shares_by_elements(module: nn.Module, example: Sequence[Any] | Mapping[str, 
         for part, mode in training.items():
             part.training = mode
     unit = {"attention": "scores"}
-    return {kind: Share(counted.taken[kind], counted.total[kind], unit.get(kind, "elements")) for kind in KINDS}
+    return {kind: Share(counted.taken[kind], counted.total[kind], unit.get(kind, "elements")) for kind in KINDS_OF_WORK}

@@ -28,13 +28,13 @@ from pdfast.io.reading import read_json
 
 FORMAT = 2  # of the parts
 PART = 1024  # images
-FACTS = "facts.json"
+PROGRESS_FILE = "facts.json"
 SHOWN = 64
 REMEDY = "choose another OUT"
 
 
 @dataclass(frozen=True)
-class Converted:
+class ConvertedImages:
     """images written, of `classes` (0 without labels); mean and std of the channels, 0 to 1; the names of bad images, which
     were left out, and why; the first images, uint8 [n, S, S, C]."""
 
@@ -46,7 +46,9 @@ class Converted:
     shown: np.ndarray
 
 
-def convert(encoded: EncodedImages, out: Path, size: int, channels: int, *, jobs: int, max_bad: float) -> Converted:
+def convert(
+    encoded: EncodedImages, out: Path, size: int, channels: int, *, jobs: int, max_bad: float
+) -> ConvertedImages:
     """Write OUT.npz, or else a folder of tar shards of PNG files and `cls` members.
 
     UsageError where more than the fraction `max_bad` is bad; Interrupted on Ctrl-C, after which the same call goes on.
@@ -73,7 +75,7 @@ def convert(encoded: EncodedImages, out: Path, size: int, channels: int, *, jobs
         raise Interrupted("stopped; the same command goes on with what is missing") from None
     finally:
         bar.close()
-    facts = [read_json(parts / f"{i:06}" / FACTS) for i in range(len(starts))]
+    facts = [read_json(parts / f"{i:06}" / PROGRESS_FILE) for i in range(len(starts))]
     bad = {name: reason for fact in facts for name, reason in fact["bad"].items()}
     if len(bad) > max_bad * len(encoded):
         name, reason = next(iter(bad.items()))
@@ -90,7 +92,7 @@ def convert(encoded: EncodedImages, out: Path, size: int, channels: int, *, jobs
         _join(parts, len(starts), out, labelled=encoded.labels is not None)
         shutil.rmtree(parts)
     mean, std = moments(np.sum([fact["histogram"] for fact in facts], axis=0))
-    return Converted(len(encoded) - len(bad), classes, mean, std, bad, shown)
+    return ConvertedImages(len(encoded) - len(bad), classes, mean, std, bad, shown)
 
 
 def _begin(parts: Path, key: str) -> None:
@@ -121,7 +123,7 @@ def _convert_part(part: int) -> None:
     if encoded.labels is not None:
         digest.update(encoded.labels[wanted].tobytes())
     if folder.exists():
-        if read_json(folder / FACTS).get("sha256") == digest.hexdigest():
+        if read_json(folder / PROGRESS_FILE).get("sha256") == digest.hexdigest():
             return
         shutil.rmtree(folder)
     for i in wanted:
@@ -141,7 +143,7 @@ def _convert_part(part: int) -> None:
             _write_shard(folder / "shard.tar", array, numbers, None if encoded.labels is None else labels)
         np.save(folder / "shown.npy", array[:SHOWN])
         histogram = channel_histogram(array).tolist()
-        write_json(folder / FACTS, {"sha256": digest.hexdigest(), "histogram": histogram, "bad": bad})
+        write_json(folder / PROGRESS_FILE, {"sha256": digest.hexdigest(), "histogram": histogram, "bad": bad})
 
     write_folder(folder, fill, REMEDY)
 

@@ -73,10 +73,10 @@ class Samples:
         return self.usable(i, lambda _, content: decode(content, self.size, self.channels))
 
     def decoded(self, indices: list[int]) -> Decoded:
-        return together([self.image(i) for i in indices])
+        return collate([self.image(i) for i in indices])
 
 
-def together(images: list[tuple[np.ndarray, int, list[Bad]]]) -> Decoded:
+def collate(images: list[tuple[np.ndarray, int, list[Bad]]]) -> Decoded:
     """Of what `Samples.image` gives, for some images."""
     return Decoded(
         torch.from_numpy(np.stack([image for image, _, _ in images])),
@@ -112,7 +112,7 @@ class FileImages:
 
     def take(self, indices: Tensor) -> Batch:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return self._batch(together(list(pool.map(self._samples.image, indices.tolist()))))
+            return self._batch(collate(list(pool.map(self._samples.image, indices.tolist()))))
 
     def stream(self, part: Tensor, batch_size: int, update: int, seed: int) -> Iterator[Batch]:
         def indices() -> Iterator[list[int]]:

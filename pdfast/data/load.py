@@ -9,7 +9,7 @@ from pdfast.data.arrays import load_array_file
 from pdfast.data.source import ImageSource, LoaderName, ResidentImages, check_labels
 from pdfast.io.errors import UsageError
 
-KINDS = "give `digits`, a .npy or .npz file, or a folder or file of image files, tar shards or TFRecord"
+WHAT_DATA_MAY_BE = "give `digits`, a .npy or .npz file, or a folder or file of image files, tar shards or TFRecord"
 DIGITS_SHAPE = (8, 8, 1)
 
 
@@ -53,7 +53,7 @@ def load_source(
         with resources.as_file(resources.files("pdfast.data") / "digits.npz") as file:
             images, labels = load_array_file(file)
     elif not there:
-        raise UsageError(f"there are no data at {spec}: {KINDS}")
+        raise UsageError(f"there are no data at {spec}: {WHAT_DATA_MAY_BE}")
     elif path.suffix.lower() in (".npy", ".npz") and path.is_file():
         images, labels = load_array_file(path)
     else:
@@ -70,7 +70,7 @@ def load_source(
         )
         if source is not None:
             return source
-        raise UsageError(f"{spec} is not data that pdfast reads: {KINDS}")
+        raise UsageError(f"{spec} is not data that pdfast reads: {WHAT_DATA_MAY_BE}")
     if loader not in ("auto", "resident"):
         raise UsageError(f"{spec} is an array, which is always resident: leave out --loader {loader}")
     check_shape(spec, images.shape[1:], (image_size, image_size, channels))

@@ -20,7 +20,7 @@ from pdfast.data.cifar10 import load_cifar10
 from pdfast.data.convert import REMEDY, convert, write_npz
 from pdfast.data.fashion_mnist import load_fashion_mnist
 from pdfast.data.formats import find_images
-from pdfast.data.split import Split, channel_statistics
+from pdfast.data.split import Split, channel_means_and_stds
 from pdfast.flags import Positional, arg, reader
 from pdfast.io.errors import UsageError
 from pdfast.io.files import check_file, check_folder, writing_file
@@ -131,7 +131,7 @@ def _check_out(out: Path, *others: Path) -> None:
 
 def _save(out: Path, train: Split, test: Split, options: str) -> None:
     write_npz(out, images=train.images, labels=train.labels, test_images=test.images, test_labels=test.labels)
-    mean, std = channel_statistics(train.images)
+    mean, std = channel_means_and_stds(train.images)
     shape = "x".join(map(str, train.images.shape[1:]))
     print(f"images        {len(train.images)} of {shape}, and {len(test.images)} test images")
     _say(int(train.labels.max()) + 1, mean, std, out)

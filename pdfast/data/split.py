@@ -35,7 +35,7 @@ def moments(histogram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, np.sqrt((share * (values - mean[:, None]) ** 2).sum(axis=1))
 
 
-def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def channel_means_and_stds(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of each channel, float64 [C], of uint8 images [N, H, W, C] taken as 0 to 1."""
     return moments(channel_histogram(images))
 
@@ -49,6 +49,6 @@ def check_split(split: Split, where: str | Path, *, per_class: int, mean: tuple[
     if not np.array_equal(counts, [per_class] * 10):
         raise UsageError(f"{where} has classes of {counts.tolist()} images, expected 10 of {per_class}: {remedy}")
     if mean is not None:
-        found = channel_statistics(split.images)[0]
+        found = channel_means_and_stds(split.images)[0]
         if np.abs(found - mean).max() > 0.002:
             raise UsageError(f"{where} has channel means {found.round(4).tolist()}, expected {list(mean)}: {remedy}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pdfast.data import Batch, ImageSource
 from pdfast.diffusion import noise
 from pdfast.diffusion.noise import Stream
-from pdfast.engine.layout import last_of_batch
+from pdfast.engine.parallelize import last_of_batch
 from pdfast.engine.world import World
 from pdfast_kernels import diffuse
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pdfast.engine.layout import rows
+from pdfast.engine.parallelize import rows
 from pdfast.engine.world import World
 from pdfast.io.errors import RunError, UsageError
 from pdfast.io.files import check_seal, commit_folder, sealed, sha256, sync, write_json, writing
@@ -94,7 +94,7 @@ class Checkpoints:
             return True
 
         try:
-            if not self._world.on_first(prepare):
+            if not self._world.run_on_rank0(prepare):
                 return
         except (UsageError, RunError) as error:
             self._say(f"checkpoint at update {update} not written: {error}; trying again at the next")
@@ -160,18 +160,18 @@ class Checkpoints:
                 shutil.rmtree(old, ignore_errors=True)
 
         try:
-            self._world.on_first(appear)
+            self._world.run_on_rank0(appear)
         except (UsageError, RunError) as error:
             self._say(f"checkpoint at update {update} not written: {error}")
 
     def _say(self, message: str, of_all: bool = False) -> None:
-        if self._world.first or of_all:
+        if self._world.is_rank0 or of_all:
             print(f"pdfast: warning: {message}", file=sys.stderr, flush=True)
 
     def latest(self) -> Checkpoint | None:
         """The newest whole checkpoint, None where there is none. A damaged one is skipped with a warning; UsageError where
         all are damaged."""
-        update = self._world.on_first(self._newest_whole)
+        update = self._world.run_on_rank0(self._newest_whole)
         return None if update is None else self._load(self._path(update))
 
     def _newest_whole(self) -> int | None:
@@ -224,7 +224,7 @@ class Checkpoints:
     def clear(self) -> None:
         """Delete this stage's checkpoints: the stage is finished and written elsewhere."""
         self.finish()
-        if self._world.first:
+        if self._world.is_rank0:
             self._forget_unfinished()
             for folder in self._folders():
                 shutil.rmtree(folder, ignore_errors=True)

@@ -13,7 +13,7 @@ PLAIN_CALLS = 2  # before the recording: kernels are compiled, caches filled, gr
 AHEAD = 2  # calls that the host may be ahead of the device: more would only delay a stop
 
 
-class Replayed:
+class CUDAGraphed:
     """`function`, which takes and returns nothing and works on tensors that stay where they are, as a CUDA graph.
 
     The first calls run it plainly. Where it cannot be recorded it always runs plainly, after one warning with the reason;

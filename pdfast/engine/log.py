@@ -19,9 +19,9 @@ from tqdm import tqdm
 from pdfast.data import ImageSource
 from pdfast.engine.batch import TrainingBatch
 from pdfast.engine.board import Board
-from pdfast.engine.metrics import Losses, Speed, peak_memory_mib
 from pdfast.engine.optimizer import Optimizer
 from pdfast.engine.pace import Pace, Slowness, likely_cause
+from pdfast.engine.throughput import Losses, Speed, peak_memory_mib
 from pdfast.engine.world import World
 from pdfast.io.errors import UsageError
 from pdfast.io.files import write_file, writing
@@ -102,14 +102,14 @@ class RunLog:
 
     def __init__(self, run: Path, world: World) -> None:
         folder = RunFolder(run)
-        self.path, self.first, self._world = folder.log, world.first, world
+        self.path, self.is_rank0, self._world = folder.log, world.is_rank0, world
         self._source: ImageSource | None = None
         self._exchanged: set[str] = set()
         self._paces: dict[str, Pace] = {}
         self._slowness_said = False
         self._recorded: set[str] = set()
         """Names of the bad images that have a line."""
-        if self.first:
+        if self.is_rank0:
             lines = read_log(self.path)
             self._recorded = {
                 entry["name"] for _, entry in lines if entry.get("event") == "bad image" and "name" in entry
@@ -119,13 +119,13 @@ class RunLog:
 
     def say(self, message: str) -> None:
         """A line for the console alone."""
-        if self.first:
+        if self.is_rank0:
             tqdm.write(f"pdfast: {message}", file=sys.stdout)
             sys.stdout.flush()
 
     def record(self, entry: dict[str, Any]) -> None:
         """One JSON line."""
-        if self.first:
+        if self.is_rank0:
             with writing(self.path):
                 self._file.write(_line(entry))
                 self._file.flush()
@@ -179,19 +179,19 @@ class RunLog:
 
     def scalars(self, tag: str, values: dict[str, float | None], update: int) -> None:
         """Numbers for TensorBoard."""
-        if self.first:
+        if self.is_rank0:
             for name, value in values.items():
                 if value is not None:
                     self._board.scalar(f"{tag}/{name}", value, update)
 
     def images(self, images: Any, steps: int) -> None:
         """Samples, uint8 [n, H, W, C], of a model at a step count, for TensorBoard."""
-        if self.first:
+        if self.is_rank0:
             self._board.images("samples", images, steps)
 
     def forget_after(self, steps: int | None, update: int) -> None:
         """Drop the log lines of this stage past `update`, and its warnings: they belong to what will be done again."""
-        if not self.first:
+        if not self.is_rank0:
             return
         self._file.close()
 
@@ -211,7 +211,7 @@ class RunLog:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.first:
+        if self.is_rank0:
             with contextlib.suppress(OSError):  # what could not be written was said when it was
                 self._file.close()
             self._board.close()
@@ -249,7 +249,7 @@ class Progress:
         self._pace = log.pace(phase)
         self._pace.start(batch.waited)
         self.name = "teacher" if steps is None else count_steps(steps)
-        silent = not (log.first and sys.stderr.isatty())
+        silent = not (log.is_rank0 and sys.stderr.isatty())
         self._bar = tqdm(
             total=updates, initial=start, desc=self.name, unit="update", disable=silent, dynamic_ncols=True
         )

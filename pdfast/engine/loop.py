@@ -13,8 +13,8 @@ from pdfast.engine.checkpoint import Checkpoint, Checkpoints
 from pdfast.engine.cost import UpdateCost
 from pdfast.engine.log import Progress, RunLog
 from pdfast.engine.machine import Machine
-from pdfast.engine.metrics import Losses
 from pdfast.engine.optimizer import linear_decay, linear_warmup
+from pdfast.engine.throughput import Losses
 from pdfast.io.errors import Interrupted, UsageError
 from pdfast.io.text import count_steps
 from pdfast.networks import Network
@@ -163,7 +163,7 @@ class Trainer:
             conditional=config.network.num_classes > 0,
         )
         self.losses = Losses(machine.world)
-        self.run_update: Callable[[], None] = machine.replayed(self.update)
+        self.run_update: Callable[[], None] = machine.cuda_graphed(self.update)
 
     def update(self) -> None:
         """One update on the batch that is loaded: targets, the student and its backward, clip, Adam, EMA."""

@@ -12,12 +12,12 @@ from torch import Tensor
 from pdfast.config import DistillConfig, EngineConfig, RunConfig
 from pdfast.diffusion import noise
 from pdfast.diffusion.noise import Stream
-from pdfast.engine import interrupt, layout
+from pdfast.engine import interrupt, parallelize
 from pdfast.engine.cost import UpdateCost, parameters_and_flops
 from pdfast.engine.device import describe
-from pdfast.engine.graph import Replayed
-from pdfast.engine.metrics import Losses, Speed, peak_flops
+from pdfast.engine.graph import CUDAGraphed
 from pdfast.engine.optimizer import Optimizer
+from pdfast.engine.throughput import Losses, Speed, peak_flops
 from pdfast.engine.watchdog import Watchdog
 from pdfast.engine.world import World, open_world
 from pdfast.io.errors import RunError, UsageError
@@ -50,12 +50,12 @@ class Machine:
 
     @property
     def compiled(self) -> bool:
-        return layout.chosen_compile(self.settings.compile, self.world.device)
+        return parallelize.chosen_compile(self.settings.compile, self.world.device)
 
     @property
     def compile_function(self) -> Callable[[Callable], Callable]:
         """What compiles a function around the networks, where they are compiled too."""
-        return layout.compile_function if self.compiled else identity
+        return parallelize.compile_function if self.compiled else identity
 
     @property
     def _in_one_graph(self) -> bool:
@@ -82,10 +82,10 @@ class Machine:
         self.watchdog.begin()
         network.to(self.world.device).dtype = self.dtype
         if self.settings.recompute:
-            layout.recompute(network)
+            parallelize.checkpoint_activations(network)
         if self.compiled:
-            layout.compile_network(network, whole=self._in_one_graph)
-        layout.shard(network, self.world)
+            parallelize.compile_network(network, whole=self._in_one_graph)
+        parallelize.shard(network, self.world)
         return network
 
     def prepare_teacher(self) -> Network:
@@ -93,11 +93,11 @@ class Machine:
         activations."""
         network = self.network.build().to(self.world.device).eval().requires_grad_(False)
         network.dtype = self.dtype
-        layout.halve(network, self.dtype)
+        parallelize.cast_blocks(network, self.dtype)
         if self.compiled:
-            layout.compile_network(network, whole=self._in_one_graph)
+            parallelize.compile_network(network, whole=self._in_one_graph)
         if self.teacher_sharded:
-            layout.shard(network, self.world)
+            parallelize.shard(network, self.world)
         return network
 
     def optimizer(self, network: Network, *, clip: float, ema: float, weight_decay: float = 0.0) -> Optimizer:
@@ -105,13 +105,13 @@ class Machine:
             network, self.world, clip=clip, ema=ema, weight_decay=weight_decay, backend=self.settings.optimizer
         )
 
-    def replayed(self, update: Callable[[], None]) -> Callable[[], None]:
+    def cuda_graphed(self, update: Callable[[], None]) -> Callable[[], None]:
         """`update` as a CUDA graph, where that can be."""
-        return Replayed(update, self.world, self.settings.graph)
+        return CUDAGraphed(update, self.world, self.settings.graph)
 
     def whole_weights(self, network: Network) -> dict[str, Tensor]:
         """All weights, float32 on the CPU, in the first process. All processes must call it."""
-        return layout.whole_weights(network, self.world)
+        return parallelize.whole_weights(network, self.world)
 
     def speed(self, batch_size: int, cost: UpdateCost) -> Speed:
         """Return the meter of a stage whose updates cost so much for each image."""
@@ -141,7 +141,7 @@ class Machine:
                     warned = True
                     time.sleep(min(RETRY_SECONDS, self.settings.patience / 4))
 
-        self.world.on_first(attempt)
+        self.world.run_on_rank0(attempt)
 
     def asked_to_stop(self, place: str) -> bool:
         """Whether any process was asked to stop; called by all, at least after each update and each batch of samples."""
@@ -180,9 +180,9 @@ def open_machine(config: RunConfig) -> Iterator[Machine]:
                     f"--{flag} {size} must be a multiple of {parts}: {world.size} processes times {engine.micro_batches} "
                     "micro-batches"
                 )
-        if layout.chosen_compile(engine.compile, world.device):
-            layout.check_compiler(world.device)
-        dtype = layout.chosen_dtype(engine.dtype, world.device)
+        if parallelize.chosen_compile(engine.compile, world.device):
+            parallelize.check_compiler(world.device)
+        dtype = parallelize.chosen_dtype(engine.dtype, world.device)
         # What is float32 is meant so: TF32 would round the network's input more coarsely than the smallest noise in it.
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.deterministic = engine.deterministic

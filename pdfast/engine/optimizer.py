@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from pdfast.config import OptimizerName
-from pdfast.engine.layout import local
+from pdfast.engine.parallelize import local
 from pdfast.engine.replicas import FlatGradient
 from pdfast.engine.world import World
 from pdfast.io.errors import UsageError

@@ -19,7 +19,7 @@ from pdfast.engine.world import World
 from pdfast.io.errors import UsageError
 from pdfast.io.files import sha256, write_file, writing
 from pdfast.io.names import shell_word
-from pdfast.io.plain import from_plain, to_plain
+from pdfast.io.plain import structure, unstructure
 from pdfast.io.reading import load_yaml
 from pdfast.schedule_config import ScheduleConfig
 
@@ -56,7 +56,7 @@ def open_run(
             _begin_or_resume(config, source, _facts(config, source, teacher_sha256), lock)
             clear_finished(config.folder)
 
-        world.on_first(open_folder)
+        world.run_on_rank0(open_folder)
         yield
 
 
@@ -88,7 +88,7 @@ def _begin_or_resume(config: RunConfig, source: ImageSource, facts: dict[str, st
         raise UsageError(
             f"another process is working in {config.run}; wait for it, or choose another folder with --run"
         ) from None
-    path, now = config.folder.config, to_plain(config) | facts
+    path, now = config.folder.config, unstructure(config) | facts
     if not path.exists():
         if config.folder.teacher.exists() or config.folder.students():
             raise UsageError(
@@ -116,7 +116,7 @@ def _schedule_of(before: dict, saved: Path) -> Any:
     if not isinstance(schedule, dict) or schedule.get("alpha_bars") is None:
         return schedule
     try:
-        return to_plain(from_plain(ScheduleConfig, schedule, "schedule").with_table())
+        return unstructure(structure(ScheduleConfig, schedule, "schedule").with_table())
     except UsageError as error:
         raise UsageError(f"the noise schedule of {saved} is a file, which must be there again: {error}") from None
 

@@ -37,7 +37,7 @@ class World:
     control: dist.ProcessGroup | None = None
 
     @property
-    def first(self) -> bool:
+    def is_rank0(self) -> bool:
         """Whether this is the process that writes logs, students and reports."""
         return self.rank == 0
 
@@ -93,7 +93,7 @@ class World:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def on_first(self, function: Callable[[], T]) -> T:
+    def run_on_rank0(self, function: Callable[[], T]) -> T:
         """What `function` returns in the first process, which alone calls it; its UsageError or RunError is raised in all.
 
         The result must be a number, a string, or None.
@@ -101,7 +101,7 @@ class World:
         if self.control is None:
             return function()
         outcome: list[tuple[str, object]] = [("", None)]
-        if self.first:
+        if self.is_rank0:
             try:
                 outcome = [("", function())]
             except (UsageError, RunError) as error:

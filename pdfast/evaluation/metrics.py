@@ -58,7 +58,7 @@ def features_of(space: nn.Module, images: Tensor, world: World, batch_size: int 
     return world.gather(torch.cat(features))[: len(images)]
 
 
-class Given(nn.Module):
+class PrecomputedFeatures(nn.Module):
     """Features as they are, where a metric of torchmetrics would compute them."""
 
     def __init__(self, num_features: int) -> None:
@@ -106,7 +106,9 @@ class FrechetDistance:
         # A second and a half to import, which a command that measures nothing should not wait for.
         from torchmetrics.image.fid import FrechetInceptionDistance
 
-        metric = FrechetInceptionDistance(Given(real.shape[1]), reset_real_features=False, sync_on_compute=False)
+        metric = FrechetInceptionDistance(
+            PrecomputedFeatures(real.shape[1]), reset_real_features=False, sync_on_compute=False
+        )
         self._metric, self._device = metric.to(device), device
         self._update(real, real=True)
 
@@ -129,7 +131,9 @@ def kernel_distance(real: Tensor, generated: Tensor) -> tuple[float, float | Non
 
     size = min(SUBSET_SIZE, len(real), len(generated))
     subsets = 1 if size == len(real) == len(generated) else SUBSETS
-    metric = _that_keeps(KernelInceptionDistance, Given(real.shape[1]), subsets=subsets, subset_size=size)
+    metric = _buffering_metric(
+        KernelInceptionDistance, PrecomputedFeatures(real.shape[1]), subsets=subsets, subset_size=size
+    )
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
     with fixed_seed(SEED):
@@ -142,14 +146,14 @@ def classifier_score(logits: Tensor) -> tuple[float, float]:
     and standard deviation over 10 parts."""
     from torchmetrics.image.inception import InceptionScore
 
-    metric = _that_keeps(InceptionScore, Given(logits.shape[1]), splits=SPLITS)
+    metric = _buffering_metric(InceptionScore, PrecomputedFeatures(logits.shape[1]), splits=SPLITS)
     metric.update(logits.double())
     with fixed_seed(SEED):
         mean, std = metric.compute()
     return float(mean), float(std)
 
 
-def _that_keeps(metric: Any, *arguments: Any, **options: Any) -> Any:
+def _buffering_metric(metric: Any, *arguments: Any, **options: Any) -> Any:
     with warnings.catch_warnings():  # it warns that it keeps the features, which is what it is for
         warnings.filterwarnings("ignore", "Metric .* will save all extracted features in buffer")
         return metric(*arguments, sync_on_compute=False, **options)

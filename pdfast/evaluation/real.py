@@ -53,7 +53,7 @@ class RealImages:
         self.indices, held_out = split_real(source.num_images, n, seed=0, reference=reference)
         """Which they are, int64."""
         self._space, self._world, self._batch_size = space, world, batch_size
-        if world.first:
+        if world.is_rank0:
             _warn_of_few(n, space)
         parts = [part for part in (self.indices, held_out) if len(part)]
         images = functools.cache(lambda: [source.take(part).images for part in parts])
@@ -74,7 +74,7 @@ class RealImages:
             )
             return kept.read()
 
-        text: Any = world.on_first(read)
+        text: Any = world.run_on_rank0(read)
         if known := text is not None:
             features: Any = kept and kept.features
         else:
@@ -82,11 +82,11 @@ class RealImages:
             features = features_of(space, real[0], world, batch_size)
             mean, std = channel_statistics(real[0])
         # The first process alone compares, and tells the others.
-        self._comparison: Any = Comparison(space, features, world.device) if world.first else None
+        self._comparison: Any = Comparison(space, features, world.device) if world.is_rank0 else None
         if not known:
             against_real = self.figures(real[1]) if len(held_out) else None
             text = json.dumps({"against_real": against_real, "channel_mean": mean, "channel_std": std})
-            if world.first:
+            if world.is_rank0:
                 kept.write(features, text)
         facts = json.loads(text)
         self.against_real: Figures | None = facts["against_real"]
@@ -97,7 +97,7 @@ class RealImages:
     def figures(self, images: Tensor) -> Figures:
         """Of uint8 images [m, C, H, W], the same in all processes, which all must call it and all have the result."""
         features = features_of(self._space, images, self._world, self._batch_size)
-        return json.loads(self._world.on_first(lambda: json.dumps(self._comparison.figures(features))))
+        return json.loads(self._world.run_on_rank0(lambda: json.dumps(self._comparison.figures(features))))
 
 
 def _warn_of_few(n: int, space: Any) -> None:

@@ -19,17 +19,17 @@ from pdfast.diffusers_tables import library
 from pdfast.diffusion import outputs_per_channel
 from pdfast.diffusion.schedules import Schedule
 from pdfast.io.errors import UsageError
-from pdfast.io.plain import to_plain
+from pdfast.io.plain import unstructure
 from pdfast.networks import Network, NetworkConfig, UNet, Wrapped
 from pdfast.networks.converted import as_v
 from pdfast.networks.edm_unet import EDMUNet
 from pdfast.networks.layers import Attention, Conv2d, ResBlock, time_embedding
 from pdfast.networks.wrapped import Wrapping
 from pdfast.pretrained.diffusers import DiffusersNetwork
-from pdfast.pretrained.schedulers import PREDICTIONS
+from pdfast.pretrained.schedulers import DIFFUSERS_PREDICTIONS
 
 LEAST_TIMES = 1024
-NAMES = {ours: theirs for theirs, ours in PREDICTIONS.items()}
+NAMES = {ours: theirs for theirs, ours in DIFFUSERS_PREDICTIONS.items()}
 MODEL_FILES = {"PdfastUNet": ("pdfast_unet",), "PdfastEDMUNet": ("pdfast_edm_unet", "pdfast_unet", "edm_unet")}
 """Of each class that diffusers does not have: its file, and those that this one imports."""
 
@@ -86,7 +86,7 @@ def _by_time(network: Network, core: Network, phi: Tensor, tables: tuple[Tensor,
     if isinstance(core, Wrapped) and isinstance(core.inner, EDMUNet):
         from pdfast.networks.pdfast_edm_unet import PdfastEDMUNet as Model
 
-        unet, arguments = core.inner, to_plain(core.config.unet)
+        unet, arguments = core.inner, unstructure(core.config.unet)
         named["noise"] = core.label(phi)
     else:
         from pdfast.networks.pdfast_unet import PdfastUNet as Model

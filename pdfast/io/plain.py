@@ -14,7 +14,7 @@ Readers = Mapping[Any, Callable[[Any, str], Any]]
 """Of types that are unions told apart by a field: what reads one from plain data; it gets the data and their place."""
 
 
-def to_plain(config: Any) -> dict[str, Any]:
+def unstructure(config: Any) -> dict[str, Any]:
     """A configuration as plain dicts, lists, numbers and strings."""
 
     def plain(value: Any) -> Any:
@@ -27,8 +27,8 @@ def to_plain(config: Any) -> dict[str, Any]:
     return plain(config)
 
 
-def from_plain(cls: type[T], plain: dict[str, Any], where: str, readers: Readers | None = None) -> T:
-    """The inverse of `to_plain`. UsageError that names the field for one unknown, missing or of a wrong type."""
+def structure(cls: type[T], plain: dict[str, Any], where: str, readers: Readers | None = None) -> T:
+    """The inverse of `unstructure`. UsageError that names the field for one unknown, missing or of a wrong type."""
     hints = get_type_hints(cls)
     known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     if not isinstance(plain, dict):
@@ -57,7 +57,7 @@ def _convert(kind: Any, value: Any, where: str, readers: Readers) -> Any:
         if choice in readers:
             return readers[choice](value, where)
         if dataclasses.is_dataclass(choice):
-            return from_plain(choice, value, where, readers)  # type: ignore[arg-type]
+            return structure(choice, value, where, readers)  # type: ignore[arg-type]
         if origin is tuple and isinstance(value, list | tuple):
             return tuple(_convert(get_args(choice)[0], v, where, readers) for v in value)
         if origin is Literal and any(value == v and type(value) is type(v) for v in get_args(choice)):

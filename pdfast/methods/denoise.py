@@ -16,7 +16,7 @@ from pdfast.diffusion import (
 from pdfast.engine.batch import TrainingBatch
 from pdfast.engine.cost import UpdateCost
 from pdfast.engine.loop import Method, Targets
-from pdfast.engine.metrics import BUCKETS
+from pdfast.engine.throughput import BUCKETS
 from pdfast.loss import identity
 from pdfast.networks import Network
 from pdfast_kernels import weighted_loss

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pdfast.config import DistillConfig
 from pdfast.diffusion import StepTable, build_step_table
-from pdfast.engine import layout
+from pdfast.engine import parallelize
 from pdfast.engine.batch import TrainingBatch
 from pdfast.engine.loop import Method, Optimization, Stage
 from pdfast.engine.machine import Machine
@@ -84,7 +84,7 @@ class Distillation(Method):
     def start_from(self, weights: Mapping[str, Tensor], table: StepTable, batch: TrainingBatch) -> None:
         """Give both networks the weights, whole tensors on the CPU, and set the round's table."""
         for network in (self.student, self.teacher):
-            layout.set_weights(network, weights, batch.world)
+            parallelize.set_weights(network, weights, batch.world)
         self.table.set(table)
 
     def begin(self, batch: TrainingBatch, stage: Stage) -> None:

@@ -8,8 +8,8 @@ import torch
 
 from pdfast.config import DistillConfig, RunConfig, TrainConfig
 from pdfast.engine.cost import UpdateCost, inputs, parameters_and_flops
-from pdfast.engine.layout import chosen_dtype
 from pdfast.engine.machine import teacher_in_parts
+from pdfast.engine.parallelize import chosen_dtype
 from pdfast.io.errors import UsageError
 from pdfast.io.process import is_rank0
 from pdfast.io.text import clock, count_steps

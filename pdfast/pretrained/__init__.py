@@ -3,7 +3,7 @@
 from typing import Any
 
 from pdfast.io.errors import UsageError
-from pdfast.io.plain import from_plain
+from pdfast.io.plain import structure
 from pdfast.io.reading import shown
 from pdfast.networks import ModelConfig, NetworkConfig
 from pdfast.networks.converted import ConvertedConfig
@@ -12,7 +12,7 @@ from pdfast.pretrained.edm import EDMConfig, load_edm
 from pdfast.pretrained.module import ModuleConfig, load_function
 
 __all__ = [
-    "KINDS",
+    "NETWORK_KINDS",
     "ConvertedConfig",
     "DiffusersConfig",
     "DiffusersNetwork",
@@ -26,7 +26,7 @@ __all__ = [
     "network_config",
 ]
 
-KINDS: dict[str | None, type[ModelConfig]] = {
+NETWORK_KINDS: dict[str | None, type[ModelConfig]] = {
     None: NetworkConfig,
     "diffusers": DiffusersConfig,
     "edm": EDMConfig,
@@ -37,8 +37,8 @@ KINDS: dict[str | None, type[ModelConfig]] = {
 
 
 def network_config(plain: Any, where: str) -> ModelConfig:
-    """The inverse of `pdfast.io.plain.to_plain` for the configuration of a network. UsageError where it is none."""
+    """The inverse of `pdfast.io.plain.unstructure` for the configuration of a network. UsageError where it is none."""
     kind = plain.get("kind") if isinstance(plain, dict) else None
-    if not isinstance(kind, str | None) or kind not in KINDS:
+    if not isinstance(kind, str | None) or kind not in NETWORK_KINDS:
         raise UsageError(f"{where}: unknown kind of network {shown(kind)}")
-    return from_plain(KINDS[kind], plain, where, {ModelConfig: network_config}).checked(where)
+    return structure(NETWORK_KINDS[kind], plain, where, {ModelConfig: network_config}).checked(where)

@@ -26,7 +26,7 @@ from pdfast.io.reading import read_json, shown
 from pdfast.networks import ModelConfig
 from pdfast.networks.layers import upsample
 from pdfast.networks.wrapped import Autocasted, Wrapping, preconditioning
-from pdfast.pretrained.schedulers import PREDICTIONS, check_written_for, read_edm_scheduler, read_scheduler
+from pdfast.pretrained.schedulers import DIFFUSERS_PREDICTIONS, check_written_for, read_edm_scheduler, read_scheduler
 from pdfast.pretrained.weights import build_with, check_values, read_weights
 from pdfast.schedule_config import ScheduleConfig
 
@@ -67,7 +67,7 @@ class DiffusersConfig(ModelConfig):
             predictions: tuple[Prediction, ...] = ("v",)
         else:
             alpha_bars(self.scheduler, f"{where}: the scheduler")
-            scheduler, predictions = self.scheduler, tuple(PREDICTIONS.values())
+            scheduler, predictions = self.scheduler, tuple(DIFFUSERS_PREDICTIONS.values())
         if self.prediction not in predictions or _config(self.unet, scheduler, self.prediction, where) != self:
             raise UsageError(f"{where}: the fields of the network do not fit its unet and its scheduler")
         return self

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pdfast.diffusion import Prediction
 from pdfast.io.errors import UsageError
-from pdfast.io.plain import from_plain
+from pdfast.io.plain import structure
 from pdfast.networks import Wrapped, WrapperConfig
 from pdfast.networks.edm_unet import EDMUNet, EDMUNetConfig
 from pdfast.networks.wrapped import preconditioning
@@ -26,7 +26,7 @@ WEIGHTS = "model.safetensors"
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # of the authors' sampler, for networks that set no limits
 SCRIPT = "docs/examples/edm_weights.py"
 FREQUENCIES = "model.map_noise.freqs"
-UNSAID = "DhariwalUNet"
+DEFAULT_ARCHITECTURE = "DhariwalUNet"
 DEFAULTS: dict[str, dict[str, Any]] = {
     "SongUNet": {
         "model_type": "SongUNet",
@@ -139,8 +139,8 @@ def init_kwargs(meta: dict[str, Any], where: str) -> InitKwargs:
         raise UsageError(f"{where} is of a network in {meta.get('class_name')}: only EDMPrecond is read")
     given = meta.get("init_kwargs", {})
     if isinstance(given, dict):
-        given = DEFAULTS.get(str(given.get("model_type", UNSAID)), {}) | given
-    return from_plain(InitKwargs, given, where)
+        given = DEFAULTS.get(str(given.get("model_type", DEFAULT_ARCHITECTURE)), {}) | given
+    return structure(InitKwargs, given, where)
 
 
 def load_edm(folder: Path, meta: dict[str, Any]) -> tuple[Wrapped, ScheduleConfig]:

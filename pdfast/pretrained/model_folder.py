@@ -18,7 +18,7 @@ from pdfast.io.bounds import STEPS
 from pdfast.io.errors import UsageError
 from pdfast.io.files import SEAL, check_seal, sealed, sha256, write_json
 from pdfast.io.names import utf8_path
-from pdfast.io.plain import from_plain, to_plain
+from pdfast.io.plain import structure, unstructure
 from pdfast.io.reading import read_json, shown
 from pdfast.networks import ModelConfig, Network
 from pdfast.own_code import is_function
@@ -73,8 +73,8 @@ def fill_model_folder(
         "format": FORMAT,
         "kind": kind,
         "steps": steps,
-        "network": to_plain(network),
-        "schedule": to_plain(schedule),
+        "network": unstructure(network),
+        "schedule": unstructure(schedule),
         "sha256": sha256(file),
     }
     write_json(folder / "config.json", sealed(meta))
@@ -166,7 +166,7 @@ def _load_own(folder: Path, meta: dict[str, Any], device: torch.device) -> Saved
 
 def _schedule(plain: Any, where: str) -> ScheduleConfig:
     """Read the schedule of a config.json, whole: earlier versions named a table by its path."""
-    given = from_plain(ScheduleConfig, plain, where)
+    given = structure(ScheduleConfig, plain, where)
     try:
         schedule = given.with_table()
         schedule.build()

@@ -20,7 +20,7 @@ from pdfast.io.reading import shown
 from pdfast.pretrained.sigmas import check_sigmas, sigma_schedule
 from pdfast.schedule_config import ScheduleConfig
 
-PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x", "v_prediction": "v"}
+DIFFUSERS_PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x", "v_prediction": "v"}
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,13 @@ def read_scheduler(scheduler: Mapping[str, Any], where: str) -> tuple[ScheduleCo
     if name not in DISCRETE:
         raise UsageError(f"{where} is a {with_reason(name)}: choose one of {', '.join((*DISCRETE, *EDM))}")
     said = scheduler.get("prediction_type", "epsilon")
-    if not isinstance(said, str) or said not in PREDICTIONS:
-        raise UsageError(f"{where} has prediction_type {shown(said)}: need one of {', '.join(PREDICTIONS)}")
+    if not isinstance(said, str) or said not in DIFFUSERS_PREDICTIONS:
+        raise UsageError(f"{where} has prediction_type {shown(said)}: need one of {', '.join(DIFFUSERS_PREDICTIONS)}")
     if scheduler.get("use_flow_sigmas") and "use_flow_sigmas" in arguments_of(name):
         raise UsageError(f"{where} has use_flow_sigmas: only variance-preserving schedules are read")
     alpha_bars(scheduler, where)
     kept = {"_class_name": name} | settings_of(OfTheTable, scheduler, where)
-    return ScheduleConfig(name="diffusers", diffusers=kept), kept, PREDICTIONS[said]
+    return ScheduleConfig(name="diffusers", diffusers=kept), kept, DIFFUSERS_PREDICTIONS[said]
 
 
 def read_edm_scheduler(scheduler: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pdfast.data import convert as module
 from pdfast.data import load_source
 from pdfast.data.convert import convert
 from pdfast.data.formats import find_images
-from pdfast.data.split import channel_statistics
+from pdfast.data.split import channel_means_and_stds
 from pdfast.io.errors import Interrupted
 from tests.commands import call
 from tests.data.errors import refusal
@@ -44,7 +44,7 @@ def test_what_is_written_is_what_would_have_been_read(folder, tmp_path, out, cap
     (images, labels), (expected, their_labels) = everything(out), everything(folder)
     assert torch.equal(images, expected) and torch.equal(labels, their_labels)
     said = capsys.readouterr().out
-    mean, std = channel_statistics(expected.numpy())
+    mean, std = channel_means_and_stds(expected.numpy())
     assert f"channel mean  {' '.join(f'{m:.4f}' for m in mean)}\n" in said
     assert f"channel std   {' '.join(f'{s:.4f}' for s in std)}\n" in said
     assert "images        10 of 8x8x3, and 0 left out\nclasses       2\n" in said

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pdfast.data.split import Split, channel_statistics, check_split
+from pdfast.data.split import Split, channel_means_and_stds, check_split
 from tests.data.errors import refusal
 
 MEAN = (0.25, 0.5)
@@ -18,7 +18,7 @@ def split(count: int = 60) -> Split:
 def test_statistics_agree_with_numpy():
     images = np.random.default_rng(0).integers(0, 200, (5000, 3, 5, 3), dtype=np.uint8)
     images[..., 1] //= 2
-    mean, std = channel_statistics(images)
+    mean, std = channel_means_and_stds(images)
     assert np.allclose(mean, (images / 255).mean(axis=(0, 1, 2)), rtol=1e-12)
     assert np.allclose(std, (images / 255).std(axis=(0, 1, 2)), rtol=1e-12)
 

@@ -10,7 +10,7 @@ import torch
 
 from pdfast.engine import checkpoint
 from pdfast.engine.checkpoint import Checkpoints, clear_finished
-from pdfast.engine.layout import rows
+from pdfast.engine.parallelize import rows
 from pdfast.engine.world import World
 from pdfast.io.files import SEAL
 from pdfast.io.run_folder import RunFolder

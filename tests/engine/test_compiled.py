@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import pdfast.distill
-from pdfast.engine.graph import Replayed
-from pdfast.engine.layout import compiled_graphs
+from pdfast.engine.graph import CUDAGraphed
 from pdfast.engine.machine import Machine
+from pdfast.engine.parallelize import compiled_graphs
 from pdfast.engine.world import World
 from tests.commands import TINY_GIVEN, call
 
@@ -55,7 +55,7 @@ def test_a_cpu_runs_plainly_and_says_nothing():
     calls = []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        replayed = Replayed(lambda: calls.append(1), World(torch.device("cpu")))
+        replayed = CUDAGraphed(lambda: calls.append(1), World(torch.device("cpu")))
         for _ in range(5):
             replayed()
     assert len(calls) == 5
@@ -63,4 +63,4 @@ def test_a_cpu_runs_plainly_and_says_nothing():
 
 def test_several_processes_on_gpus_say_why_there_is_no_graph():
     with pytest.warns(UserWarning, match="without a CUDA graph: its collectives are of several processes"):
-        Replayed(lambda: None, World(torch.device("cuda"), size=2))
+        CUDAGraphed(lambda: None, World(torch.device("cuda"), size=2))

@@ -6,12 +6,12 @@ import warnings
 import pytest
 import torch
 
-from pdfast.engine.graph import Replayed
+from pdfast.engine.graph import CUDAGraphed
 from pdfast.engine.world import World
 
 
 class StandIn:
-    """What `Replayed` asks of torch.cuda. A recording that an error spoils ends with another one and stays on its stream, as
+    """What `CUDAGraphed` asks of torch.cuda. A recording that an error spoils ends with another one and stays on its stream, as
     PyTorch's does; one that runs out of memory is whole."""
 
     def __init__(self, monkeypatch):
@@ -72,7 +72,7 @@ def cuda(monkeypatch):
 
 
 def replayed(function):
-    return Replayed(function, World(torch.device("cuda")))
+    return CUDAGraphed(function, World(torch.device("cuda")))
 
 
 def test_plain_calls_and_the_recording_share_one_stream(cuda):

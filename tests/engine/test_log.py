@@ -13,7 +13,7 @@ from pdfast.data import ResidentImages
 from pdfast.engine import board
 from pdfast.engine.board import Board
 from pdfast.engine.log import RunLog, read_log
-from pdfast.engine.metrics import Losses
+from pdfast.engine.throughput import Losses
 from pdfast.engine.world import World
 from pdfast.io.errors import UsageError
 from tests.commands import TINY_GIVEN, TINY_ROUNDS, call

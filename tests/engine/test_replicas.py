@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from pdfast.engine import layout
+from pdfast.engine import parallelize
 from pdfast.engine.optimizer import Optimizer
 from pdfast.engine.world import World
 
@@ -112,5 +112,5 @@ def test_gradients_begin_where_wide_loads_may(peer):
 
 def test_copies_keep_plain_parameters():
     model = network()
-    layout.shard(model, TWO)
+    parallelize.shard(model, TWO)
     assert not any(isinstance(p, DTensor) for p in model.parameters())

@@ -15,7 +15,7 @@ pretend()
 from pdfast.data import ResidentImages, source
 from pdfast.diffusion import AlphaBars, Cosine, StepTable, build_step_table
 from pdfast.engine import optimizer as optimizer_module
-from pdfast.engine.metrics import Losses
+from pdfast.engine.throughput import Losses
 from pdfast.engine.optimizer import Optimizer
 from pdfast.engine.batch import TrainingBatch
 from pdfast.engine.world import World
@@ -25,7 +25,7 @@ from pdfast.networks import UNet
 from pdfast.networks.layers import ResBlock
 from pdfast.networks import edm_unet
 from pdfast.pretrained.diffusers import upsample_without_atomics
-from tests.engine.test_layout import CONFIG
+from tests.engine.test_parallelize import CONFIG
 from tests.fake_gpu.inductor import generated
 
 WORLD = World(torch.device("cuda", 0))

@@ -6,9 +6,9 @@ import torch
 from pdfast.config import EngineConfig
 from pdfast.data import ResidentImages
 from pdfast.diffusion import Cosine, build_step_table
-from pdfast.engine import layout
+from pdfast.engine import parallelize
 from pdfast.engine.batch import TrainingBatch
-from pdfast.engine.graph import Replayed
+from pdfast.engine.graph import CUDAGraphed
 from pdfast.engine.optimizer import Optimizer
 from pdfast.engine.world import World
 from pdfast.loss import identity
@@ -16,7 +16,7 @@ from pdfast.methods import Progressive, RoundTable
 from pdfast.networks import UNet
 from pdfast_kernels import use
 from tests.commands import TINY_DISTILL, call
-from tests.engine.test_layout import CONFIG
+from tests.engine.test_parallelize import CONFIG
 
 pytestmark = pytest.mark.gpu
 ALONE = World(torch.device("cuda"))
@@ -33,22 +33,22 @@ def course(graph, dtype=torch.float32, compiled=False, optimizer="pdfast", updat
     for network in (student, teacher):
         network.dtype = dtype
         if compiled:
-            layout.compile_network(network)
-    layout.set_weights(teacher, student.state_dict(), ALONE)
-    layout.halve(teacher.requires_grad_(False), dtype)
+            parallelize.compile_network(network)
+    parallelize.set_weights(teacher, student.state_dict(), ALONE)
+    parallelize.cast_blocks(teacher.requires_grad_(False), dtype)
     images = torch.randint(0, 256, (64, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     source = ResidentImages("noise", images, torch.arange(64) % 3, "cuda")
     batch = TrainingBatch(source, ALONE, seed=0, batch_size=16, flip=True, conditional=True)
     adam = Optimizer(student, ALONE, clip=1.0, ema=0.9, backend=optimizer)
     rows, losses = RoundTable(table(8)), torch.zeros(16, device="cuda")
-    method = Progressive(student, teacher, rows, layout.compile_function if compiled else identity)
+    method = Progressive(student, teacher, rows, parallelize.compile_function if compiled else identity)
 
     def update():
         values, _ = method.gradient(batch, micro_batches=2)
         losses.copy_(values)
         adam.step(values.mean())
 
-    run, seen = Replayed(update, ALONE, graph), []
+    run, seen = CUDAGraphed(update, ALONE, graph), []
     for steps in (8, 2):
         rows.set(table(steps))
         for i in range(updates):
@@ -105,7 +105,7 @@ def test_a_recording_that_fails_is_survived():
         if torch.cuda.is_current_stream_capturing():
             count.sum().item()
 
-    run, stream = Replayed(update, ALONE), torch.cuda.current_stream()
+    run, stream = CUDAGraphed(update, ALONE), torch.cuda.current_stream()
     for _ in range(2):
         run()
     with pytest.warns(UserWarning, match="without a CUDA graph: it cannot be recorded"):
@@ -113,7 +113,7 @@ def test_a_recording_that_fails_is_survived():
     run()
     assert count.tolist() == [4.0] * 1000 and torch.cuda.current_stream() == stream
     torch.randn(10, device="cuda")
-    another = Replayed(lambda: count.add_(1), ALONE)
+    another = CUDAGraphed(lambda: count.add_(1), ALONE)
     for _ in range(4):
         another()
     assert another._graph is not None and float(count[0]) == 8

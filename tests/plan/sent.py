@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pdfast.config import DistillConfig
 from pdfast.data import load_source
-from pdfast.engine.layout import local
 from pdfast.engine.loop import Trainer
 from pdfast.engine.machine import Machine, open_machine
+from pdfast.engine.parallelize import local
 from pdfast.methods import Progressive
 from pdfast.recipes import preset
 
@@ -76,7 +76,7 @@ def main(cases: list[str]) -> None:
             engine = replace(config.engine, shard=shard, micro_batches=int(micro_batches), teacher_shard=teacher)
             this = replace(machine, world=replace(world, mesh=mesh), settings=engine, dtype=getattr(torch, dtype))
             counted = case(this, replace(config, engine=engine))
-            if world.first:
+            if world.is_rank0:
                 print(json.dumps({"case": text} | counted), flush=True)
 
 

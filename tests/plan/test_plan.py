@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pdfast.engine import layout
+from pdfast.engine import parallelize
 from pdfast.engine.cost import inputs
 from pdfast.networks import NetworkConfig, UNet
 from pdfast.plan import cost
@@ -62,7 +62,7 @@ def kept_by_a_forward(dtype, recomputed, count):
     network = UNet(SMALL)
     network.dtype = dtype
     if recomputed:
-        layout.recompute(network)
+        parallelize.checkpoint_activations(network)
     given = inputs(SMALL, count, "cpu")
     with Alive() as alive:
         output = network(*given)

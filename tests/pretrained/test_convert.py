@@ -13,7 +13,7 @@ from pdfast.data import ResidentImages
 from pdfast.diffusion import Cosine, sample, to_v
 from pdfast.engine.batch import TrainingBatch
 from pdfast.engine.world import World
-from pdfast.io.plain import to_plain
+from pdfast.io.plain import unstructure
 from pdfast.methods import Reparameterize
 from pdfast.networks import NetworkConfig, UNet
 from pdfast.networks.converted import LEAST, as_v, regular_angles
@@ -76,7 +76,7 @@ def test_a_perfect_eps_teacher_stays_one():
 
 def test_plain_data_and_back():
     config = ConvertedConfig(inner("x"))
-    assert network_config(to_plain(config), "here") == config
+    assert network_config(unstructure(config), "here") == config
 
 
 @pytest.mark.filterwarnings("ignore:64 images are too few")

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from pdfast.diffusion import ddim, sample
 from pdfast.engine.cost import parameters_and_flops
 from pdfast.io.errors import UsageError
-from pdfast.io.plain import to_plain
+from pdfast.io.plain import unstructure
 from pdfast.plan.cost import activation_bytes, parameters
 from pdfast.pretrained import adapt, load_pipeline, network_config
 from pdfast.pretrained.model_folder import fill_model_folder, load_model
@@ -110,7 +110,7 @@ def test_as_a_model_folder_and_in_bf16(tmp_path):
     count = sum(p.numel() for p in theirs.parameters())
     assert parameters_and_flops(saved.config)[0] == parameters(saved.config).all == count
     assert parameters(saved.config).of_blocks > 0.5 * count and activation_bytes(saved.config) > 0
-    assert network_config(to_plain(saved.config), "here") == saved.config
+    assert network_config(unstructure(saved.config), "here") == saved.config
 
 
 def _changed(folder, file, **values):

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pdfast.diffusion import ddim, sample
-from pdfast.engine import layout
+from pdfast.engine import parallelize
 from pdfast.engine.cost import parameters_and_flops
-from pdfast.io.plain import to_plain
+from pdfast.io.plain import unstructure
 from pdfast.plan.cost import activation_bytes, parameters
 from pdfast.pretrained import edm, network_config
 from pdfast.pretrained.model_folder import fill_model_folder, load_model
@@ -109,12 +109,12 @@ def test_as_a_model_folder_and_in_bf16(name, tmp_path):
     again.network.dtype = torch.bfloat16
     half = again.network(z, phi, labels)
     assert half.dtype == torch.float32 and 0 < (half - full).abs().max() < 0.1 * full.abs().max()
-    layout.halve(again.network, torch.bfloat16)
+    parallelize.cast_blocks(again.network, torch.bfloat16)
     assert torch.equal(again.network(z, phi, labels), half)
     count = sum(p.numel() for p in saved.network.parameters())
     assert parameters_and_flops(saved.config)[0] == parameters(saved.config).all == count
     assert parameters(saved.config).of_blocks > 0.5 * count and activation_bytes(saved.config, recomputed=True) > 0
-    assert network_config(to_plain(saved.config), "here") == saved.config
+    assert network_config(unstructure(saved.config), "here") == saved.config
 
 
 @pytest.mark.parametrize(

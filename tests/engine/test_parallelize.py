@@ -5,7 +5,7 @@ import torch
 
 from pdfast.data import ResidentImages
 from pdfast.diffusion import Cosine, build_step_table
-from pdfast.engine import layout
+from pdfast.engine import parallelize
 from pdfast.engine.batch import TrainingBatch
 from pdfast.engine.world import World
 from pdfast.methods import Denoise, Progressive, RoundTable
@@ -55,8 +55,8 @@ def gradients(model, micro_batches=1):
 
 def test_the_names_of_parameters_stay():
     model, plain = network(), network()
-    layout.recompute(model)
-    layout.compile_network(model)
+    parallelize.checkpoint_activations(model)
+    parallelize.compile_network(model)
     assert list(model.state_dict()) == list(plain.state_dict())
 
 
@@ -65,7 +65,7 @@ def test_memory_for_work_with_equal_gradients(change):
     losses, k, expected = gradients(network())
     model = network()
     if change == "recompute":
-        layout.recompute(model)
+        parallelize.checkpoint_activations(model)
     ours, ours_k, found = gradients(model, 4 if change == "micro_batches" else 1)
     assert torch.equal(k, ours_k)
     torch.testing.assert_close(ours, losses, rtol=1e-5, atol=1e-7)
@@ -88,7 +88,7 @@ def test_recompute_keeps_less():
         return sum(sizes.values())
 
     plain, recomputed = network(), network()
-    layout.recompute(recomputed)
+    parallelize.checkpoint_activations(recomputed)
     assert kept(recomputed) < 0.6 * kept(plain)
 
 
@@ -97,7 +97,7 @@ def test_bf16_is_near_and_the_teachers_copy_equal():
     plain, student, teacher = network().eval(), network().eval(), network().eval()
     exact = plain(z, phi, cond)
     student.dtype = teacher.dtype = torch.bfloat16
-    layout.halve(teacher, torch.bfloat16)
+    parallelize.cast_blocks(teacher, torch.bfloat16)
     halved = {name for name, p in teacher.named_parameters() if p.dtype == torch.bfloat16}
     assert {"conv_in.weight", "conv_out.weight", "time_mlp.0.weight", "norm_out.weight"}.isdisjoint(halved)
     assert {"mid_block1.conv1.weight", "mid_block1.norm1.weight", "mid_attention.qkv.weight"} <= halved
@@ -139,11 +139,11 @@ def test_a_small_angle_keeps_its_noise_in_bf16():
 def test_weights_are_written_where_they_are():
     source, target = network(), network(1)
     addresses = [p.data_ptr() for p in target.parameters()]
-    layout.set_weights(target, source.state_dict(), ALONE)
+    parallelize.set_weights(target, source.state_dict(), ALONE)
     assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
     assert addresses == [p.data_ptr() for p in target.parameters()]
     with pytest.raises(ValueError, match="conv_in.bias has shape"):
-        layout.set_weights(target, source.state_dict() | {"conv_in.bias": torch.zeros(3)}, ALONE)
+        parallelize.set_weights(target, source.state_dict() | {"conv_in.bias": torch.zeros(3)}, ALONE)
 
 
 def test_a_smaller_table_in_the_place_of_a_larger():

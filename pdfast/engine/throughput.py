@@ -50,7 +50,7 @@ class Losses:
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of `state`; nothing where an older version wrote none."""
-        if "losses" in tensors and self._world.first:  # the sum is that of all processes
+        if "losses" in tensors and self._world.is_rank0:  # the sum is that of all processes
             self._sums.copy_(tensors["losses"])
         else:
             self._sums.zero_()

@@ -51,7 +51,7 @@ def check_compiler(device: torch.device) -> None:
 def for_sampling(network: Network, device: torch.device, dtype: str, compile: str) -> None:
     """Lay out a network that only draws, as the run that made it did when it judged it."""
     network.dtype = chosen_dtype(dtype, device)
-    halve(network, network.dtype)
+    cast_blocks(network, network.dtype)
     if chosen_compile(compile, device):
         check_compiler(device)
         compile_network(network, whole=device.type == "cpu")
@@ -62,13 +62,13 @@ def blocks(network: Any) -> list[Any]:
     return list(network.blocks()) if hasattr(network, "blocks") else [network]
 
 
-def halve(network: nn.Module, dtype: torch.dtype) -> None:
+def cast_blocks(network: nn.Module, dtype: torch.dtype) -> None:
     """Keep the blocks' parameters in `dtype`, as the same blocks cast them at use: the values are equal, bit for bit."""
     for block in blocks(network):
         block.to(dtype)
 
 
-def recompute(network: nn.Module) -> None:
+def checkpoint_activations(network: nn.Module) -> None:
     """Keep only the inputs of each block for the backward, and run it again there."""
     for block in blocks(network):
         inner = block.forward
@@ -164,6 +164,6 @@ def whole_weights(network: nn.Module, world: World) -> dict[str, Tensor]:
     weights = {}
     for name, parameter in network.named_parameters():
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        if world.first:
+        if world.is_rank0:
             weights[name] = whole.detach().float().cpu()
     return weights

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from pdfast.engine.metrics import BUCKETS, Losses, Speed, peak_flops, peak_memory_mib
+from pdfast.engine.throughput import BUCKETS, Losses, Speed, peak_flops, peak_memory_mib
 from pdfast.engine.world import World
 
 ALONE = World(torch.device("cpu"))

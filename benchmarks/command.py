@@ -14,7 +14,7 @@ import torch
 
 from pdfast.engine.device import commit, describe, open_device
 from pdfast.io.errors import UsageError
-from pdfast_kernels._triton import triton
+from pdfast_kernels.runtime.triton import triton
 
 ROOT = Path(__file__).parent.parent
 Row = dict[str, Any]

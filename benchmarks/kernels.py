@@ -17,7 +17,7 @@ from benchmarks.command import Parser, Report, Row, Unavailable, header, reason
 from benchmarks.providers import NAMES, call_of, fallback
 from benchmarks.timing import captured, ceilings, measure, quantiles
 from benchmarks.work import Case, fill, in_mode, must_move
-from pdfast_kernels import dispatch
+from pdfast_kernels.runtime import dispatch
 
 PASSES = {"fwd": ["forward"], "bwd": ["backward"], "full": ["forward", "backward"]}
 GRAPHS = {"off": (False,), "on": (True,), "both": (False, True)}

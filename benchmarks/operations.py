@@ -14,13 +14,16 @@ from torch import Tensor
 
 from benchmarks.work import Case, Work
 from pdfast_kernels import reference
-from pdfast_kernels.adam_ema import AdamEma
-from pdfast_kernels.attention import attention, attention_packed
-from pdfast_kernels.ddim_step import ddim_step
-from pdfast_kernels.ddim_step_weighted_loss import ddim_step_weighted_loss, ddim_step_weighted_loss_and_grad
-from pdfast_kernels.diffuse import diffuse
-from pdfast_kernels.group_norm import group_norm
-from pdfast_kernels.group_norm_attention import group_norm_attention
+from pdfast_kernels.ops.adam_ema.adam_ema import AdamEma
+from pdfast_kernels.ops.attention.attention import attention, attention_packed
+from pdfast_kernels.ops.ddim_step.ddim_step import ddim_step
+from pdfast_kernels.ops.ddim_step_weighted_loss.ddim_step_weighted_loss import (
+    ddim_step_weighted_loss,
+    ddim_step_weighted_loss_and_grad,
+)
+from pdfast_kernels.ops.diffuse.diffuse import diffuse
+from pdfast_kernels.ops.group_norm.group_norm import group_norm
+from pdfast_kernels.ops.group_norm_attention.group_norm_attention import group_norm_attention
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EPS = 1e-6

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.command import Unavailable
 from benchmarks.operations import EPS, GROUPS
 from benchmarks.work import Case, Work
-from pdfast_kernels import dispatch
+from pdfast_kernels.runtime import dispatch
 
 Call = Callable[[], Any]
 SDPA = {

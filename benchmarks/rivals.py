@@ -21,7 +21,7 @@ from pdfast.diffusion import sample
 from pdfast.exporting.pipeline import unet2d_arguments
 from pdfast.networks import NetworkConfig, UNet
 from pdfast.networks.layers import Conv2d
-from pdfast_kernels import dispatch
+from pdfast_kernels.runtime import dispatch
 
 
 def plain_unet(network: NetworkConfig, weights: Mapping[str, Tensor]) -> UNet:

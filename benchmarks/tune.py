@@ -1,6 +1,6 @@
 """`python -m benchmarks.tune --op OP ...`: which launch configurations are the fastest, when somebody asks.
 
-For each case, each table of pdfast_kernels.configs that its launches ask is tried with other rows (`candidates`),
+For each case, each table of pdfast_kernels.runtime.configs that its launches ask is tried with other rows (`candidates`),
 one table at a time. A row is compiled and must pass the gate of benchmarks.static (no spills, above all); its values must be
 as near to float64 as the shipped row's; then it is timed, forward and backward, in a CUDA graph. Printed at the end are the
 rows to put before the table's own. Without a GPU `--dry-run` compiles the candidates for an `--arch` and times nothing.
@@ -27,11 +27,11 @@ from benchmarks.command import Parser, Report, Row, header, reason, seconds
 from benchmarks.static import launches
 from benchmarks.timing import captured, measure, quantiles
 from benchmarks.work import Case, fill, in_mode
-from pdfast_kernels import _attention_kernels as attention
 from pdfast_kernels import use
-from pdfast_kernels._triton import INTERPRETED
-from pdfast_kernels.configs import UNBOUNDED, Lookup, looked_up
-from pdfast_kernels.launch import Launch, arch_of, next_power_of_2
+from pdfast_kernels.ops.attention import attention_kernels as attention
+from pdfast_kernels.runtime.configs import UNBOUNDED, Lookup, looked_up
+from pdfast_kernels.runtime.launch import Launch, arch_of, next_power_of_2
+from pdfast_kernels.runtime.triton import INTERPRETED
 
 Grid = dict[str, tuple[Any, ...]]
 

@@ -24,7 +24,7 @@ from pdfast.data import ResidentImages
 from pdfast.diffusion import to_x
 from pdfast.engine.machine import Machine, open_machine
 from pdfast.networks import NetworkConfig, UNet
-from pdfast_kernels import dispatch
+from pdfast_kernels.runtime import dispatch
 
 NUM_IMAGES = 4096
 WARM_UP = 4  # updates: compile, record a graph, and one more

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pdfast.diffusion import Model, StepTable, check_cond, check_model, check_output, check_tensor, prediction_of
 from pdfast_kernels import ddim_step, ddim_step_weighted_loss
-from pdfast_kernels.index import in_range, rows_of
+from pdfast_kernels.runtime.index import in_range, rows_of
 
 
 def identity(function: Callable) -> Callable:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import pdfast_kernels
-from pdfast_kernels.dispatch import constant_when_compiled
+from pdfast_kernels.runtime.dispatch import constant_when_compiled
 from tests.commands import ROOT, environment
 
 PAGE = (ROOT / "docs" / "drop-in.md").read_text()

@@ -23,8 +23,8 @@ from benchmarks.static.code import Code, compiled, launches, name_of, versions
 from benchmarks.static.gate import SHARED_MEMORY, failures, main_arguments
 from benchmarks.static.tables import markdown, of_bytes, of_kernels
 from benchmarks.work import Case
-from pdfast_kernels._triton import INTERPRETED
-from pdfast_kernels.launch import Launch
+from pdfast_kernels.runtime.launch import Launch
+from pdfast_kernels.runtime.triton import INTERPRETED
 
 __all__ = ["COMPILED_FOR", "REFUSED", "Code", "compiled", "launches", "main", "name_of", "read"]
 COMPILED_FOR = tuple(SHARED_MEMORY)

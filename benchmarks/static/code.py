@@ -23,8 +23,9 @@ from triton.runtime.jit import create_function_from_signature
 
 from benchmarks.static.ptx import BULK, Access, Place, accesses_of
 from benchmarks.work import Work
-from pdfast_kernels import dispatch, use
-from pdfast_kernels.launch import Launch, recorded
+from pdfast_kernels import use
+from pdfast_kernels.runtime import dispatch
+from pdfast_kernels.runtime.launch import Launch, recorded
 
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)")
 _LINE = re.compile(r'^\s*//## File "(.*)", line (\d+)')

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.static.code import Code
 from benchmarks.static.ptx import IN_MEMORY
-from pdfast_kernels.launch import Launch
+from pdfast_kernels.runtime.launch import Launch
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 """Bytes a block may have, by architecture."""

@@ -3,7 +3,7 @@
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
-from pdfast_kernels.accelerate import accelerate
+from pdfast_kernels import accelerate
 
 
 def train(steps: int = 2) -> list[float]:

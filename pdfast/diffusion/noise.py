@@ -1,6 +1,6 @@
 """The random numbers of a run, each a function of (seed, stream, round, update, index in the global batch, element).
 
-The generator is Philox4x32-10 of `pdfast_kernels.philox`. A run that is stopped, resumed or spread over more processes
+The generator is Philox4x32-10 of `pdfast_kernels.random.philox`. A run that is stopped, resumed or spread over more processes
 draws the same numbers. Elements of an image are counted in memory order, channels last.
 """
 
@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from pdfast_kernels import philox
+from pdfast_kernels.random import philox
 
 
 class Stream(IntEnum):

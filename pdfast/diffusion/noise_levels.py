@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pdfast.diffusion.schedules import table_angles
-from pdfast_kernels.index import asked
+from pdfast_kernels.runtime.index import asked
 
 RIGHT = math.pi / 2
 RIGHT_OF_FLOAT32 = 1.5707963705062866  # is larger than pi/2

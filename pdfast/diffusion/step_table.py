@@ -36,7 +36,7 @@ from pdfast.diffusion.circle import (
 )
 from pdfast.diffusion.schedules import Schedule, check_schedule
 from pdfast.diffusion.weights import Weighting, natural_weight
-from pdfast_kernels.index import in_range, rows_of
+from pdfast_kernels.runtime.index import in_range, rows_of
 
 
 @dataclass(frozen=True, eq=False)

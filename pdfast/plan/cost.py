@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from pdfast.engine.cost import UpdateCost, count_parameters, empty_network, inputs
 from pdfast.networks import Network, NetworkConfig
 from pdfast.networks.layers import Attention, GroupNorm
-from pdfast_kernels.attention import unsupported_dim
+from pdfast_kernels.ops.attention.attention import unsupported_dim
 
 FLOAT = torch.float32.itemsize
 

@@ -10,7 +10,7 @@ import torch
 from benchmarks import tune
 from benchmarks.cases import all_cases
 from benchmarks.static import launches
-from pdfast_kernels.configs import UNBOUNDED, Blocks, looked_up
+from pdfast_kernels.runtime.configs import UNBOUNDED, Blocks, looked_up
 from tests.benchmarks.test_static import python
 
 QUICK = [case for case in all_cases() if case.quick]

@@ -16,7 +16,7 @@ import triton.language as tl
 from benchmarks import static
 from benchmarks.static.gate import failures, main_arguments
 from benchmarks.work import Case
-from pdfast_kernels.launch import Launch
+from pdfast_kernels.runtime.launch import Launch
 
 
 @triton.jit

@@ -6,7 +6,7 @@ from scipy import stats
 
 from pdfast.diffusion import noise
 from pdfast.diffusion.noise import Stream
-from pdfast_kernels import philox
+from pdfast_kernels.random import philox
 
 
 def test_normal_counts_elements_channels_last():

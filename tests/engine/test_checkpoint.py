@@ -23,7 +23,7 @@ class Part(World):
     shards: int = 1
     shard: int = 0
 
-    def on_first(self, function):
+    def run_on_rank0(self, function):
         return function() if self.shard == 0 else True
 
 

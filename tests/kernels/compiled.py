@@ -20,7 +20,7 @@ from benchmarks import static
 from benchmarks.cases import all_cases
 from benchmarks.operations import attention_case, group_norm_case
 from benchmarks.static import launches
-from pdfast_kernels.launch import Launch
+from pdfast_kernels.runtime.launch import Launch
 
 ARCH = 90
 FEW_ROWS = [(2, 4096, 1, 1), (2, 6144, 1, 2)]

@@ -8,9 +8,9 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
-from pdfast_kernels import _forwards
-from pdfast_kernels.accelerate import accelerate, restore
-from pdfast_kernels.group_norm import group_norm
+from pdfast_kernels.integrate import forwards
+from pdfast_kernels.integrate.accelerate import accelerate, restore
+from pdfast_kernels.ops.group_norm.group_norm import group_norm
 from tests.kernels.compare import channels_last
 
 # How many times PyTorch's error one tensor may have, and what of the largest value besides: which of two small errors is
@@ -136,10 +136,10 @@ def test_what_runs_as_one(monkeypatch, draw, mode):
         calls.append((scale is not None, silu))
         return group_norm(*args, scale=scale, shift=shift, silu=silu)
 
-    monkeypatch.setattr(_forwards, "group_norm", counted)
+    monkeypatch.setattr(forwards, "group_norm", counted)
     network = unet(mode)
     report = accelerate(network)
-    blocks = sum(kind == _forwards.ResnetBlock2D.kind for _, kind in report.replaced)
+    blocks = sum(kind == forwards.ResnetBlock2D.kind for _, kind in report.replaced)
     norms = sum(isinstance(part, nn.GroupNorm) for part in network.modules())
     network(*inputs(draw, network))
     assert len(calls) == norms and sum(silu for _, silu in calls) == 2 * blocks + 1
@@ -191,7 +191,8 @@ def test_what_is_done_with_networks(draw):
 
     before = list(results())
     accelerate(network)
-    assert all(torch.allclose(*both, rtol=1e-4, atol=1e-5) for both in zip(results(), before, strict=True))
+    for ours, theirs in zip(results(), before, strict=True):
+        assert (ours - theirs).abs().max() <= 2e-5 * theirs.abs().max().clamp(min=1)
 
 
 def test_compile(draw):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 
-from pdfast_kernels.accelerate import accelerate, restore
+from pdfast_kernels.integrate.accelerate import accelerate, restore
 from tests.kernels.test_accelerate import inputs, shaken, smallest_unet
 
 

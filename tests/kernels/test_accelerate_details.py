@@ -5,7 +5,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 
-from pdfast_kernels.accelerate import accelerate
+from pdfast_kernels.integrate.accelerate import accelerate
 from tests.kernels.test_accelerate import inputs, smallest_unet
 
 

@@ -10,9 +10,9 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from pdfast.networks import NetworkConfig, UNet
-from pdfast_kernels._recognition import unknown_version
-from pdfast_kernels.accelerate import accelerate, restore
-from pdfast_kernels.group_norm import group_norm
+from pdfast_kernels.integrate.accelerate import accelerate, restore
+from pdfast_kernels.integrate.recognition import unknown_version
+from pdfast_kernels.ops.group_norm.group_norm import group_norm
 from tests.kernels.test_accelerate import conditional_unet, shaken, smallest_unet
 
 

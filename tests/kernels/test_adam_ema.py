@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pdfast_kernels import use
-from pdfast_kernels.adam_ema import TABLE, AdamEma, Scalar
-from pdfast_kernels.launch import recorded
+from pdfast_kernels.ops.adam_ema.adam_ema import TABLE, AdamEma, Scalar
+from pdfast_kernels.runtime.launch import recorded
 from tests.kernels.compare import RELATIVE, assert_relative, channels_last
 
 CHUNK = TABLE.row(90, 1).block

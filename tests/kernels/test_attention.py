@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from pdfast_kernels import reference, use
-from pdfast_kernels.attention import attention, attention_packed
-from pdfast_kernels.configs import ANY
-from pdfast_kernels.launch import recorded
+from pdfast_kernels.ops.attention.attention import attention, attention_packed
+from pdfast_kernels.runtime.configs import ANY
+from pdfast_kernels.runtime.launch import recorded
 from tests.kernels.compare import RELATIVE, assert_relative
 
-module = importlib.import_module("pdfast_kernels.attention")
+module = importlib.import_module("pdfast_kernels.ops.attention.attention")
 
 # N, L, heads, D, dtype, and the kernels that run: of one tile, with all keys on chip, and streaming; even and odd L,
 # padded D.

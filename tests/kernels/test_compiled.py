@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from pdfast_kernels.group_norm import (
+from pdfast_kernels.ops.group_norm.group_norm import (
     BACKWARD,
     FORWARD,
     MERGED_CHANNELS,
@@ -42,7 +42,7 @@ def compiled(*arguments):
 def test_every_integer_argument_may_be_one():
     """Strides, sizes and counts, one at a time and all together."""
     seen = compiled("ones")
-    assert len(seen) >= 20 and "_group_norm_kernels.merge_moments" in seen
+    assert len(seen) >= 20 and "group_norm_kernels.merge_moments" in seen
     assert [f"{kernel}: {case}" for kernel, cases in seen.items() for case in cases if case.startswith("!")] == []
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.cases import all_cases
 from benchmarks.static import launches
-from pdfast_kernels.configs import ANY, UNBOUNDED, Blocks, Table, looked_up
+from pdfast_kernels.runtime.configs import ANY, UNBOUNDED, Blocks, Table, looked_up
 
 SMALL, LARGE, OTHER = Blocks(10, 16, 1), Blocks(UNBOUNDED, 32, 2), Blocks(UNBOUNDED, 64, 4)
 

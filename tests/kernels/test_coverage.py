@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pdfast_kernels import attention, use
-from pdfast_kernels.accelerate import accelerate
+from pdfast_kernels.integrate.accelerate import accelerate
 
 
 def nonlinearity(x):

@@ -7,7 +7,10 @@ import torch
 
 from pdfast.diffusion import PREDICTIONS, Cosine, StartingAt, build_step_table, to_x
 from pdfast_kernels import use
-from pdfast_kernels.ddim_step_weighted_loss import ddim_step_weighted_loss, ddim_step_weighted_loss_and_grad
+from pdfast_kernels.ops.ddim_step_weighted_loss.ddim_step_weighted_loss import (
+    ddim_step_weighted_loss,
+    ddim_step_weighted_loss_and_grad,
+)
 from tests.kernels.compare import RELATIVE, assert_relative, channels_last
 
 SHAPES = [(3, 3, 8, 8), (2, 8, 4, 4), (1, 1, 5, 7), (2, 3, 40, 40), (5, 7), (2, 4, 6), (0, 3, 8, 8), (1, 16, 40, 40)]

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from pdfast_kernels import philox, use
-from pdfast_kernels._triton import jit, tl
-from pdfast_kernels.diffuse import _normal_pair, diffuse, noise_key, philox4x32
+from pdfast_kernels import use
+from pdfast_kernels.ops.diffuse.diffuse import _normal_pair, diffuse, noise_key, philox4x32
+from pdfast_kernels.random import philox
+from pdfast_kernels.runtime.triton import jit, tl
 from tests.kernels.compare import RELATIVE, assert_relative
 
 KEY = (2**63 + 12345, 65535, 3, 2**32 - 1)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from pdfast_kernels import FusedAdamW, use
-from pdfast_kernels.adam_ema import AdamEma, _step
-from pdfast_kernels.launch import recorded
+from pdfast_kernels.ops.adam_ema.adam_ema import AdamEma, _step
+from pdfast_kernels.runtime.launch import recorded
 from tests.kernels.compare import assert_relative
 
 SIZES = [(5, 3), (7,), (2, 3, 1, 2), ()]

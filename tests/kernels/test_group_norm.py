@@ -8,8 +8,8 @@ from torch import Tensor
 
 from pdfast_kernels import group_norm, use
 from pdfast_kernels import reference as plain
-from pdfast_kernels.group_norm import BACKWARD, FORWARD, _resident, _Shape, backward, forward
-from pdfast_kernels.launch import recorded
+from pdfast_kernels.ops.group_norm.group_norm import BACKWARD, FORWARD, _resident, _Shape, backward, forward
+from pdfast_kernels.runtime.launch import recorded
 from tests.kernels.compare import RELATIVE, assert_relative, channels_last
 
 # Shape and groups: C/G of 8, 3, 6, 10, 1 and all of C; H x W not powers of two; resident and streamed, forward and backward.
@@ -156,7 +156,7 @@ def test_gradients_of_other_strides(triton_kernels, draw):
 
 
 def test_frozen_parameters_get_no_gradient_kernel(triton_kernels, draw, monkeypatch):
-    module = sys.modules["pdfast_kernels.group_norm"]  # the attribute of that name is the function
+    module = sys.modules["pdfast_kernels.ops.group_norm.group_norm"]  # the attribute of that name is the function
     launched, original = [], module.launch
 
     def spy(kernel, *arguments, **more):

@@ -5,7 +5,7 @@ import torch
 
 from pdfast.networks.layers import Attention
 from pdfast_kernels import use
-from pdfast_kernels.group_norm_attention import group_norm_attention
+from pdfast_kernels.ops.group_norm_attention.group_norm_attention import group_norm_attention
 from pdfast_kernels.reference import group_norm_attention as reference
 from tests.kernels.compare import RELATIVE, assert_relative, channels_last
 

@@ -14,7 +14,7 @@ from pdfast_kernels import (
     reference,
     use,
 )
-from pdfast_kernels import index as module
+from pdfast_kernels.runtime import index as module
 from tests.kernels.compare import channels_last
 
 OPS = torch.ops.pdfast_kernels

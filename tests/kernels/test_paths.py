@@ -22,7 +22,7 @@ from pdfast_kernels import (
     noise_key,
     use,
 )
-from pdfast_kernels.dispatch import DTYPES, KERNEL_DTYPES
+from pdfast_kernels.runtime.dispatch import DTYPES, KERNEL_DTYPES
 from tests.kernels.compare import assert_relative, channels_last
 
 BF16, FP16, FP32, FP64 = DTYPES

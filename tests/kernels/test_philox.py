@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pdfast_kernels import philox
+from pdfast_kernels.random import philox
 
 MASK = 0xFFFFFFFF
 

@@ -9,9 +9,10 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import pdfast_kernels
-from pdfast_kernels import dispatch, group_norm, use
-from pdfast_kernels.configs import ANY, UNBOUNDED, Blocks, Table, looked_up
-from pdfast_kernels.launch import launch, recorded
+from pdfast_kernels import group_norm, use
+from pdfast_kernels.runtime import dispatch
+from pdfast_kernels.runtime.configs import ANY, UNBOUNDED, Blocks, Table, looked_up
+from pdfast_kernels.runtime.launch import launch, recorded
 from tests.kernels.compare import channels_last
 
 

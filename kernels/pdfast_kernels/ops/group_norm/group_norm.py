@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pdfast_kernels import reference
-from pdfast_kernels._group_norm_kernels import (
+from pdfast_kernels.ops.group_norm import reference
+from pdfast_kernels.ops.group_norm.group_norm_kernels import (
     apply,
     apply_gradient,
     backward_resident,
@@ -33,9 +33,16 @@ from pdfast_kernels._group_norm_kernels import (
     merge_moments,
     parameter_gradients,
 )
-from pdfast_kernels.configs import ANY, UNBOUNDED, Table
-from pdfast_kernels.dispatch import as_given, check_device, check_floating, check_shape, triton_runs, unsupported_dtype
-from pdfast_kernels.launch import arch_of, cdiv, launch, next_power_of_2
+from pdfast_kernels.runtime.configs import ANY, UNBOUNDED, Table
+from pdfast_kernels.runtime.dispatch import (
+    as_given,
+    check_device,
+    check_floating,
+    check_shape,
+    triton_runs,
+    unsupported_dtype,
+)
+from pdfast_kernels.runtime.launch import arch_of, cdiv, launch, next_power_of_2
 
 
 class Tiles(NamedTuple):

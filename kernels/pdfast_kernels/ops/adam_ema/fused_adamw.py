@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdfast_kernels.adam_ema import AdamEma, check_settings
+from pdfast_kernels.ops.adam_ema.adam_ema import AdamEma, check_settings
 
 _STATE = ("exp_avg", "exp_avg_sq")
 

@@ -21,14 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdfast_kernels import reference
-from pdfast_kernels.attention import backward as attention_backward
-from pdfast_kernels.attention import forward as attention_forward
-from pdfast_kernels.attention import unsupported_dim
-from pdfast_kernels.dispatch import as_given, check_device, check_floating, check_shape, triton_runs, unsupported_dtype
-from pdfast_kernels.group_norm import backward as group_norm_backward
-from pdfast_kernels.group_norm import forward as group_norm_forward
-from pdfast_kernels.layout import is_channels_last, with_layout
+from pdfast_kernels.ops.attention.attention import backward as attention_backward
+from pdfast_kernels.ops.attention.attention import forward as attention_forward
+from pdfast_kernels.ops.attention.attention import unsupported_dim
+from pdfast_kernels.ops.group_norm.group_norm import backward as group_norm_backward
+from pdfast_kernels.ops.group_norm.group_norm import forward as group_norm_forward
+from pdfast_kernels.ops.group_norm_attention import reference
+from pdfast_kernels.runtime.dispatch import (
+    as_given,
+    check_device,
+    check_floating,
+    check_shape,
+    triton_runs,
+    unsupported_dtype,
+)
+from pdfast_kernels.runtime.layout import is_channels_last, with_layout
 
 
 def _as_given(function: Callable) -> Callable:

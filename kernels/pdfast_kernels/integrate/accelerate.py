@@ -30,21 +30,21 @@ from typing import Any
 
 from torch import nn
 
-from pdfast_kernels import _forwards
-from pdfast_kernels._coverage import Share, shares_by_elements, shares_by_modules, unknown_work
-from pdfast_kernels._recognition import code_names, forward_class, instance_forward, qualified_name
+from pdfast_kernels.integrate import forwards
+from pdfast_kernels.integrate.coverage import Share, shares_by_elements, shares_by_modules, unknown_work
+from pdfast_kernels.integrate.recognition import code_names, forward_class, instance_forward, qualified_name
 
 _SEQUENTIAL = "torch.nn.modules.container.Sequential"
 _BLOCKS: dict[str, Any] = {
-    _SEQUENTIAL: _forwards.Sequential,
-    "diffusers.models.resnet.ResnetBlock2D": _forwards.ResnetBlock2D,
-    "diffusers.models.attention_processor.Attention": _forwards.Attention,
+    _SEQUENTIAL: forwards.Sequential,
+    "diffusers.models.resnet.ResnetBlock2D": forwards.ResnetBlock2D,
+    "diffusers.models.attention_processor.Attention": forwards.Attention,
 }
 _UNETS = (
     "diffusers.models.unets.unet_2d.UNet2DModel",
     "diffusers.models.unets.unet_2d_condition.UNet2DConditionModel",
 )
-_KINDS: dict[Any, str] = {new.forward: new.kind for new in (_forwards.GroupNorm, *_BLOCKS.values())}
+_KINDS: dict[Any, str] = {new.forward: new.kind for new in (forwards.GroupNorm, *_BLOCKS.values())}
 _OURS = "calls pdfast_kernels itself"
 
 
@@ -86,7 +86,7 @@ def _calls_group_norm(module: nn.Module) -> bool:
     forward = inspect.unwrap(type(module).forward)
     names, globals_of = code_names(forward), getattr(forward, "__globals__", {})
     for value in (globals_of.get(name) for name in names):
-        if isinstance(value, FunctionType) and str(value.__module__).startswith("pdfast_kernels.group_norm"):
+        if isinstance(value, FunctionType) and str(value.__module__).startswith("pdfast_kernels.ops.group_norm"):
             return True
         if isinstance(value, ModuleType) and value.__name__ == "pdfast_kernels":
             return any(name.startswith("group_norm") for name in names)
@@ -102,7 +102,7 @@ def _accelerate(name: str, module: nn.Module, new: Any, report: Report) -> None:
     elif reason := new.why_not(module):
         report.left.append((name, reason))
     else:
-        if new is _forwards.UNet:
+        if new is forwards.UNet:
             forward = new.around(type(module).forward)
             _KINDS[forward] = new.kind
         else:
@@ -114,11 +114,11 @@ def _accelerate(name: str, module: nn.Module, new: Any, report: Report) -> None:
 def _kind(module: nn.Module) -> Any:
     """What would be set as its forward, if its code is known."""
     if isinstance(module, nn.GroupNorm):
-        return _forwards.GroupNorm
+        return forwards.GroupNorm
     block = qualified_name(forward_class(module))
     if block in _UNETS:
-        return _forwards.UNet if _forwards.UNet.has_end(module) else None
-    if block == _SEQUENTIAL and not _forwards.Sequential.pairs(module):  # type: ignore[arg-type]
+        return forwards.UNet if forwards.UNet.has_end(module) else None
+    if block == _SEQUENTIAL and not forwards.Sequential.pairs(module):  # type: ignore[arg-type]
         return None
     return _BLOCKS.get(block)
 
@@ -152,7 +152,7 @@ def accelerate(module: nn.Module, *, example: Sequence[Any] | Mapping[str, Any] 
     for norms in (True, False):  # blocks after their norms, which they call
         for name, part in modules:
             kind = kinds.get(part)
-            if kind is not None and (kind is _forwards.GroupNorm) == norms:
+            if kind is not None and (kind is forwards.GroupNorm) == norms:
                 _accelerate(name, part, kind, report)
     runs = {part for _, part in modules if instance_forward(part) in _KINDS} | done
     said = {name for name, _ in (*report.replaced, *report.left, *report.already)}

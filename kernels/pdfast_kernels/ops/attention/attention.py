@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pdfast_kernels import reference
-from pdfast_kernels._attention_kernels import (
+from pdfast_kernels.ops.attention import reference
+from pdfast_kernels.ops.attention.attention_kernels import (
     backward_resident,
     backward_stream,
     backward_tile,
@@ -32,9 +32,9 @@ from pdfast_kernels._attention_kernels import (
     forward_stream,
     row_products,
 )
-from pdfast_kernels.configs import ANY, UNBOUNDED, Table
-from pdfast_kernels.dispatch import as_given, check_device, check_floating, triton_runs, unsupported_dtype
-from pdfast_kernels.launch import arch_of, cdiv, launch, next_power_of_2
+from pdfast_kernels.runtime.configs import ANY, UNBOUNDED, Table
+from pdfast_kernels.runtime.dispatch import as_given, check_device, check_floating, triton_runs, unsupported_dtype
+from pdfast_kernels.runtime.launch import arch_of, cdiv, launch, next_power_of_2
 
 MOST_DIM, MOST_DIM_FP32 = 256, 128  # above, the kernels would spill registers
 MOST_ROW_STRIDE = 1 << 22  # times the rows of a block, within 32 bits

@@ -1,6 +1,6 @@
 """The kernels of `attention`, on q, k, v read by stride: see attention.py for the mathematics and the contract."""
 
-from pdfast_kernels._triton import jit, tl
+from pdfast_kernels.runtime.triton import jit, tl
 
 
 @jit

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pdfast_kernels import _forwards, dispatch, reference
-from pdfast_kernels._recognition import code_names, instance_forward
+from pdfast_kernels import reference
+from pdfast_kernels.integrate import forwards
+from pdfast_kernels.integrate.recognition import code_names, instance_forward
+from pdfast_kernels.runtime import dispatch
 
 Modules = Sequence[tuple[str, nn.Module]]
 KINDS_OF_WORK = ("norm", "activation", "attention")
@@ -91,9 +93,9 @@ def _taken_activations(modules: Modules, runs: set[nn.Module]) -> set[nn.Module]
         part: Any = module
         if isinstance(part, nn.Sequential):
             taken.update(
-                silu for norm, silu in _forwards.Sequential.pairs(part) if _forwards.why_not_fused(norm, silu) is None
+                silu for norm, silu in forwards.Sequential.pairs(part) if forwards.why_not_fused(norm, silu) is None
             )
-        elif _forwards.UNet.has_end(part):
+        elif forwards.UNet.has_end(part):
             taken.add(part.conv_act)
         elif isinstance(silu := getattr(part, "nonlinearity", None), nn.Module):
             taken.add(silu)

@@ -17,13 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdfast_kernels import reference
-from pdfast_kernels._triton import jit, tl
-from pdfast_kernels.configs import ANY, UNBOUNDED, Blocks, Table
-from pdfast_kernels.dispatch import as_given, check_device, check_floating, check_shape, triton_runs, unsupported_dtype
-from pdfast_kernels.index import check_index, in_range
-from pdfast_kernels.launch import arch_of, cdiv, launch
-from pdfast_kernels.layout import is_channels_last, run_length, with_layout
+from pdfast_kernels.ops.ddim_step import reference
+from pdfast_kernels.runtime.configs import ANY, UNBOUNDED, Blocks, Table
+from pdfast_kernels.runtime.dispatch import (
+    as_given,
+    check_device,
+    check_floating,
+    check_shape,
+    triton_runs,
+    unsupported_dtype,
+)
+from pdfast_kernels.runtime.index import check_index, in_range
+from pdfast_kernels.runtime.launch import arch_of, cdiv, launch
+from pdfast_kernels.runtime.layout import is_channels_last, run_length, with_layout
+from pdfast_kernels.runtime.triton import jit, tl
 
 OP = "ddim_step"
 

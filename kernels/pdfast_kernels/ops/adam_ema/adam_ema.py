@@ -25,12 +25,12 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from pdfast_kernels import reference
-from pdfast_kernels._triton import jit, tl
-from pdfast_kernels.configs import ANY, UNBOUNDED, Blocks, Table
-from pdfast_kernels.dispatch import KERNEL_DTYPES, check_device, check_floating, check_shape, triton_runs
-from pdfast_kernels.launch import arch_of, launch
-from pdfast_kernels.layout import is_channels_last
+from pdfast_kernels.ops.adam_ema import reference
+from pdfast_kernels.runtime.configs import ANY, UNBOUNDED, Blocks, Table
+from pdfast_kernels.runtime.dispatch import KERNEL_DTYPES, check_device, check_floating, check_shape, triton_runs
+from pdfast_kernels.runtime.launch import arch_of, launch
+from pdfast_kernels.runtime.layout import is_channels_last
+from pdfast_kernels.runtime.triton import jit, tl
 
 OP = "adam_ema"
 

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pdfast_kernels._triton import INTERPRETED, available
-from pdfast_kernels.layout import in_vmap
+from pdfast_kernels.runtime.layout import in_vmap
+from pdfast_kernels.runtime.triton import INTERPRETED, available
 
 Mode = Literal["auto", "triton", "reference"]
 MODES = ("auto", "triton", "reference")

@@ -1,6 +1,6 @@
 """The kernels of `group_norm`, on x as [N, rows, C] in memory: see group_norm.py for the mathematics and the contract."""
 
-from pdfast_kernels._triton import jit, tl
+from pdfast_kernels.runtime.triton import jit, tl
 
 
 @jit

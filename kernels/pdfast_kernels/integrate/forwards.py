@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from pdfast_kernels._recognition import (
+from pdfast_kernels.integrate.recognition import (
     code_names,
     forward_class,
     instance_forward,
@@ -26,8 +26,8 @@ from pdfast_kernels._recognition import (
     unknown_version,
     why_not_group_norm,
 )
-from pdfast_kernels.attention import attention
-from pdfast_kernels.group_norm import group_norm
+from pdfast_kernels.ops.attention.attention import attention
+from pdfast_kernels.ops.group_norm.group_norm import group_norm
 
 _SILU = nn.SiLU.forward  # as it was at the import: one that is put in its place later is another
 

@@ -20,10 +20,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pdfast_kernels import philox, reference
-from pdfast_kernels._triton import jit, tl
-from pdfast_kernels.configs import ANY, Table
-from pdfast_kernels.dispatch import (
+from pdfast_kernels.ops.diffuse import reference
+from pdfast_kernels.random import philox
+from pdfast_kernels.runtime.configs import ANY, Table
+from pdfast_kernels.runtime.dispatch import (
     DTYPES,
     EXPECTED_DTYPE,
     KERNEL_DTYPES,
@@ -33,8 +33,9 @@ from pdfast_kernels.dispatch import (
     check_shape,
     triton_runs,
 )
-from pdfast_kernels.index import check_index, in_range
-from pdfast_kernels.launch import arch_of, cdiv, launch
+from pdfast_kernels.runtime.index import check_index, in_range
+from pdfast_kernels.runtime.launch import arch_of, cdiv, launch
+from pdfast_kernels.runtime.triton import jit, tl
 
 
 class Tiles(NamedTuple):

@@ -1,0 +1,1 @@
+"""One folder an operation: its contract, its kernel, its plain PyTorch."""

@@ -1,0 +1,1 @@
+"""The loss of progressive distillation, from the networks' outputs."""

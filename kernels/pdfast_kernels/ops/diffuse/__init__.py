@@ -1,0 +1,1 @@
+"""Noisy images from uint8."""

@@ -1,0 +1,1 @@
+"""GroupNorm with FiLM and SiLU."""

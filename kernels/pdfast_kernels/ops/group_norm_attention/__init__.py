@@ -1,0 +1,1 @@
+"""A whole attention block of images."""

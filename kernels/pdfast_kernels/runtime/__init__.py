@@ -1,0 +1,1 @@
+"""What all operations share: which implementation runs, launches, indices, memory formats, block sizes."""

@@ -12,9 +12,11 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pdfast_kernels import reference
 from pdfast_kernels.integrate import forwards
 from pdfast_kernels.integrate.recognition import code_names, instance_forward
+from pdfast_kernels.ops.attention import reference as attention
+from pdfast_kernels.ops.group_norm import reference as group_norm
+from pdfast_kernels.ops.group_norm_attention import reference as group_norm_attention
 from pdfast_kernels.runtime import dispatch
 
 Modules = Sequence[tuple[str, nn.Module]]
@@ -144,11 +146,18 @@ class _Counted(TorchDispatchMode):
         return result
 
 
+_REFERENCES = (
+    (group_norm, "group_norm"),
+    (attention, "attention"),
+    (attention, "attention_packed"),
+    (group_norm_attention, "group_norm_attention"),
+)
+
+
 @contextmanager
 def _marked(counted: _Counted) -> Iterator[None]:
     """Within it, our operations run in PyTorch and say so to `counted`."""
-    names = ("group_norm", "attention", "attention_packed", "group_norm_attention")
-    before = {name: getattr(reference, name) for name in names}
+    before = {(module, name): getattr(module, name) for module, name in _REFERENCES}
 
     def marking(function: Callable) -> Callable:
         @functools.wraps(function)
@@ -162,13 +171,13 @@ def _marked(counted: _Counted) -> Iterator[None]:
         return marked
 
     try:
-        for name, function in before.items():
-            setattr(reference, name, marking(function))
+        for (module, name), function in before.items():
+            setattr(module, name, marking(function))
         with dispatch.use("reference"):
             yield
     finally:
-        for name, function in before.items():
-            setattr(reference, name, function)
+        for (module, name), function in before.items():
+            setattr(module, name, function)
 
 
 def shares_by_elements(module: nn.Module, example: Sequence[Any] | Mapping[str, Any]) -> dict[str, Share]:

@@ -156,9 +156,7 @@ def _training(source: ImageSource, options: Namespace) -> Row:
     few = {"num_res_blocks": 1, "attention_resolutions": (), "head_dim": 8, "emb_channels": 32, "num_groups": 2}
     network = dataclasses.replace(PRESETS["digits"].network, **shape, **few)
     method = Denoise(network.build().to(options.device), Cosine(), "truncated_snr")
-    batch = TrainingBatch(
-        source, World(options.device), seed=SEED, batch_size=options.batch, flip=True, conditional=False
-    )
+    batch = TrainingBatch(source, World(options.device), network, seed=SEED, batch_size=options.batch, flip=True)
     batch.load(0, 0)
     shares, rates, update = [], {True: [], False: []}, 0
     end = time.perf_counter() + options.seconds

@@ -49,12 +49,12 @@ class Pdfast:
 
     def drawn(self) -> Batch:
         batch, config = self._trainer.batch, self.setting.config
-        x = batch.images.permute(0, 3, 1, 2).double() / 127.5 - 1
+        x = batch.x.permute(0, 3, 1, 2).double() / 127.5 - 1
         if config.flip:
             flip = noise.integer(batch.key(Stream.FLIP), batch.index, 2).bool()
             x = torch.where(flip[:, None, None, None], x.flip(-1), x)
         eps = noise.normal(batch.key(Stream.NOISE), batch.index, config.network.image_shape)
-        return Batch(x, eps, batch.step_indices(self._method.table.count), batch.labels)
+        return Batch(x, eps, batch.step_indices(self._method.table.count), batch.cond)
 
     def tensors(self) -> list[Tensor]:
         return [*self._method.teacher.parameters(), *self._trainer.optimizer.state().values()]
@@ -68,5 +68,4 @@ class Pdfast:
 
     def sample(self, steps: int) -> None:
         config, network, n = self.setting.config, self._method.student.eval(), self.setting.config.batch_size
-        of, shape = {"seed": config.seed, "num_classes": config.network.num_classes}, config.network.image_shape
-        draw(network, config.schedule.build(), steps, shape, n, self._machine.world, batch_size=n, **of)
+        draw(network, config.schedule.build(), steps, n, self._machine.world, seed=config.seed, batch_size=n)

@@ -91,10 +91,10 @@ class Rival:
     def _draw(self) -> Batch:
         setting, n, device = self.setting, self.setting.config.batch_size, self.setting.device
         drawn = setting.source.take(torch.randint(setting.source.num_images, (n,), device=device))
-        x = drawn.images.permute(0, 3, 1, 2).float() / 127.5 - 1
+        x = drawn.x.permute(0, 3, 1, 2).float() / 127.5 - 1
         if setting.config.flip:
             x = torch.where(torch.rand(n, 1, 1, 1, device=device) < 0.5, x.flip(-1), x)
-        return Batch(x, torch.randn_like(x), torch.randint(1, setting.steps + 1, (n,), device=device), drawn.labels)
+        return Batch(x, torch.randn_like(x), torch.randint(1, setting.steps + 1, (n,), device=device), drawn.cond)
 
     def _network(self, call: Network) -> Network:
         def run(z: Tensor, phi: Tensor, cond: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pdfast.config import DistillConfig, EvaluationConfig, RunConfig, TrainConfig, parse_updates
-from pdfast.data import DIGITS_SHAPE, ImageSource, check_shape
+from pdfast.data import DIGITS_SHAPE, ImageSource, check_shape, codec_of
 from pdfast.diffusion import build_step_table, check_start
 from pdfast.engine.cost import parameters_and_flops
 from pdfast.engine.optimizer import check_backend
@@ -129,7 +129,7 @@ def check_plan(config: RunConfig) -> None:
     """Raise a UsageError where the built-in data are not of the network's shape, there are no such features, or they take no
     images of that shape. Of features whose package is not installed it is said: the run may be for another machine."""
     network, features = config.network, config.evaluation.features
-    shape = network.image_size, network.image_size, network.image_channels
+    shape = codec_of(network).data_shape(network.image_shape)
     if config.data == "digits":
         check_shape(config.data, DIGITS_SHAPE, shape)
     check_feature_space(features, shape, weights=False)

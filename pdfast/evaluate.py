@@ -20,7 +20,7 @@ from pdfast import own_code
 from pdfast.checks import check_evaluation, check_once
 from pdfast.cli import parse, run_command
 from pdfast.config import EvaluationConfig, Reference, RunConfig
-from pdfast.data import load_source
+from pdfast.data import codec_of, load_source
 from pdfast.engine import parallelize
 from pdfast.engine.device import open_device
 from pdfast.engine.run import changed_data
@@ -163,12 +163,12 @@ def main() -> None:
     first = wanted[0][1]
     for _, saved, _ in wanted:
         saved.check_start()
-    config = first.config
+    height, width, channels = codec_of(first.config).data_shape(first.config.image_shape)
     with own_flags():
         source = load_source(
             data,
-            image_size=config.image_size,
-            channels=config.image_channels,
+            image_size=(height, width),
+            channels=channels,
             device=device,
             loader=run.get("loader", "auto") if data == run.get("data") else "auto",
             max_bad=run.get("max_bad", RunConfig.max_bad),
@@ -187,7 +187,6 @@ def main() -> None:
         source,
         first.schedule.build(),
         seed=seed,
-        num_classes=config.num_classes,
         world=World(device),
     )
     rows = []

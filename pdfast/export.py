@@ -18,10 +18,11 @@ import torch
 
 from pdfast import own_code
 from pdfast.cli import parse, run_command
+from pdfast.data import codec_of
 from pdfast.diffusers_tables import library
 from pdfast.diffusion import sample
 from pdfast.engine.device import open_device
-from pdfast.evaluation.evaluator import check_finite, to_uint8
+from pdfast.evaluation.evaluator import check_finite
 from pdfast.evaluation.stored import read_metrics
 from pdfast.exporting.pipeline import write_pipeline
 from pdfast.flags import OptionalInt, OptionalString, Positional
@@ -84,11 +85,11 @@ def compare(
     generator = torch.Generator().manual_seed(SEED)
     z = torch.randn(count, *config.image_shape, generator=generator).to(device)
     classes = [i % config.num_classes for i in range(count)] if config.num_classes else None
-    cond = None if classes is None else torch.tensor(classes, device=device)
+    cond = config.condition(None if classes is None else torch.tensor(classes, device=device))
     network = saved.network.to(device)
     x = sample(network, z, saved.schedule.build(), steps, cond=cond)
     check_finite(bool(torch.isfinite(x).all()), steps)
-    ours = to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
+    ours = codec_of(config).decode(x).permute(0, 2, 3, 1).cpu().numpy()
     pipeline = load_again(folder, custom).to(device)
     labels = {} if classes is None else {"class_labels": classes}
     drawn = pipeline(
@@ -106,6 +107,7 @@ def compare(
 def model_card(saved: SavedModel, steps: int, model_file: str | None, changed: float) -> str:
     """README.md of the pipeline's folder: how to sample, what was trained, what was measured."""
     config = saved.config
+    height, width, _ = codec_of(config).data_shape(config.image_shape)
     call = f"num_inference_steps={steps}, batch_size=16"
     call += f", class_labels=[i % {config.num_classes} for i in range(16)]" if config.num_classes else ""
     loading = '"PATH", trust_remote_code=True' if model_file else '"PATH"'
@@ -116,7 +118,7 @@ def model_card(saved: SavedModel, steps: int, model_file: str | None, changed: f
         "tags: [diffusers, progressive-distillation, few-step]",
         "---",
         "",
-        f"# A diffusion model of {config.image_size}x{config.image_size} images: {kind}",
+        f"# A diffusion model of {height}x{width} images: {kind}",
         "",
         "Made by pdfast with Progressive Distillation (Salimans & Ho 2022, arXiv 2202.00512).",
         "",

@@ -111,8 +111,8 @@ def distillation_loss(
 
     x: images in about [-1, 1], float [N, C, ...]. table: of the student's number of steps, on x's device. k: rows of the table, in
     1..len(table), int64 [N], and eps: noise like x; both drawn, with the generator, where not given. student and teacher: of one
-    prediction, that of the table. average: the student's own average, for a table whose last part it takes. cond: handed to all;
-    a tensor begins with N. z and the target are float32, or float64 where x
+    prediction, that of the table. average: the student's own average, for a table whose last part it takes. cond: a tree of tensors
+    that begin with N, handed to all. z and the target are float32, or float64 where x
     is, whatever the dtypes of x, eps and the outputs are. TypeError for a wrong dtype, ValueError for a wrong shape, device or
     prediction, and for a k out of range (on a GPU, where asking would be a wait, the losses of those images are NaN).
     """

@@ -39,7 +39,7 @@ class Teacher:
     schedule: Schedule
     """How noise grows: one of pdfast, such as pdfast.Flow(), or another object with `phi(u)` and `delta(u, du)`."""
     image_shape: tuple[int, int, int]
-    """(C, H, W), with H = W."""
+    """(C, H, W)."""
     num_classes: int = 0
     """Classes for conditioning; 0 for an unconditional model."""
 
@@ -127,9 +127,8 @@ def _checked(name: str, made: Any) -> Teacher:
     if made.prediction not in PREDICTIONS:
         raise UsageError(f"{name}: its prediction is {shown(made.prediction)}: choose from {', '.join(PREDICTIONS)}")
     shape = made.image_shape
-    whole = isinstance(shape, tuple | list) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)
-    if not whole or shape[1] != shape[2]:
-        raise UsageError(f"{name}: its image_shape is {shown(shape)}: need (C, H, W) of square images")
+    if not (isinstance(shape, tuple | list) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)):
+        raise UsageError(f"{name}: its image_shape is {shown(shape)}: need (C, H, W)")
     if type(made.num_classes) is not int or made.num_classes < 0:
         raise UsageError(f"{name}: its num_classes is {shown(made.num_classes)}: need a number of classes, 0 for none")
     try:

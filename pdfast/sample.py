@@ -18,11 +18,12 @@ import torch
 
 from pdfast import own_code
 from pdfast.cli import parse, run_command
+from pdfast.data import codec_of
 from pdfast.diffusion import ancestral, angles, noise, sample
 from pdfast.diffusion.noise import Stream
 from pdfast.engine import parallelize
 from pdfast.engine.device import open_device
-from pdfast.evaluation.evaluator import check_finite, to_uint8
+from pdfast.evaluation.evaluator import check_finite
 from pdfast.flags import OptionalInt, OptionalString, Positional
 from pdfast.io.bounds import BATCH, SEED, STEPS, between, require, whole
 from pdfast.io.errors import UsageError
@@ -117,7 +118,8 @@ def draw(arguments: Arguments, saved: SavedModel, device: torch.device) -> tuple
     for batch in range(batches):
         index = torch.arange(batch * batch_size, (batch + 1) * batch_size, device=device)
         z = noise.normal(noise.key(arguments.seed, Stream.SAMPLE), index, config.image_shape)
-        cond = classes[index % len(classes)] if config.num_classes else None
+        label = classes[index % len(classes)] if config.num_classes else None
+        cond = config.condition(label)
         if arguments.sampler == "ddim":
             x = sample(saved.network, z, saved.schedule.build(), steps, cond=cond, clip=arguments.clip)
         else:
@@ -129,9 +131,9 @@ def draw(arguments: Arguments, saved: SavedModel, device: torch.device) -> tuple
                 saved.network, z, phi, step_noise, variance=arguments.variance, cond=cond, clip=arguments.clip
             )
         check_finite(bool(torch.isfinite(x).all()), steps)
-        images.append(to_uint8(x).permute(0, 2, 3, 1).cpu().numpy())
-        if cond is not None:
-            labels.append(cond.cpu().numpy())
+        images.append(codec_of(config).decode(x).permute(0, 2, 3, 1).cpu().numpy())
+        if label is not None:
+            labels.append(label.cpu().numpy())
     drawn, count = np.concatenate(images), arguments.count
     return drawn[:count], np.concatenate(labels)[:count] if labels else None, steps
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pdfast.config import DistillConfig, RunConfig
-from pdfast.data import ImageSource, load_source
+from pdfast.data import ImageSource, codec_of, load_source
 from pdfast.engine.log import RunLog
 from pdfast.engine.loop import RESUME_HINT, Optimization, Stage, Trainer
 from pdfast.engine.machine import Machine
@@ -32,10 +32,11 @@ CONVERSION_STEPS = (16, 4, 1)
 def open_data(config: RunConfig, device: torch.device) -> ImageSource:
     """The run's images on the device. UsageError where they do not fit the network."""
     network = config.network
+    height, width, channels = codec_of(network).data_shape(network.image_shape)
     return load_source(
         config.data,
-        image_size=network.image_size,
-        channels=network.image_channels,
+        image_size=(height, width),
+        channels=channels,
         device=device,
         num_classes=network.num_classes,
         loader=config.loader,
@@ -56,7 +57,6 @@ def open_evaluator(config: RunConfig, machine: Machine, source: ImageSource) -> 
         source,
         config.schedule.build(),
         seed=config.seed,
-        num_classes=config.network.num_classes,
         world=machine.world,
         between=between,
     )

@@ -12,6 +12,7 @@ from pdfast.engine.world import World
 from pdfast.evaluation.evaluator import draw
 from pdfast.io.errors import RunError
 from pdfast.io.files import sha256
+from pdfast.recipes import DIGITS
 from tests.commands import TINY_DISTILL, call, rewrite_config
 
 CPU = torch.device("cpu")
@@ -22,6 +23,7 @@ class Overflows:
     """A network that gives one value that is not finite, in one image."""
 
     prediction = "v"
+    config = DIGITS.network
 
     def __init__(self, value, at):
         self.value, self.at = value, at
@@ -37,9 +39,9 @@ class Overflows:
 def test_an_evaluation_looks_at_every_image(value):
     """At one in the last batch too."""
     with pytest.raises(RunError, match="in 4 steps are not finite"):
-        draw(Overflows(value, 2), Cosine(), 4, (1, 8, 8), 13, World(CPU), seed=0, batch_size=5)
+        draw(Overflows(value, 2), Cosine(), 4, 13, World(CPU), seed=0, batch_size=5)
     with pytest.raises(RunError, match="in 1 step are not finite"):
-        draw(Overflows(value, 0), Cosine(), 1, (1, 8, 8), 1, World(CPU), seed=0)
+        draw(Overflows(value, 0), Cosine(), 1, 1, World(CPU), seed=0)
 
 
 @pytest.fixture

@@ -28,8 +28,8 @@ def test_an_update_of_teacher_and_student(name):
     channels, height, width = config.network.image_shape
     images = np.random.default_rng(0).integers(0, 256, (2, height, width, channels), dtype=np.uint8)
     labels = torch.tensor([3, 1]) if config.network.num_classes else None
-    source, conditional = ResidentImages("noise", torch.from_numpy(images), labels), labels is not None
-    batch = TrainingBatch(source, ALONE, seed=0, batch_size=2, flip=config.flip, conditional=conditional)
+    source = ResidentImages("noise", torch.from_numpy(images), labels)
+    batch = TrainingBatch(source, ALONE, config.network, seed=0, batch_size=2, flip=config.flip)
     schedule = config.schedule.build()
 
     torch.manual_seed(0)

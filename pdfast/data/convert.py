@@ -132,7 +132,7 @@ def _convert_part(part: int) -> None:
             numbers.append(i)
         except BadImage as error:
             bad[encoded.names[i]] = str(error)
-    array = np.stack(images) if images else np.empty((0, size, size, samples.channels), dtype=np.uint8)
+    array = np.stack(images) if images else np.empty((0, *samples.shape), dtype=np.uint8)
     labels = np.zeros(len(numbers), dtype=np.int64) if encoded.labels is None else encoded.labels[numbers]
 
     def fill(folder: Path) -> None:

@@ -19,7 +19,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from pdfast.data.files import Bad, Decoded, Samples, spare_cores
-from pdfast.data.pictures import UPRIGHT, BadImage, decode, examine, fit, in_full
+from pdfast.data.pictures import UPRIGHT, BadImage, decode, examine, fit, in_full, sides
 from pdfast.io.errors import RunError
 
 AHEAD = 2  # batches decoded before they are asked for
@@ -99,24 +99,28 @@ class DaliLoader:
         opened = examine(content)
         formats, modes = ALIKE
         alike = opened.image.format in formats and opened.image.mode in modes and not opened.transparent
-        decoded = i in self._for_pillow or not alike
+        tall, wide = sides(self._samples.size)
+        *backwards, exchanged = TURNS[opened.orientation]
+        # A batch has one size, which an image that lies on its side would have exchanged.
+        decoded = i in self._for_pillow or not alike or (exchanged and tall != wide)
         if decoded:
             content = _as_pnm(in_full(opened, self._samples.channels))
-        size, to = self._samples.size, fit(opened.width, opened.height, self._samples.size)
-        sides, scale = (opened.height, opened.width), (opened.height / to.height, opened.width / to.width)
+        to = fit(opened.width, opened.height, self._samples.size)
+        stored, scale = (opened.height, opened.width), (opened.height / to.height, opened.width / to.width)
         first = scale[0] * to.upper, scale[1] * to.left
-        last = scale[0] * (to.upper + size), scale[1] * (to.left + size)
-        *backwards, exchanged = TURNS[UPRIGHT if decoded else opened.orientation]
+        last = scale[0] * (to.upper + tall), scale[1] * (to.left + wide)
+        if decoded:
+            *backwards, exchanged = TURNS[UPRIGHT]
         corners = np.array([first, last], dtype=np.float32)
         if exchanged:
-            corners, sides = corners[:, ::-1], sides[::-1]
-        start, end = np.where(backwards, np.array(sides, dtype=np.float32) - corners, corners)
+            corners, stored = corners[:, ::-1], stored[::-1]
+        start, end = np.where(backwards, np.array(stored, dtype=np.float32) - corners, corners)
         return _Prepared(np.frombuffer(content, dtype=np.uint8), start, end, exchanged, decoded)
 
     def _pipeline(self, batch_size: int):
         from nvidia.dali import Pipeline, fn, types
 
-        size, on_gpu = self._samples.size, self._device.type == "cuda"
+        on_gpu = self._device.type == "cuda"
         pipeline = Pipeline(
             batch_size=batch_size,
             num_threads=self._threads,
@@ -130,7 +134,7 @@ class DaliLoader:
             image = fn.decoders.image(content, device="mixed" if on_gpu else "cpu", **how)
             if self._samples.channels == 1:
                 image = fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY)
-            square = {"size": (size, size), "roi_start": corners[0], "roi_end": corners[1]}
+            square = {"size": sides(self._samples.size), "roi_start": corners[0], "roi_end": corners[1]}
             pipeline.set_outputs(fn.resize(image, **square, interp_type=types.INTERP_CUBIC, antialias=True))
         pipeline.build()
         return pipeline

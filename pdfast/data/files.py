@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pdfast.data.encoded import EncodedImages
 from pdfast.data.identity import of_files, of_names
-from pdfast.data.pictures import BadImage, decode
+from pdfast.data.pictures import BadImage, Size, decode, sides
 from pdfast.data.source import BadImages, Batch, Identity, ResidentImages, order_of
 from pdfast.io.errors import UsageError
 
@@ -36,7 +36,7 @@ class Bad(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """uint8 [n, S, S, C]; which images they are, int64 [n], for some may be replaced; those that were bad."""
+    """uint8 [n, H, W, C]; which images they are, int64 [n], for some may be replaced; those that were bad."""
 
     images: Tensor
     indices: Tensor
@@ -46,9 +46,14 @@ class Decoded(NamedTuple):
 class Samples:
     """Decodes images of a data set, in any order, with Pillow."""
 
-    def __init__(self, encoded: EncodedImages, size: int, channels: int, num_classes: int) -> None:
+    def __init__(self, encoded: EncodedImages, size: Size, channels: int, num_classes: int) -> None:
         """num_classes: a label of that or more, or none at all, makes an image bad; 0 where labels are not used."""
         self.encoded, self.size, self.channels, self.num_classes = encoded, size, channels, num_classes
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of an image, (H, W, C)."""
+        return *sides(self.size), self.channels
 
     def content(self, i: int) -> bytes:
         """The bytes of image i. BadImage where they, or the label, are not there."""
@@ -103,7 +108,7 @@ class FileImages:
         of = encoded, samples.size, samples.channels
         self.identity = Identity(lambda: of_files(*of), lambda: of_names(*of))
         self.name, self.num_images = name, len(encoded)
-        self.shape = (samples.size, samples.size, samples.channels)
+        self.shape = samples.shape
         self.num_classes = 0 if encoded.labels is None else int(encoded.labels.max()) + 1
         classes = f", {self.num_classes} classes" if self.num_classes else ""
         self.description = f"{name}: {encoded.description}{classes}, as images of {self.shape}"
@@ -142,9 +147,9 @@ class FileImages:
         for start in range(0, self.num_images, CHUNK):
             rows = torch.arange(start, min(start + CHUNK, self.num_images))
             batch = self.take(rows)
-            images[rows] = batch.images.cpu()
-            if batch.labels is not None:
-                numbers[rows] = batch.labels.cpu()
+            images[rows] = batch.x.cpu()
+            if batch.cond is not None:
+                numbers[rows] = batch.cond.cpu()
         labels = None if self._samples.encoded.labels is None else torch.from_numpy(numbers)
         resident = ResidentImages(self.name, torch.from_numpy(images), labels, self._device)
         # Of the files, whatever loads them: a run may go on with another loader.

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from pdfast.data.encoded import EncodedImages
-from pdfast.data.pictures import BadImage
+from pdfast.data.pictures import BadImage, Size
 from pdfast.data.source import Hashes
 from pdfast.diffusion.noise import permutation
 
@@ -16,7 +16,7 @@ SEED = 0  # of the sample
 CHUNK = 256  # images that a thread reads at a time
 
 
-def of_files(encoded: EncodedImages, size: int, channels: int) -> Hashes:
+def of_files(encoded: EncodedImages, size: Size, channels: int) -> Hashes:
     """Of encoded images, as they are decoded at that size: all sizes and labels, and the bytes of all images where they are
     no more than `EVERYTHING`, else those of a sample that is spread evenly."""
     sizes = encoded.places[:, 2]
@@ -51,7 +51,7 @@ def contents(encoded: EncodedImages, indices: list[int]) -> bytes:
     return b"".join(map(of_one, indices))
 
 
-def of_names(encoded: EncodedImages, size: int, channels: int) -> str:
+def of_names(encoded: EncodedImages, size: Size, channels: int) -> str:
     """As the version before computed it of encoded images: of names, places, sizes and labels."""
     digest = hashlib.sha256(f"{size} {channels}\n".encode())
     digest.update("\n".join(encoded.names).encode(errors="surrogateescape"))

@@ -28,7 +28,7 @@ def check_shape(spec: str, shape: tuple[int, ...], expected: tuple[int, ...]) ->
 def load_source(
     spec: str,
     *,
-    image_size: int,
+    image_size: int | tuple[int, int],
     channels: int,
     device: torch.device | str = "cpu",
     num_classes: int = 0,
@@ -40,8 +40,9 @@ def load_source(
 
     num_classes: of a network that is conditioned on them, whose labels must be below that, else 0. max_bad: the fraction of encoded images that may be bad.
     UsageError, in one line that names the path, for data that are missing, damaged, or of images that are not
-    [image_size, image_size, channels].
+    [height, width, channels], where image_size is both or (height, width).
     """
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     path = Path(spec)
     try:
         there = path.exists()
@@ -61,7 +62,7 @@ def load_source(
 
         source = open_files(
             path,
-            image_size=image_size,
+            image_size=height if height == width else (height, width),
             channels=channels,
             device=device,
             num_classes=num_classes,
@@ -73,7 +74,7 @@ def load_source(
         raise UsageError(f"{spec} is not data that pdfast reads: {WHAT_DATA_MAY_BE}")
     if loader not in ("auto", "resident"):
         raise UsageError(f"{spec} is an array, which is always resident: leave out --loader {loader}")
-    check_shape(spec, images.shape[1:], (image_size, image_size, channels))
+    check_shape(spec, images.shape[1:], (height, width, channels))
     numbers = None if labels is None else torch.from_numpy(labels)
     check_labels(numbers, num_classes, spec)
     return ResidentImages(path.absolute().name, torch.from_numpy(images), numbers, device)

@@ -1,5 +1,6 @@
 """Which loader decodes images in files, and why."""
 
+import math
 import warnings
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from pdfast.data import dali
 from pdfast.data.files import FileImages, Loader, Samples
 from pdfast.data.formats import find_images
+from pdfast.data.pictures import Size
 from pdfast.data.portable import PortableLoader
 from pdfast.data.source import ImageSource, LoaderName, check_labels
 from pdfast.io.errors import UsageError
@@ -18,7 +20,7 @@ MOST_RESIDENT = 1 << 30  # bytes of decoded images that are kept in memory unles
 def open_files(
     path: Path,
     *,
-    image_size: int,
+    image_size: Size,
     channels: int,
     device: torch.device | str,
     num_classes: int,
@@ -39,7 +41,7 @@ def open_files(
     lacking = dali.missing() if loader in ("auto", "dali") else None
     if loader == "dali" and lacking:
         raise UsageError(f"--loader dali: {lacking}")
-    size = len(encoded) * image_size**2 * channels
+    size = len(encoded) * math.prod(samples.shape)
     chosen = loader
     if loader == "auto":
         chosen = "resident" if size <= MOST_RESIDENT else "portable" if lacking else "dali"

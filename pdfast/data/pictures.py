@@ -112,9 +112,18 @@ def in_full(opened: Opened, channels: int) -> Image.Image:
         raise BadImage(_reason(error)) from None
 
 
+Size = int | tuple[int, int]
+"""Height and width in pixels, or one number for both."""
+
+
+def sides(size: Size) -> tuple[int, int]:
+    """Return height and width."""
+    return (size, size) if isinstance(size, int) else size
+
+
 @dataclass(frozen=True)
 class Fit:
-    """How an image becomes a square: brought to `width` x `height`, of which the crop at (left, upper) is taken."""
+    """How an image gets its size: brought to `width` x `height`, of which the crop at (left, upper) is taken."""
 
     width: int
     height: int
@@ -122,24 +131,26 @@ class Fit:
     upper: int
 
 
-def fit(width: int, height: int, size: int) -> Fit:
-    """The centre `size` x `size` of an image whose short side is brought to `size`."""
-    scale = size / min(width, height)
-    width, height = max(round(width * scale), size), max(round(height * scale), size)
-    return Fit(width, height, (width - size) // 2, (height - size) // 2)
+def fit(width: int, height: int, size: Size) -> Fit:
+    """Return the centre of that size of an image which is brought to the least size that covers it."""
+    tall, wide = sides(size)
+    scale = max(wide / width, tall / height)
+    width, height = max(round(width * scale), wide), max(round(height * scale), tall)
+    return Fit(width, height, (width - wide) // 2, (height - tall) // 2)
 
 
-def decode(content: bytes, size: int, channels: int) -> np.ndarray:
-    """The centre of an encoded image, uint8 [size, size, channels]; its short side is brought to `size` by bicubic
+def decode(content: bytes, size: Size, channels: int) -> np.ndarray:
+    """Return the centre of an encoded image, uint8 [H, W, channels]; it is brought to the least size that covers H x W by bicubic
     interpolation, antialiased where that is smaller. BadImage where it cannot be used."""
     opened = examine(content)
     image, to = in_full(opened, channels), fit(opened.width, opened.height, size)
-    if max(to.width, to.height) > LONG * size:
+    tall, wide = sides(size)
+    if to.width > LONG * wide or to.height > LONG * tall:
         x, y = image.width / to.width, image.height / to.height
-        box = (x * to.left, y * to.upper, x * (to.left + size), y * (to.upper + size))
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box)
+        box = (x * to.left, y * to.upper, x * (to.left + wide), y * (to.upper + tall))
+        image = image.resize((wide, tall), Image.Resampling.BICUBIC, box)
     else:  # the same but for rounding, and what it always was
         if image.size != (to.width, to.height):
             image = image.resize((to.width, to.height), Image.Resampling.BICUBIC)
-        image = image.crop((to.left, to.upper, to.left + size, to.upper + size))
-    return np.asarray(image).reshape(size, size, channels)
+        image = image.crop((to.left, to.upper, to.left + wide, to.upper + tall))
+    return np.asarray(image).reshape(tall, wide, channels)

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,10 +26,12 @@ LoaderName = Literal["auto", "resident", "dali", "portable"]
 
 @dataclass(frozen=True)
 class Batch:
-    """images: uint8 [n, H, W, C]; labels: int64 [n], or None for unlabelled data."""
+    """Samples of a data set."""
 
-    images: Tensor
-    labels: Tensor | None
+    x: Tensor
+    """uint8 images [n, H, W, C]."""
+    cond: Any
+    """A tree of tensors with the batch first; of labelled images the labels, int64 [n]; None where there is nothing."""
 
 
 def order_of(samples: Tensor, num_images: int, seed: int) -> Tensor:

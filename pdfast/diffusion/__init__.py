@@ -15,6 +15,7 @@ from pdfast.diffusion.circle import (
     to_v,
     to_x,
 )
+from pdfast.diffusion.condition import check_cond, map_condition, tensors_of
 from pdfast.diffusion.noise_levels import (
     alpha_bar_from_phi,
     flow_time_from_phi,
@@ -27,7 +28,7 @@ from pdfast.diffusion.noise_levels import (
     sigma_from_phi,
     time_from_phi,
 )
-from pdfast.diffusion.samplers import Model, ancestral, check_cond, check_model, ddim, prediction_of, sample
+from pdfast.diffusion.samplers import Model, ancestral, check_model, ddim, prediction_of, sample
 from pdfast.diffusion.schedules import AlphaBars, ClippedCosine, Cosine, Flow, Karras, LinearBeta, Schedule, StartingAt
 from pdfast.diffusion.step_table import StepTable, angles, build_closure_table, build_step_table
 from pdfast.diffusion.weights import WEIGHTINGS, Weighting, natural_weight
@@ -53,6 +54,8 @@ __all__ = [
     "build_closure_table",
     "build_step_table",
     "check_cond",
+    "map_condition",
+    "tensors_of",
     "check_model",
     "check_output",
     "check_start",

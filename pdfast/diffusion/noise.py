@@ -37,10 +37,13 @@ def key(seed: int, stream: Stream, round_index: int = 0, update: int = 0) -> tup
     return philox.key_words(seed, stream, round_index, update)
 
 
-def normal(key: Key, index: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Standard normal noise, float32 [n, C, H, W] with channels-last strides, for int64 `index` [n] and shape (C, H, W)."""
-    channels, height, width = shape
+def normal(key: Key, index: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return standard normal noise, float32 [n, *shape], for int64 `index` [n]: with channels-last strides for a shape (C, H, W),
+    dense for others."""
     flat = philox.normals_from_key(key, index, math.prod(shape))
+    if len(shape) != 3:
+        return flat.view(-1, *shape)
+    channels, height, width = shape
     return flat.view(-1, height, width, channels).permute(0, 3, 1, 2)
 
 

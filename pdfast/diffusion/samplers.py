@@ -1,6 +1,7 @@
 """Samplers: from noise at the schedule's last angle down to images at angle 0.
 
-A model is any function `model(z, phi, cond) -> output`; z is [N, C, ...] float, phi [N] float32 in radians. What it predicts is
+A model is any function `model(z, phi, cond) -> output`; z is [N, C, ...] float, phi [N] float32 in radians, cond a tree
+of tensors with the batch first (`pdfast.diffusion.condition`), which is handed on. What it predicts is
 its attribute `prediction`, or said in the call. Sampling never takes gradients.
 
 The state is kept in float32, or in float64 for noise of that dtype, and returned so, whatever the dtypes of the noise and of
@@ -25,6 +26,7 @@ from pdfast.diffusion.circle import (
     ddim_coefficients,
     to_x,
 )
+from pdfast.diffusion.condition import check_cond
 from pdfast.diffusion.schedules import Schedule
 from pdfast.diffusion.step_table import angles
 from pdfast_kernels import ddim_step
@@ -56,12 +58,6 @@ def check_model(name: str, model: Any) -> None:
 
 def _column(value: Tensor, z: Tensor) -> Tensor:
     return value.to(z).reshape(1, -1).expand(len(z), -1)
-
-
-def check_cond(cond: Any, count: int) -> None:
-    """ValueError for a tensor of conditions that are not as many as the samples."""
-    if isinstance(cond, Tensor) and cond.shape[:1] != (count,):
-        raise ValueError(f"cond has shape {tuple(cond.shape)}: there are {count} samples, and it begins with as many")
 
 
 def _begin(

@@ -5,17 +5,18 @@ update reads is in tensors that stay where they are, so that it can be replayed 
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pdfast.data import Batch, ImageSource
-from pdfast.diffusion import noise
+from pdfast.data import Batch, ImageSource, codec_of
+from pdfast.diffusion import map_condition, noise, tensors_of
 from pdfast.diffusion.noise import Stream
 from pdfast.engine.parallelize import last_of_batch
 from pdfast.engine.world import World
-from pdfast_kernels import diffuse
+from pdfast.networks import ModelConfig
 
 STREAMS = (Stream.NOISE, Stream.TIME, Stream.FLIP)
 
@@ -24,17 +25,19 @@ class TrainingBatch:
     """This process's shard of each update's data and random numbers."""
 
     def __init__(
-        self, source: ImageSource, world: World, *, seed: int, batch_size: int, flip: bool, conditional: bool
+        self, source: ImageSource, world: World, network: ModelConfig, *, seed: int, batch_size: int, flip: bool
     ) -> None:
-        """batch_size: images per update on all processes, a multiple of their number."""
+        """network: what is trained on it. batch_size: samples per update on all processes, a multiple of their number."""
         self.world = world
+        self._codec, self._condition = codec_of(network), network.condition
         self._source, self._seed, self._batch_size, self._flip = source, seed, batch_size, flip
         self._part = world.part(batch_size)
         self.index = self._part.to(world.device)
         """Places of this process's samples in the global batch: int64 [n]."""
-        count = len(self._part)
-        self.images = torch.empty(count, *source.shape, dtype=torch.uint8, device=world.device)
-        self.labels = torch.zeros(count, dtype=torch.int64, device=world.device) if conditional else None
+        self.x: Tensor | None = None
+        """The data set's samples, as `self.cond` from the first `load` on in memory that stays."""
+        self.cond: Any = None
+        """The network's condition, a tree of tensors with the batch first."""
         self._stream: Iterator[Batch] = iter(())
         self._loaded: tuple[int, int] | None = None  # round and update
         self._keys = torch.zeros(len(STREAMS), 4, dtype=torch.int64, device=world.device)
@@ -49,10 +52,11 @@ class TrainingBatch:
                 seed = self._seed + (round_index << 32)
                 self._stream = self._source.stream(self._part, self._batch_size, update, seed)
             batch = next(self._stream)
-            self.images.copy_(batch.images, non_blocking=True)
-            if self.labels is not None:
-                assert batch.labels is not None  # a source without any is refused when it is opened
-                self.labels.copy_(batch.labels, non_blocking=True)
+            x, cond = batch.x, self._condition(batch.cond)
+            if self.x is None:
+                self.x, self.cond = map_condition(self._empty, (x, cond))
+            for kept, loaded in zip(tensors_of((self.x, self.cond)), tensors_of((x, cond)), strict=True):
+                kept.copy_(loaded, non_blocking=True)
             self._loaded = round_index, update
         keys = torch.tensor([noise.key(self._seed, stream, round_index, update) for stream in STREAMS])
         self._keys.copy_(keys if self._keys.device.type == "cpu" else keys.pin_memory(), non_blocking=True)
@@ -70,26 +74,30 @@ class TrainingBatch:
         return 1 + noise.integer(self.key(Stream.TIME), self.index, rows)
 
     def diffused(self, phi: Tensor) -> Tensor:
-        """Return the images, flipped where the random numbers say so, and their noise, at angles phi [n]: float32 [n, C, H, W]."""
+        """Return the samples, mirrored where the random numbers say so, and their noise, at angles phi [n]: float32 z [n, ...]."""
+        assert self.x is not None
         flip = noise.integer(self.key(Stream.FLIP), self.index, 2).bool() if self._flip else None
-        return diffuse(self.images, phi, self.key(Stream.NOISE), self.index, flip)
+        return self._codec.diffuse(self.x, phi, self.key(Stream.NOISE), self.index, flip)
+
+    def _empty(self, tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor, device=self.world.device, memory_format=torch.contiguous_format)
+
+
+def _part(i: int, count: int) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.chunk(count)[i]
 
 
 def accumulate_gradient(
-    student: nn.Module, losses: Callable[..., Tensor], given: Sequence[Tensor | None], micro_batches: int = 1
+    student: nn.Module, losses: Callable[..., Tensor], given: tuple, micro_batches: int = 1
 ) -> Tensor:
     """Add the gradient of the mean loss to the student's parameters, one micro-batch after the other; return the losses, [n].
 
-    given: tensors with the batch first, or None; losses: takes those of one micro-batch and returns its losses.
+    given: trees of tensors with the batch first; losses: takes those of one micro-batch and returns its losses.
     """
     all_losses: list[Tensor] = []
-    for parts in zip(*(_parts(tensor, micro_batches) for tensor in given), strict=True):
-        loss = losses(*parts)
-        last_of_batch(student, len(all_losses) == micro_batches - 1)
+    for i in range(micro_batches):
+        loss = losses(*map_condition(_part(i, micro_batches), given))
+        last_of_batch(student, i == micro_batches - 1)
         (loss.mean() / micro_batches).backward()
         all_losses.append(loss.detach())
     return torch.cat(all_losses)
-
-
-def _parts(tensor: Tensor | None, count: int) -> Sequence[Tensor | None]:
-    return [None] * count if tensor is None else tensor.chunk(count)

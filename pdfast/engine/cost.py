@@ -11,7 +11,7 @@ from pdfast.networks import Network, NetworkConfig
 
 def inputs(network: NetworkConfig, count: int, device: torch.device | str) -> tuple:
     """Return z, phi and cond of `count` images, zeros."""
-    cond = torch.zeros(count, dtype=torch.int64, device=device) if network.num_classes else None
+    cond = network.condition(torch.zeros(count, dtype=torch.int64, device=device))
     return torch.zeros(count, *network.image_shape, device=device), torch.zeros(count, device=device), cond
 
 

@@ -56,8 +56,8 @@ class Optimization:
 class Targets:
     """What a method has computed for a batch before its student runs."""
 
-    given: tuple[Tensor | None, ...]
-    """What `Method.losses` takes, one micro-batch at a time: tensors with the batch first."""
+    given: tuple
+    """What `Method.losses` takes, one micro-batch at a time: trees of tensors with the batch first."""
     row: Tensor
     """What the losses are logged by: int64 [n] in 1..count, a row of the step table or a bucket of diffusion times."""
     count: Tensor
@@ -154,13 +154,9 @@ class Trainer:
         self.optimizer = machine.optimizer(
             method.student, clip=optimization.clip, ema=optimization.ema, weight_decay=optimization.weight_decay
         )
+        batch_size = optimization.batch_size
         self.batch = TrainingBatch(
-            source,
-            machine.world,
-            seed=config.seed,
-            batch_size=optimization.batch_size,
-            flip=config.flip,
-            conditional=config.network.num_classes > 0,
+            source, machine.world, config.network, seed=config.seed, batch_size=batch_size, flip=config.flip
         )
         self.losses = Losses(machine.world)
         self.run_update: Callable[[], None] = machine.cuda_graphed(self.update)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import pdfast
 from pdfast.config import EvaluationConfig
-from pdfast.data import ImageSource
+from pdfast.data import ImageSource, codec_of
 from pdfast.diffusion import Prediction, Schedule, noise, sample
 from pdfast.diffusion.noise import Stream
 from pdfast.engine.device import commit, describe
@@ -27,11 +27,6 @@ from pdfast.io.text import count_steps
 from pdfast.networks import Network
 
 SHOWN = 16  # images kept for sample grids
-
-
-def to_uint8(x: Tensor) -> Tensor:
-    """Images in [-1, 1] to uint8, clipped and rounded; same shape."""
-    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def check_finite(finite: bool, steps: int) -> None:
@@ -63,12 +58,10 @@ def draw(
     model: Network,
     schedule: Schedule,
     steps: int,
-    shape: tuple[int, int, int],
     count: int,
     world: World,
     *,
     seed: int,
-    num_classes: int = 0,
     batch_size: int = 256,
     clip: bool = False,
     between: Callable[[], None] = lambda: None,
@@ -76,21 +69,19 @@ def draw(
     """`count` images by DDIM in `steps` steps: uint8 [count, C, H, W] on the CPU, the same in all processes, of which each
     draws a part. Image i depends on (seed, i) alone.
 
-    shape: (C, H, W). num_classes: where not 0, classes are drawn uniformly. between: called before each step. All batches
-    are of one size, since compiled code is for one: what is too many is dropped.
+    between: called before each step. All batches are of one size, since compiled code is for one: what is too many is dropped.
     """
-    images = []
+    images, config = [], model.config
     finite = torch.ones((), dtype=torch.bool, device=world.device)
     watched = _Watched(model, between)
     part = world.part(count).to(world.device)
     batch_size = -(-len(part) // -(-len(part) // batch_size))
     for start in range(0, len(part), batch_size):
         index = part[0] + start + torch.arange(batch_size, device=world.device)
-        z = noise.normal(noise.key(seed, Stream.SAMPLE), index, shape)
-        labels = noise.integer(noise.key(seed, Stream.LABEL), index, num_classes) if num_classes else None
-        x = sample(watched, z, schedule, steps, cond=labels, clip=clip)
-        finite &= torch.isfinite(x).all()
-        images.append(to_uint8(x).cpu())
+        z = noise.normal(noise.key(seed, Stream.SAMPLE), index, config.image_shape)
+        z = sample(watched, z, schedule, steps, cond=config.draw_condition(seed, index), clip=clip)
+        finite &= torch.isfinite(z).all()
+        images.append(codec_of(config).decode(z).cpu())
     check_finite(not world.any(not bool(finite))[0], steps)
     return world.gather(torch.cat(images)[: len(part)])[:count]
 
@@ -105,12 +96,11 @@ class Evaluator:
         schedule: Schedule,
         *,
         seed: int,
-        num_classes: int,
         world: World,
         between: Callable[[], None] = lambda: None,
     ) -> None:
         self._config, self._source, self._schedule = config, source, schedule
-        self._seed, self._num_classes, self._world, self._between = seed, num_classes, world, between
+        self._seed, self._world, self._between = seed, world, between
         self._space = load_feature_space(config.features, shape=source.shape, device=world.device)
         self.names = names_in(self._space.name)
         """What `fd`, `kd` and `cs` of a row are called."""
@@ -124,7 +114,7 @@ class Evaluator:
 
     def real_samples(self) -> np.ndarray:
         """The first real images for a grid: uint8 [k, H, W, C]."""
-        return self._source.take(self._real.indices[:SHOWN]).images.cpu().numpy()
+        return self._source.take(self._real.indices[:SHOWN]).x.cpu().numpy()
 
     def set_reference(self, images: Tensor) -> None:
         """The first teacher's images, uint8 [n, C, H, W], which every model's are compared with."""
@@ -132,17 +122,14 @@ class Evaluator:
 
     def draw(self, model: Network, steps: int) -> tuple[Tensor, float]:
         """The evaluation's images, uint8 [n, C, H, W] on the CPU, and the seconds an image took."""
-        height, width, channels = self._source.shape
         began = time.perf_counter()
         images = draw(
             model,
             self._schedule,
             steps,
-            (channels, height, width),
             self._config.num_samples,
             self._world,
             seed=self._seed,
-            num_classes=self._num_classes,
             batch_size=self._config.batch_size,
             clip=self._config.clip,
             between=self._between,

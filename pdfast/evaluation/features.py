@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pdfast.data import load_source
+from pdfast.data import PIXELS, load_source
 from pdfast.diffusion.noise import permutation
 from pdfast.evaluation.inception import InceptionFeatures, check_weights
 from pdfast.evaluation.metrics import fixed_seed
@@ -105,9 +105,7 @@ def train_digits_features() -> DigitsFeatures:
         samples = torch.arange(update * BATCH_SIZE, (update + 1) * BATCH_SIZE)
         order = permutation(SEED, 1 + update * BATCH_SIZE // NUM_TRAINED, NUM_TRAINED)
         batch = source.take(trained[order[samples % NUM_TRAINED]])
-        x = batch.images.permute(0, 3, 1, 2).float() / 127.5 - 1
-        assert batch.labels is not None  # the digits have some
-        loss = F.cross_entropy(network.classify(network.hidden(x)), batch.labels)
+        loss = F.cross_entropy(network.classify(network.hidden(PIXELS.encode(batch.x))), batch.cond)
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - update / UPDATES)
         optimizer.zero_grad()
         loss.backward()

@@ -56,7 +56,7 @@ class RealImages:
         if world.is_rank0:
             _warn_of_few(n, space)
         parts = [part for part in (self.indices, held_out) if len(part)]
-        images = functools.cache(lambda: [source.take(part).images for part in parts])
+        images = functools.cache(lambda: [source.take(part).x for part in parts])
 
         kept: Any = None  # in the first process alone
 

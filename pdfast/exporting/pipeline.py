@@ -20,7 +20,7 @@ from pdfast.diffusion import outputs_per_channel
 from pdfast.diffusion.schedules import Schedule
 from pdfast.io.errors import UsageError
 from pdfast.io.plain import unstructure
-from pdfast.networks import Network, NetworkConfig, UNet, Wrapped
+from pdfast.networks import ModelConfig, Network, NetworkConfig, UNet, Wrapped
 from pdfast.networks.converted import as_v
 from pdfast.networks.edm_unet import EDMUNet
 from pdfast.networks.layers import Attention, Conv2d, ResBlock, time_embedding
@@ -98,7 +98,7 @@ def _by_time(network: Network, core: Network, phi: Tensor, tables: tuple[Tensor,
         unet=arguments,
         outputs=tables[2].shape[1],
         num_train_timesteps=len(phi),
-        sample_size=config.image_size,
+        sample_size=sample_size(config),
         in_channels=config.image_channels,
         num_class_embeds=config.num_classes or None,
     )
@@ -136,13 +136,19 @@ def _unet2d(network: Network, phi: Tensor) -> Any:
     return unet
 
 
+def sample_size(network: ModelConfig) -> int | list[int]:
+    """Return diffusers' size of the images: one number for square ones, else height and width."""
+    _, height, width = network.image_shape
+    return height if height == width else [height, width]
+
+
 def unet2d_arguments(network: NetworkConfig, times: int) -> dict[str, Any]:
     """Of the UNet2DModel that is our U-Net."""
     attends = [
         network.image_size >> level in network.attention_resolutions for level in range(len(network.channel_mult))
     ]
     return {
-        "sample_size": network.image_size,
+        "sample_size": sample_size(network),
         "in_channels": network.image_channels,
         "out_channels": outputs_per_channel(network.prediction) * network.image_channels,
         "block_out_channels": tuple(network.channels * m for m in network.channel_mult),

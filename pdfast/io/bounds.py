@@ -97,6 +97,7 @@ SETTINGS: Mapping[str, Bounds] = {
 """Bounds of a run's settings, by their place in its configuration; NETWORK has those of our U-Net."""
 NETWORK: Mapping[str, Bounds] = {
     "image_size": whole(1, 4096),
+    "image_width": whole(1, 4096),
     "image_channels": whole(1, 1024),
     "channels": whole(4, 65536),
     "channel_mult": whole(1, 1024),

@@ -1,6 +1,7 @@
 """Training of a teacher (Algorithm 1 of Salimans & Ho 2022)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ class Denoise(Method):
         z, phi, target, coefficient, weight, bucket = noisy(
             batch, self._schedule, self.student.prediction, self._weighting
         )
-        return Targets((z, phi, batch.labels, target, coefficient, weight), bucket, self._buckets)
+        return Targets((z, phi, batch.cond, target, coefficient, weight), bucket, self._buckets)
 
-    def losses(self, z: Tensor, phi: Tensor, cond: Tensor | None, *error: Tensor) -> Tensor:
+    def losses(self, z: Tensor, phi: Tensor, cond: Any, *error: Tensor) -> Tensor:
         return self._run(weighted_loss)(self.student(z, phi, cond), *error)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pdfast.config import DistillConfig
-from pdfast.diffusion import StepTable, build_step_table
+from pdfast.diffusion import StepTable, build_step_table, map_condition
 from pdfast.engine import parallelize
 from pdfast.engine.batch import TrainingBatch
 from pdfast.engine.loop import Method, Optimization, Stage
@@ -99,8 +99,8 @@ class Distillation(Method):
         round before there is no memory for another update."""
         phi = self.table.rows.phi[batch.step_indices(self.table.count) - 1]
         few = slice(min(COMPARED_IMAGES, len(phi)))
-        labels = None if batch.labels is None else batch.labels[few]
+        cond = map_condition(lambda tensor: tensor[few], batch.cond)
         z = batch.diffused(phi)[few]
         with torch.compiler.set_stance("force_eager"):
-            theirs, ours = (network(z, phi[few], labels) for network in (self.teacher, self.student))
+            theirs, ours = (network(z, phi[few], cond) for network in (self.teacher, self.student))
         return bool((ours - theirs).abs().max() > TOLERANCES[self.student.dtype] * theirs.abs().max())

@@ -1,5 +1,7 @@
 """Progressive Distillation (Algorithm 2 of Salimans & Ho 2022): one student step lands where two DDIM steps of the teacher do."""
 
+from typing import Any
+
 from torch import Tensor
 
 from pdfast.engine.batch import TrainingBatch
@@ -19,10 +21,10 @@ class Progressive(Distillation):
         check_predictions(rows, student=self.student, teacher=self.teacher)
         k, phi, z = self._run(images_at_steps)(batch, self.table)
         index = k - 1
-        start, first, second = teacher_outputs(self.teacher, z, rows, index, batch.labels, self._run)
-        return Targets((z, phi, batch.labels, start, first, second, index), k, self.table.count)
+        start, first, second = teacher_outputs(self.teacher, z, rows, index, batch.cond, self._run)
+        return Targets((z, phi, batch.cond, start, first, second, index), k, self.table.count)
 
-    def losses(self, z: Tensor, phi: Tensor, cond: Tensor | None, *target: Tensor) -> Tensor:
+    def losses(self, z: Tensor, phi: Tensor, cond: Any, *target: Tensor) -> Tensor:
         start, first, second, index = target
         output = self.student(z, phi, cond)
         return student_losses(output, start, first, second, self.table.rows, index, self._run)

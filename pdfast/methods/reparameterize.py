@@ -1,6 +1,7 @@
 """Training of a v-predicting copy of a teacher that predicts x or eps."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,10 +44,10 @@ class Reparameterize(Method):
         z, target = batch.diffused(phi), batch.diffused(natural_angle("v", phi))
         phi = phi.float()
         with torch.no_grad():
-            theirs = to_v(self._original.prediction, self._original(z, phi, batch.labels), z, phi)
+            theirs = to_v(self._original.prediction, self._original(z, phi, batch.cond), z, phi)
         target = torch.where((u < 1).view(-1, *(1,) * (z.dim() - 1)), theirs, target)
-        return Targets((z, phi, batch.labels, target), 1 + (times * BUCKETS).long(), self._buckets)
+        return Targets((z, phi, batch.cond, target), 1 + (times * BUCKETS).long(), self._buckets)
 
-    def losses(self, z: Tensor, phi: Tensor, cond: Tensor | None, target: Tensor) -> Tensor:
+    def losses(self, z: Tensor, phi: Tensor, cond: Any, target: Tensor) -> Tensor:
         one = torch.ones_like(phi)
         return self._run(weighted_loss)(self.student(z, phi, cond), target, one[:, None], one)

@@ -19,7 +19,7 @@ class NetworkConfig(ModelConfig):
     """The shape of a U-Net."""
 
     image_size: int
-    """Height and width of the images in pixels."""
+    """Height of the images in pixels, and their width where image_width does not say another."""
     image_channels: int
     """1 for grey images, 3 for colour."""
     channels: int
@@ -40,22 +40,23 @@ class NetworkConfig(ModelConfig):
     """What the network predicts: x, eps, v, or both (x and eps)."""
     num_classes: int = 0
     """Classes for conditioning; 0 for an unconditional model."""
+    image_width: int | None = None
+    """Width in pixels, where it is not image_size; attention_resolutions are heights."""
 
     def __post_init__(self) -> None:
         for name, bounds in NETWORK.items():
             value = getattr(self, name)
             for number in value if isinstance(value, tuple) else [value]:
-                if number not in bounds:
+                if number is not None and number not in bounds:
                     raise ValueError(f"{name} must be {bounds.text}, got {number}")
         if self.channels % 2:
             raise ValueError(f"channels must be even, got {self.channels}: half of the time's embedding are sines")
         if not self.channel_mult:
             raise ValueError("channel_mult must have at least one entry")
         levels = len(self.channel_mult)
-        if self.image_size % 2 ** (levels - 1):
-            raise ValueError(
-                f"image_size {self.image_size} does not halve {levels - 1} times (channel_mult {self.channel_mult})"
-            )
+        for name, side in (("image_size", self.image_size), ("image_width", self.image_width or self.image_size)):
+            if side % 2 ** (levels - 1):
+                raise ValueError(f"{name} {side} does not halve {levels - 1} times (channel_mult {self.channel_mult})")
         for width in {self.channels * m for m in self.channel_mult}:
             if width % self.num_groups:
                 raise ValueError(f"{width} channels do not divide into num_groups = {self.num_groups}")

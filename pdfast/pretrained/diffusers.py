@@ -54,6 +54,7 @@ class DiffusersConfig(ModelConfig):
     scheduler: dict[str, Any]
     """Of scheduler_config.json, what concerns the network."""
     kind: str = "diffusers"
+    image_width: int | None = None
 
     def __hash__(self) -> int:
         return hash(json.dumps([self.unet, self.scheduler]))
@@ -242,10 +243,10 @@ def _config(unet: dict[str, Any], scheduler: dict[str, Any], prediction: Predict
     plain: dict[str, Any] = {name: list(v) if isinstance(v, tuple) else v for name, v in unet.items()}
     size: Any = plain.get("sample_size")
     channels: Any = plain.get("in_channels", 3)
-    if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
-        size = size[0]
-    if not isinstance(size, int) or not 1 <= size <= MOST_PIXELS:
-        raise UsageError(f"{where} has sample_size {shown(size)}: only square images of a stated size are distilled")
+    sides = size if isinstance(size, list) and len(size) == 2 else [size, size]
+    if not all(type(side) is int and 1 <= side <= MOST_PIXELS for side in sides):
+        raise UsageError(f"{where} has sample_size {shown(size)}: only images of a stated size are distilled")
+    height, width = sides
     _check_sizes(fields_of(_UNetArguments, plain, _UNetArguments.__annotations__, where), where)
     if plain.get("out_channels", 3) != channels:
         raise UsageError(
@@ -259,7 +260,9 @@ def _config(unet: dict[str, Any], scheduler: dict[str, Any], prediction: Predict
         )
     if plain.get("class_embed_type") is not None:
         raise UsageError(f"{where} has class_embed_type {plain['class_embed_type']}: only plain classes are read")
-    return DiffusersConfig(size, channels, prediction, plain.get("num_class_embeds", 0) or 0, unet, scheduler)
+    classes = plain.get("num_class_embeds", 0) or 0
+    other_width = None if width == height else width
+    return DiffusersConfig(height, channels, prediction, classes, unet, scheduler, image_width=other_width)
 
 
 def _check_sizes(arguments: dict[str, Any], where: str) -> None:

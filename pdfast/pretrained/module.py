@@ -32,6 +32,7 @@ class ModuleConfig(ModelConfig):
     prediction: Prediction
     num_classes: int = 0
     kind: str = "module"
+    image_width: int | None = None
     runs_on_meta: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -70,8 +71,9 @@ class ModuleNetwork(Autocasted):
 
 def config_of(own: OwnCode) -> ModuleConfig:
     """The configuration of the function's network."""
-    channels, size, _ = own.teacher.image_shape
-    return ModuleConfig(own.name, size, channels, own.teacher.prediction, own.teacher.num_classes)
+    channels, height, width = own.teacher.image_shape
+    teacher, other_width = own.teacher, None if width == height else width
+    return ModuleConfig(own.name, height, channels, teacher.prediction, teacher.num_classes, image_width=other_width)
 
 
 def load_function(name: str) -> tuple[ModuleNetwork, ScheduleConfig]:

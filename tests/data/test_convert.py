@@ -34,7 +34,7 @@ def folder(tmp_path, monkeypatch):
 
 def everything(path, size=8):
     batch = load_source(str(path), image_size=size, channels=3).take(torch.arange(10))
-    return batch.images, batch.labels
+    return batch.x, batch.cond
 
 
 @pytest.mark.parametrize("out", ["new/out.npz", "out"])
@@ -72,7 +72,7 @@ def test_a_part_of_bad_images_alone(folder, tmp_path, out):
     done = convert(find_images(folder), tmp_path / out, 8, 3, jobs=1, max_bad=0.4)
     assert (done.images, len(done.shown)) == (6, 4)
     batch = load_source(str(tmp_path / out), image_size=8, channels=3, num_classes=2).take(torch.arange(6))
-    assert batch.labels.tolist() == [0, 0, 1, 1, 1, 1]
+    assert batch.cond.tolist() == [0, 0, 1, 1, 1, 1]
 
 
 def test_stopped_while_the_shards_are_put_together(folder, tmp_path, monkeypatch):
@@ -153,7 +153,7 @@ def test_a_sample_without_a_label_among_others_is_left_out(tmp_path, capsys, out
     assert call("data.prepare", *command, "--max-bad", "0.1") == 0
     assert "left out      9.png: no label\n" in capsys.readouterr().out
     source = load_source(str(out), image_size=8, channels=3, num_classes=3)
-    assert source.num_images == 9 and source.take(torch.arange(9)).labels.tolist() == 3 * [0, 1, 2]
+    assert source.num_images == 9 and source.take(torch.arange(9)).cond.tolist() == 3 * [0, 1, 2]
 
 
 @pytest.mark.parametrize(

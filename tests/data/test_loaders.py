@@ -47,9 +47,7 @@ def opened(path, loader="auto", size=8, **options):
 def batches(source, count=5, *, update=0, part=None, size=4, seed=9):
     stream = source.stream(torch.arange(size) if part is None else part, size, update, seed)
     drawn = [next(stream) for _ in range(count)]
-    return torch.cat([b.images for b in drawn]), torch.cat([b.labels for b in drawn]) if drawn[
-        0
-    ].labels is not None else None
+    return torch.cat([b.x for b in drawn]), None if drawn[0].cond is None else torch.cat([b.cond for b in drawn])
 
 
 def assert_equal(ours, theirs):
@@ -73,7 +71,7 @@ def test_an_array_a_folder_tars_and_tfrecords_give_the_same_batches(folder, tmp_
         assert found.get(path.name, "11 images in 1 TFRecord files") in source.description
         assert_equal(batches(source), expected)
         assert_equal(
-            [source.take(torch.tensor([3, 0])).images, source.take(torch.tensor([3, 0])).labels],
+            [source.take(torch.tensor([3, 0])).x, source.take(torch.tensor([3, 0])).cond],
             [torch.from_numpy(PIXELS[[3, 0]]), torch.tensor([1, 0])],
         )
 

@@ -116,7 +116,7 @@ def test_every_loader_makes_the_same_of_it(tmp_path, loader, channels):
     source = load_source(str(tmp_path), image_size=SIZE, channels=channels, loader=loader)
     # The portable and the DALI loader decode in `stream`; in order, as one batch, an epoch is a permutation.
     stream = source._loader.stream(iter([list(range(len(CASES)))])) if loader != "resident" else None
-    images = next(iter(stream)).images if stream else source.take(torch.arange(len(CASES))).images
+    images = next(iter(stream)).images if stream else source.take(torch.arange(len(CASES))).x
     worst = {
         name: int((image.int() - expected(truth, channels).int()).abs().max())
         for image, (name, (_, truth)) in zip(images, CASES.items(), strict=True)

@@ -24,10 +24,10 @@ def numbered(count: int = N) -> ResidentImages:
 
 def shown(batch: Batch) -> list[int]:
     """Which images of `numbered` a batch holds; their labels must belong to them."""
-    assert batch.images.dtype == torch.uint8 and batch.images.shape[1:] == (4, 4, 3)
-    assert (batch.images == batch.images[:, :1, :1, :1]).all()
-    numbers = batch.images[:, 0, 0, 0].long()
-    assert batch.labels.dtype == torch.int64 and torch.equal(batch.labels, 2 * numbers)
+    assert batch.x.dtype == torch.uint8 and batch.x.shape[1:] == (4, 4, 3)
+    assert (batch.x == batch.x[:, :1, :1, :1]).all()
+    numbers = batch.x[:, 0, 0, 0].long()
+    assert batch.cond.dtype == torch.int64 and torch.equal(batch.cond, 2 * numbers)
     return numbers.tolist()
 
 
@@ -66,8 +66,8 @@ def test_take_is_in_the_order_of_the_data_set():
 def test_without_labels():
     source = ResidentImages("plain", torch.zeros(3, 2, 2, 1, dtype=torch.uint8))
     assert source.num_classes == 0
-    assert source.take(torch.tensor([1])).labels is None
-    assert source.batch(torch.tensor([1]), seed=0).labels is None
+    assert source.take(torch.tensor([1])).cond is None
+    assert source.batch(torch.tensor([1]), seed=0).cond is None
 
 
 def test_attributes():
@@ -101,12 +101,12 @@ def test_digits():
     source = load_source("digits", image_size=8, channels=1)
     assert (source.name, source.num_images, source.shape, source.num_classes) == ("digits", 1797, (8, 8, 1), 10)
     every = source.take(torch.arange(1797))
-    assert torch.bincount(every.labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
-    assert every.labels[:10].tolist() == list(range(10))
+    assert torch.bincount(every.cond).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert every.cond[:10].tolist() == list(range(10))
     # The first rows of the first digit are 0 0 5 13 9 1 0 0 and 0 0 13 15 10 15 5 0 of 16.
-    assert every.images[0, 0, :, 0].tolist() == [0, 0, 80, 207, 143, 16, 0, 0]
-    assert every.images[0, 1, :, 0].tolist() == [0, 0, 207, 239, 159, 239, 80, 0]
-    assert every.images.max() == 255
+    assert every.x[0, 0, :, 0].tolist() == [0, 0, 80, 207, 143, 16, 0, 0]
+    assert every.x[0, 1, :, 0].tolist() == [0, 0, 207, 239, 159, 239, 80, 0]
+    assert every.x.max() == 255
 
 
 def test_digits_at_another_size_is_refused():
@@ -120,7 +120,7 @@ def test_a_file_is_a_source_of_its_name(tmp_path):
     source = load_source(str(tmp_path / "mine.npz"), image_size=4, channels=1)
     assert (source.name, source.num_images, source.shape, source.num_classes) == ("mine.npz", 5, (4, 4, 1), 3)
     every = source.take(torch.arange(5))
-    assert np.array_equal(every.images[..., 0].numpy(), images) and np.array_equal(every.labels.numpy(), labels)
+    assert np.array_equal(every.x[..., 0].numpy(), images) and np.array_equal(every.cond.numpy(), labels)
 
 
 @pytest.mark.parametrize("shape", [(5, 4, 4, 1), (5, 8, 4, 3), (5, 4, 8, 3), (5, 3, 4, 4), (5, 1, 9, 9), (5, 3, 4, 3)])

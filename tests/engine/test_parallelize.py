@@ -41,7 +41,7 @@ def loaded(batch_size=8):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (20, 8, 8, 3), dtype=torch.uint8, generator=generator)
     source = ResidentImages("noise", images, torch.arange(20) % 3)
-    batch = TrainingBatch(source, ALONE, seed=1, batch_size=batch_size, flip=True, conditional=True)
+    batch = TrainingBatch(source, ALONE, CONFIG, seed=1, batch_size=batch_size, flip=True)
     batch.load(1, 5)
     return batch
 

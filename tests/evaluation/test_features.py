@@ -35,7 +35,7 @@ def digits() -> nn.Module:
 @pytest.fixture(scope="module")
 def real() -> Tensor:
     """The digits, uint8 [1797, 1, 8, 8]."""
-    return load_source("digits", image_size=8, channels=1).take(torch.arange(1797)).images.permute(0, 3, 1, 2)
+    return load_source("digits", image_size=8, channels=1).take(torch.arange(1797)).x.permute(0, 3, 1, 2)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_digits_is_a_feature_space(digits, real):
 
 def test_digits_classifier_knows_digits_it_was_not_trained_on(digits, real):
     held_out = permutation(SEED, 0, 1797)[NUM_TRAINED:]
-    labels = load_source("digits", image_size=8, channels=1).take(held_out).labels
+    labels = load_source("digits", image_size=8, channels=1).take(held_out).cond
     logits = digits.logits(digits(real[held_out]))
     assert (logits.argmax(1) == labels).float().mean() >= 0.97
 

@@ -63,7 +63,7 @@ def everything(real_images: RealImages) -> tuple:
 
 def test_what_it_says(cache):
     images = source()
-    reference, held_out = (images.take(i).images.permute(0, 3, 1, 2) for i in split_real(100, N, seed=0))
+    reference, held_out = (images.take(i).x.permute(0, 3, 1, 2) for i in split_real(100, N, seed=0))
     space = Pixels()
     comparison = Comparison(space, space(reference))
     figures, against_real, mean, std = everything(RealImages(images, space, N, ALONE, batch_size=7))
@@ -80,7 +80,7 @@ def test_next_to_all_images(cache):
         real_images = RealImages(source(), space, 3 * N, ALONE, reference="all")
         assert space.seen == computed and real_images.against_real is None
     figures, _, _, _ = everything(real_images)
-    real = source().take(split_real(100, N, seed=0, reference="all")[0]).images.permute(0, 3, 1, 2)
+    real = source().take(split_real(100, N, seed=0, reference="all")[0]).x.permute(0, 3, 1, 2)
     drawn = images_of(30, 5).permute(0, 3, 1, 2)
     assert figures == pytest.approx(Comparison(space, space(real)).figures(space(drawn)))
 

@@ -50,7 +50,7 @@ def table(steps: int) -> StepTable:
 
 def waits(images: ResidentImages, method: Method, losses: Losses) -> list[str]:
     """Of the second update: the first fills what is kept."""
-    batch = TrainingBatch(images, WORLD, seed=0, batch_size=BATCH, flip=True, conditional=True)
+    batch = TrainingBatch(images, WORLD, CONFIG, seed=0, batch_size=BATCH, flip=True)
     optimizer = Optimizer(method.student, WORLD, clip=1.0, ema=0.9, backend="torch")
     with Waits() as seen:
         for i in range(2):

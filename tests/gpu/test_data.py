@@ -21,7 +21,7 @@ def test_from_the_hosts_memory(monkeypatch):
     theirs, ours = (s.stream(torch.arange(32), 32, 0, 5) for s in (on_gpu, on_host))
     for _ in range(20):
         a, b = next(theirs), next(ours)
-        assert b.images.is_cuda and torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+        assert b.x.is_cuda and torch.equal(a.x, b.x) and torch.equal(a.cond, b.cond)
 
 
 @pytest.mark.skipif(dali.missing() is not None, reason=str(dali.missing()))
@@ -36,7 +36,7 @@ def test_decoded_by_dali_on_the_gpu(tmp_path):
     for loader in ("portable", "dali"):
         opened = load_source(str(tmp_path), image_size=32, channels=3, device="cuda", loader=loader, max_bad=0.1)
         stream = opened.stream(torch.arange(8), 8, 0, 0)
-        batches.append(torch.cat([next(stream).images for _ in range(4)]).int())
+        batches.append(torch.cat([next(stream).x for _ in range(4)]).int())
     difference = (batches[0] - batches[1]).abs().float()
     assert (
         difference.mean() < 1 and difference.max() <= 24

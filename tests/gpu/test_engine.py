@@ -38,7 +38,7 @@ def course(graph, dtype=torch.float32, compiled=False, optimizer="pdfast", updat
     parallelize.cast_blocks(teacher.requires_grad_(False), dtype)
     images = torch.randint(0, 256, (64, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     source = ResidentImages("noise", images, torch.arange(64) % 3, "cuda")
-    batch = TrainingBatch(source, ALONE, seed=0, batch_size=16, flip=True, conditional=True)
+    batch = TrainingBatch(source, ALONE, config, seed=0, batch_size=16, flip=True)
     adam = Optimizer(student, ALONE, clip=1.0, ema=0.9, backend=optimizer)
     rows, losses = RoundTable(table(8)), torch.zeros(16, device="cuda")
     method = Progressive(student, teacher, rows, parallelize.compile_function if compiled else identity)

@@ -22,8 +22,8 @@ class Regression(Distillation):
     def targets(self, batch: TrainingBatch) -> Targets:
         k, phi, z = images_at_steps(batch, self.table)
         with torch.no_grad():
-            theirs = self.teacher(z, phi, batch.labels) + 0.1  # else there were nothing to learn
-        return Targets((z, phi, batch.labels, theirs), k, self.table.count)
+            theirs = self.teacher(z, phi, batch.cond) + 0.1  # else there were nothing to learn
+        return Targets((z, phi, batch.cond, theirs), k, self.table.count)
 
     def losses(self, z: Tensor, phi: Tensor, cond: Tensor | None, theirs: Tensor) -> Tensor:
         return (self.student(z, phi, cond) - theirs).square().flatten(1).mean(1)

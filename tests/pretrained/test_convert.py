@@ -146,7 +146,12 @@ def test_what_it_learns(prediction):
     each for half of the images."""
     images = torch.full((4, 8, 8, 1), round((0.3 + 1) * 127.5), dtype=torch.uint8)
     batch = TrainingBatch(
-        ResidentImages("flat", images), World(torch.device("cpu")), seed=1, batch_size=64, flip=False, conditional=False
+        ResidentImages("flat", images),
+        World(torch.device("cpu")),
+        inner(prediction),
+        seed=1,
+        batch_size=64,
+        flip=False,
     )
     batch.load(0, 0)
     original = perturbed(inner(prediction).build(), 3)

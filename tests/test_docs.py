@@ -29,7 +29,12 @@ from tests.data.files import solid
 from tests.pretrained.pipelines import save
 from tests.pretrained.test_edm import write_pickle
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "kernels" / "README.md"]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    ROOT / "kernels" / "README.md",
+]
 
 NOT_RUN = {
     "benchmarks/gpu.sh": "needs a GPU",
@@ -123,9 +128,9 @@ class Reader:
             case "python":
                 exec(compile(block.text, block.place, "exec"), self.names)
             case "diff":  # between which files is for a test of its page
-                examples = "".join(file.read_text() for file in (ROOT / "docs" / "examples").glob("*.py"))
+                examples = "".join(file.read_text() for file in (ROOT / "examples").glob("*.py"))
                 for line in block.text.splitlines():
-                    assert line[1:] in examples, f"no file of docs/examples has the line {line!r}"
+                    assert line[1:] in examples, f"no file of examples has the line {line!r}"
             case "text":
                 pass
             case other:
@@ -200,7 +205,7 @@ class Reader:
 
     def provide_flow_teacher(self, patch: pytest.MonkeyPatch) -> None:
         """What the example's function needs: its module, as PYTHONPATH gives it to a new process, and its weights."""
-        examples = ROOT / "docs" / "examples"
+        examples = ROOT / "examples"
         patch.syspath_prepend(examples)
         if not Path("flow-digits.pt").exists():
             runpy.run_path(str(examples / "flow_teacher.py"))["train"]("flow-digits.pt", updates=1)
@@ -241,7 +246,7 @@ def test_the_code_of_a_page(page, finished_run, tmp_path, monkeypatch, capsys):
         ("sh", "torchrun --nprocs 8 -m pdfast.distill", SystemExit),
         ("sh", "python -m pdfast.distil", AssertionError),
         ("sh", "python -m benchmarks.kernels --opp attention", SystemExit),
-        ("sh", "python docs/examples/none.py", FileNotFoundError),
+        ("sh", "python examples/none.py", FileNotFoundError),
         ("sh", "make distil", subprocess.CalledProcessError),
         ("sh", "curl example.org", AssertionError),
         ("python", "from pdfast import nothing", ImportError),

@@ -46,7 +46,7 @@ def test_the_operations_are_there():
 
 
 def test_the_worked_example(capsys):
-    files = [ROOT / "docs" / "examples" / name for name in ("ddpm.py", "ddpm_accelerated.py")]
+    files = [ROOT / "examples" / name for name in ("ddpm.py", "ddpm_accelerated.py")]
     before, after = (file.read_text().split('"""', 2)[2].splitlines() for file in files)
     changed = [line for line in difflib.ndiff(before, after) if line[0] in "+-" and line[2:].strip()]
     (shown,) = re.findall("```diff\n(.*?)```", PAGE, re.DOTALL)

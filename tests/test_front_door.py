@@ -9,6 +9,7 @@ import zipfile
 
 import pytest
 
+import pdfast
 from tests.commands import ROOT
 
 FILES = ["Makefile", "pyproject.toml", "setup.py", "constraints.txt", ".ci/environment"]
@@ -157,7 +158,8 @@ def test_the_source_distribution_is_the_repository(built):
     (archive,) = built.glob("pdfast-*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {member.name.partition("/")[2] for member in tar if member.isfile()}
-    assert {*FILES, "README.md", "LICENSE", "kernels/README.md", "docs/method.md", "tests/commands.py"} <= names
+    assert {*FILES, "README.md", "LICENSE", "kernels/README.md", "docs/method.md", "tests/commands.py"}
+    assert {"examples/flow_teacher.py", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "mkdocs.yml"} <= names
     assert {"pdfast/data/digits.npz", "pdfast/report/report.html.jinja", "kernels/pdfast_kernels/py.typed"} <= names
     assert not [name for name in names if name.startswith("runs") or "cache__" in name]
 
@@ -183,8 +185,10 @@ print(*(Path(package.__file__).parents[1] for package in (pdfast, pdfast_kernels
 
 
 @pytest.mark.slow
-def test_the_wheel_works_away_from_the_checkout(built, tmp_path):
-    (wheel,) = built.glob("pdfast-*.whl")
+@pytest.mark.parametrize("kind", ["whl", "tar.gz"])
+def test_a_distribution_works_away_from_the_checkout(built, tmp_path, kind):
+    (distribution,) = built.glob(f"pdfast-*.{kind}")
+    assert pdfast.__version__ in distribution.name
     target, elsewhere = tmp_path / "target", tmp_path / "elsewhere"
     elsewhere.mkdir()
 
@@ -195,7 +199,7 @@ def test_the_wheel_works_away_from_the_checkout(built, tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    python("-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(wheel))
+    python("-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(distribution))
     presets = "digits cifar10-fast cifar10 imagenet64 lsun128"
     assert python("-c", AWAY).split() == [str(target), str(target), "None", *presets.split()]
     assert "8 rounds, 256 -> 1 steps" in python("-m", "pdfast.distill", "--rounds", "8", "--dry-run", "--device", "cpu")

@@ -82,7 +82,7 @@ def test_a_loop_of_ones_own_with_accelerate(tmp_path):
 
     scheduler = DDIMScheduler(1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
     save(tmp_path / "teacher", scheduler, unet(channels=3))
-    example = runpy.run_path(str(ROOT / "docs/examples/accelerate_distill.py"))
+    example = runpy.run_path(str(ROOT / "examples/accelerate_distill.py"))
     torch.manual_seed(0)
     images = torch.rand(64, 3, 8, 8) * 2 - 1
     losses = example["distill"](str(tmp_path / "teacher"), str(tmp_path / "student"), images, epochs=10)

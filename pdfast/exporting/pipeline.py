@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from pdfast import networks
@@ -199,7 +200,7 @@ def _as(name: str, module: Any) -> dict[str, Tensor]:
 
 
 def _conv(name: str, conv: Conv2d) -> dict[str, Tensor]:
-    return {f"{name}.weight": conv.weight.permute(0, 3, 1, 2).contiguous(), f"{name}.bias": conv.bias}
+    return {f"{name}.weight": rearrange(conv.weight, "o h w i -> o i h w").contiguous(), f"{name}.bias": conv.bias}
 
 
 def _level(name: str, level: Any, resampler: str) -> dict[str, Tensor]:

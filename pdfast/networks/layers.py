@@ -11,6 +11,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from pdfast_kernels import group_norm, group_norm_attention
@@ -89,10 +90,8 @@ def upsample(x: Tensor) -> Tensor:
     if x.device.type == "cpu":
         return F.interpolate(x, scale_factor=2.0, mode="nearest")
     # Compiled for a GPU, the gradient of `interpolate` is added up by atomics, in another order in every run, in NCHW and
-    # float32; that of `expand` is a sum.
-    n, c, h, w = x.shape
-    pixels = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(n, h, 2, w, 2, c)
-    return pixels.reshape(n, 2 * h, 2 * w, c).permute(0, 3, 1, 2)
+    # float32; that of `repeat` is a sum.
+    return rearrange(repeat(x, "n c h w -> n (h two) (w too) c", two=2, too=2), "n h w c -> n c h w")
 
 
 class Upsample(nn.Module):

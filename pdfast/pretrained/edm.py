@@ -1,4 +1,4 @@
-"""Networks of EDM (Karras et al. 2022) in the authors' own format, made a folder by docs/examples/edm_weights.py:
+"""Networks of EDM (Karras et al. 2022) in the authors' own format, made a folder by examples/edm_weights.py:
 
     config.json          {"format": "edm-1", "class_name": "EDMPrecond", "init_kwargs": {what it was made with}}
     model.safetensors    its state_dict
@@ -24,7 +24,7 @@ from pdfast.schedule_config import ScheduleConfig
 FORMAT = "edm-1"
 WEIGHTS = "model.safetensors"
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # of the authors' sampler, for networks that set no limits
-SCRIPT = "docs/examples/edm_weights.py"
+SCRIPT = "examples/edm_weights.py"
 FREQUENCIES = "model.map_noise.freqs"
 DEFAULT_ARCHITECTURE = "DhariwalUNet"
 DEFAULTS: dict[str, dict[str, Any]] = {

@@ -88,7 +88,7 @@ def test_it_is_made_judged_and_distilled(tmp_path, capsys, library):
         assert call("train", *TINY_RUN, *network, "--train.updates", "40", "--run", str(tmp_path / "made")) == 0
         teacher = tmp_path / "made/teacher"
     else:
-        example = runpy.run_path(str(ROOT / "docs/examples/eps_teacher.py"))
+        example = runpy.run_path(str(ROOT / "examples/eps_teacher.py"))
         assert len(example["train"](str(teacher), updates=3)) == 3
     command = [
         *TINY_GIVEN,

@@ -19,7 +19,7 @@ from pdfast.pretrained.module import check_network, config_of
 from tests.commands import ROOT, TINY_GIVEN, call
 
 CPU = torch.device("cpu")
-EXAMPLE = ROOT / "docs/examples/flow_teacher.py"
+EXAMPLE = ROOT / "examples/flow_teacher.py"
 ROUNDS = "--rounds 2 --updates 3 --batch-size 16".split()
 names = (f"own_code_{i}" for i in itertools.count())
 

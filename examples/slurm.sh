@@ -8,7 +8,7 @@
 #SBATCH --signal=TERM@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# sbatch docs/examples/slurm.sh RUN_FOLDER [flags of pdfast.distill]
+# sbatch examples/slurm.sh RUN_FOLDER [flags of pdfast.distill]
 #
 # One torchrun a node, one process a GPU. Two minutes before its time is up the job saves and ends; submitted again, or requeued
 # after a failed node, it goes on from there. RUN_FOLDER and the data must be on a file system that all nodes see.

@@ -1,0 +1,65 @@
+"""What stands beside the code for those who carry it on: pages, citation, changelog, workflow."""
+
+import re
+import tomllib
+
+import yaml
+
+import pdfast
+from tests.commands import ROOT
+
+
+def pages(nav):
+    for entry in nav:
+        if isinstance(entry, dict):
+            for value in entry.values():
+                yield from pages(value) if isinstance(value, list) else [value]
+        else:
+            yield entry
+
+
+def test_every_page_is_in_the_site():
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    assert sorted(pages(nav)) == sorted(str(f.relative_to(ROOT / "docs")) for f in (ROOT / "docs").rglob("*.md"))
+
+
+def test_the_reference_has_every_public_name():
+    """Under the name that it is imported by, or in a module that is there whole."""
+    for package, names in (("pdfast", pdfast.__all__), ("pdfast_kernels", __import__("pdfast_kernels").__all__)):
+        text = (ROOT / f"docs/reference/{package}.md").read_text()
+        listed = re.findall(r"^::: ([\w.]+)$", text, re.M)
+        whole = {"noise_levels": ("phi_from", "_from_phi", "logsnr")}
+        shown = {name.rpartition(".")[2] for name in listed}
+        for module, words in whole.items():
+            if module in shown:
+                shown |= {name for name in names if any(word in name for word in words)}
+        left_out = {"Report", "Scalar", "noise_key"}  # what others return and take
+        assert set(names) - shown <= left_out, set(names) - shown
+
+
+def test_the_workflow_runs_what_ci_does_for_each_python():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (job,) = [
+        j for j in yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"].values() if "strategy" in j
+    ]
+    listed = {c.rpartition(" ")[2] for c in project["classifiers"] if re.search(r"Python :: 3\.\d+$", c)}
+    assert set(job["strategy"]["matrix"]["python"]) == listed
+    assert ".ci/run" in [step.get("run") for step in job["steps"]]
+
+
+def test_one_version_which_the_changelog_has():
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dynamic"] == ["version"]
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert changes.index("## Unreleased") < changes.index(f"## {pdfast.__version__} - ")
+
+
+def test_the_citation_has_what_its_schema_asks():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    assert citation["license"] == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["license"]
+
+
+def test_the_hooks_are_those_of_lint():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    makefile = (ROOT / "Makefile").read_text()
+    assert [hook["entry"].removeprefix(".venv") in makefile.replace("$(VENV)", "") for hook in hooks] == [True] * 3

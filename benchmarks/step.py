@@ -30,6 +30,7 @@ from benchmarks.updates import WARM_UP, Setting, distillation_losses, open_setti
 from pdfast.config import EngineConfig
 from pdfast.engine.cost import parameters_and_flops
 from pdfast.io.errors import UsageError
+from pdfast.methods import Progressive
 from pdfast.recipes import PRESETS
 
 PROVIDERS = ("eager", "pdfast", "compile", "diffusers")
@@ -171,7 +172,7 @@ def _conclude(variant: Variant, setting: Setting, options: Namespace, said: Row)
     row, update, batch = variant.row, variant.update, setting.config.batch_size
     row |= quantiles(variant.elapsed)
     parameters, flops = parameters_and_flops(setting.config.network)
-    rate = 5 * flops * batch / row["median_ms"] / 1e9
+    rate = Progressive.cost.flops * flops * batch / row["median_ms"] / 1e9
     row |= {"images_per_second": 1e3 * batch / row["median_ms"], "tflop_s": rate, "mfu": rate / said["matmul_tflop_s"]}
     row["parameters"] = parameters
     try:

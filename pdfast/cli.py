@@ -51,7 +51,7 @@ def stop_while_importing() -> None:
 
 
 def parse(arguments: type[T], *, prog: str, description: str, default: T | None = None) -> T:
-    """The command line as an `arguments` dataclass, by tyro. UsageError, in one line, where it does not parse."""
+    """Parse the command line into an `arguments` dataclass. UsageError, in one line, where it does not parse."""
     from pdfast.flags import reader  # here, since `import pdfast` imports this module, and tyro takes time
 
     tyro = reader()
@@ -62,7 +62,7 @@ def parse(arguments: type[T], *, prog: str, description: str, default: T | None 
 
 @contextlib.contextmanager
 def parsing(prog: str) -> Iterator[None]:
-    """Make of what tyro has against a command line a UsageError in one line."""
+    """Turn a parsing error of tyro's into a one-line UsageError."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

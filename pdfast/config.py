@@ -25,7 +25,7 @@ class TeacherConfig:
     updates: int
     """Parameter updates."""
     batch_size: int
-    """Images an update."""
+    """Images per update (global batch size)."""
     learning_rate: float
     """Peak learning rate of Adam."""
     warmup: int
@@ -49,17 +49,17 @@ Reference = Literal["half", "all"]
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """How teacher and students are judged."""
+    """How teacher and students are evaluated."""
 
     features: str = "mobilenet"
     """Feature space of distances and scores: digits, mobilenet, or a path to Inception weights (then they are FID, KID, IS)."""
     num_samples: int = 10000
-    """Images drawn; the same number everywhere, so that distances compare."""
+    """Generated images; the same number everywhere, so that distances are comparable."""
     reference: Reference = "half"
-    """Which real images drawn ones are compared with. half: as many as are drawn, and as many others are compared with these for
-    a floor; all: every one, as for the FIDs that papers report, without a floor."""
+    """Real images to compare with. half: as many as are generated, and as many others to compare real with real; all: every one, as
+    for the FIDs that papers report, without real against real."""
     max_steps: int = 1024
-    """The teacher is not judged at step counts above this, but for the one that distillation starts from."""
+    """The teacher is not evaluated at step counts above this, except the one that distillation starts from."""
     batch_size: int = 256
     """Images sampled at once."""
     clip: bool = False
@@ -71,28 +71,28 @@ OptimizerName = Literal["pdfast", "torch", "apex"]
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How the machine does it: nothing of this changes what is computed but for rounding."""
+    """Performance settings; results are equal up to rounding."""
 
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of activations and of the teacher's weights; auto is bf16 on a GPU, fp32 on a CPU. Weights, sums and states are fp32."""
+    """Mixed precision: dtype of activations and of the teacher's weights; auto is bf16 on a GPU, fp32 on a CPU. Weights, sums and
+    optimizer states are fp32."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the networks, each block or in one process on a CPU the whole, and what is around them; auto is on for a GPU,
-    off for a CPU."""
+    """torch.compile each block of the networks (the whole network in one process on a CPU) and the functions around them; auto is on
+    for a GPU, off for a CPU."""
     graph: bool = True
     """On a GPU, run an update as one CUDA graph where that is possible."""
     deterministic: bool = True
     """On a GPU, use only algorithms that give the same bits in every run."""
     optimizer: OptimizerName = "pdfast"
-    """Whose Adam: pdfast (one pass with the average), torch (fused), apex (where it is installed); equal in results."""
+    """Which Adam implementation: pdfast (one pass with the EMA), torch (fused), apex (where installed); equal results."""
     micro_batches: int = 1
-    """Parts of a batch that the student sees one after the other; less memory, the same gradient."""
+    """Gradient accumulation: micro-batches of an update; less memory, the same gradient."""
     recompute: bool = False
-    """Keep only each block's input for the backward and run the block again there; less memory, a third more work."""
+    """Activation checkpointing: keep only each block's input and recompute the block in the backward; less memory, a third more work."""
     shard: int = 1
-    """Processes over which parameters, gradients and optimizer are divided: 1 keeps a copy in each, all processes is FSDP,
-    between is HSDP."""
+    """Shard-group size of parameters, gradients and optimizer state: 1 replicates, the world size is FSDP, between is HSDP."""
     teacher_shard: Literal["auto", "on", "off"] = "auto"
-    """With shard above 1, divide the teacher too; auto does where its copy would take an eighth of a GPU's memory."""
+    """With shard above 1, shard the teacher too; auto does where a copy would take an eighth of a GPU's memory."""
     patience: float = 600.0
     """Seconds without an update after which a run of several processes ends and names the one that hangs; the first update,
     which compiles, may take ten times as long."""
@@ -102,7 +102,7 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """When a round is worth a warning in log and report."""
+    """When a round gets a warning in log and report."""
 
     ratio: float = 1.5
     """A student's Frechet distance as a multiple of that of the round before (of the teacher, in the first)."""
@@ -112,7 +112,7 @@ class GuardConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What every run has."""
+    """Settings of every run."""
 
     network: NetworkConfig
     train: TeacherConfig
@@ -123,8 +123,8 @@ class RunConfig:
     data: str = "digits"
     """Images: digits (built in), a .npy or .npz file of uint8 images, or a folder of image files, tar shards or TFRecord."""
     loader: LoaderName = "auto"
-    """What loads them: resident (all in memory, decoded once), dali, or portable (Pillow); auto is resident up to 1 GiB, then
-    dali where it is installed."""
+    """Loader: resident (all in memory, decoded once), dali, or portable (Pillow); auto is resident up to 1 GiB, then dali where it is
+    installed."""
     max_bad: float = 0.001
     """Fraction of the images in files that may be damaged; each is replaced by the next one."""
     run: Annotated[Path, arg(aliases=["--run-dir"])] = Path("runs/digits")
@@ -153,7 +153,7 @@ class TrainConfig(RunConfig):
     """A teacher's run."""
 
     evaluation_steps: tuple[int, ...] = (256, 16)
-    """Step counts of DDIM at which the trained teacher is judged."""
+    """Step counts of DDIM at which the trained teacher is evaluated."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class DistillConfig(RunConfig):
     convert: Annotated[Literal["v"] | None, arg(metavar="v")] = None
     """v: distil a copy of the teacher that predicts v. For one that predicts eps, which cannot be distilled to one step."""
     convert_updates: int = 2000
-    """Updates that the copy is trained for, at the rounds' batch size and learning rate."""
+    """Updates of the copy's training, at the rounds' batch size and learning rate."""
     rounds: OptionalInt = None
     """Halvings of the number of steps. Any two of rounds, start-steps and end-steps give the third; without any, the
     preset's."""
@@ -175,9 +175,9 @@ class DistillConfig(RunConfig):
     end_steps: OptionalInt = None
     """Steps of the last student; 1 unless said."""
     updates: str = "50000,2:100000,1:100000"
-    """Updates a round: one number, or with exceptions by the student's step count, as 50000,2:100000,1:100000."""
+    """Updates per round: one number, or with exceptions by the student's step count, as 50000,2:100000,1:100000."""
     batch_size: int = 128
-    """Images an update."""
+    """Images per update (global batch size)."""
     learning_rate: float = 1e-4
     """Learning rate of Adam at the start of a round, annealed linearly to 0."""
     clip: float = 1.0
@@ -185,7 +185,7 @@ class DistillConfig(RunConfig):
     weighting: Weighting = "truncated_snr"
     """Weight of the distillation loss over noise levels."""
     ema: float = 0.0
-    """Decay of a moving average of the student's weights, which then is the student; 0 for none, as in the paper."""
+    """Decay of an EMA of the student's weights, which then is the student; 0 for none, as in the paper."""
     guard: GuardConfig = GuardConfig()
 
     def updates_at(self, steps: int) -> int:

@@ -44,7 +44,7 @@ class Arguments:
     """Judge a run's models, or one model's folder, at given step counts."""
 
     model: Annotated[Path, Positional]
-    """A run's folder (its teacher and its students are judged), or a teacher's or student's folder."""
+    """A run's folder (its teacher and its students are evaluated), or a teacher's or student's folder."""
     steps: tuple[int, ...] = ()
     """Step counts; unless said those of the run's students, or the student's own."""
     data: OptionalString = None
@@ -122,7 +122,7 @@ def models_to_evaluate(arguments: Arguments, device: torch.device) -> list[tuple
     wanted += [("teacher, DDIM", teacher, n) for n in counts if teacher]
     if not wanted:
         raise UsageError(
-            f"nothing to judge in {folder}: it has students of {sorted(students) or 'no'} steps and "
+            f"nothing to evaluate in {folder}: it has students of {sorted(students) or 'no'} steps and "
             f"{'a' if teacher else 'no'} teacher; give --steps"
         )
     return wanted

@@ -68,7 +68,7 @@ class Arguments:
     clip: bool = False
     """Clip each x-prediction to [-1, 1]."""
     batch_size: int = 256
-    """Images drawn at once."""
+    """Images generated at once."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Of activations; auto is bf16 on a GPU, fp32 on a CPU."""
     compile: Literal["auto", "on", "off"] = "auto"

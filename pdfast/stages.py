@@ -100,25 +100,25 @@ def convert_teacher(
     (None where there was none), and those of the original and of the untrained copy."""
     copy = ConvertedConfig(original.config).build()
     copy.network.load_state_dict(original.network.state_dict())
-    judged: dict[str, list] = {"original": [], "untrained": []}
+    evaluated: dict[str, list] = {"original": [], "untrained": []}
     networks: dict[str, Network] = {"original": original.network, "untrained": copy}
     try:
         dataclasses.replace(original, schedule=config.schedule).check_start()
     except UsageError as error:
-        log.say(f"the original teacher is not judged: {error}")
+        log.say(f"the original teacher is not evaluated: {error}")
         del networks["original"]
     for name, network in networks.items():
         network.to(machine.world.device).eval().dtype = machine.dtype
         for steps in [config.first_steps, *(n for n in CONVERSION_STEPS if n < config.first_steps)]:
             images, seconds = evaluator.draw(network, steps)
             row = evaluator.measure(images, steps, seconds)
-            judged[name].append(row)
+            evaluated[name].append(row)
             log.say(f"{name} teacher, DDIM at {count_steps(steps)}: {evaluator.feature_space} {row['fd']:.3f}")
     end = float(config.schedule.build().phi(torch.ones((), dtype=torch.float64)))
     regular = regular_angles(original.config.prediction, end)
     if regular == (0.0, end):
         log.say("the copy is exact everywhere: it needs no training")
-        return machine.prepare_student(copy), None, {"from": original.config.prediction, **judged}
+        return machine.prepare_student(copy), None, {"from": original.config.prediction, **evaluated}
     network = machine.prepare_student(copy)
     method = Reparameterize(network, original.network, regular, end, machine.compile_function)
     optimization = Optimization(
@@ -130,7 +130,7 @@ def convert_teacher(
         decay=0.5,
     )
     training = Trainer(method, optimization, config, machine, source, log).train(Stage(config.convert_updates))
-    return network.eval().requires_grad_(False), training, {"from": original.config.prediction, **judged}
+    return network.eval().requires_grad_(False), training, {"from": original.config.prediction, **evaluated}
 
 
 def write_teacher(

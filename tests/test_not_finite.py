@@ -75,7 +75,7 @@ def test_no_command_shows_them(overflowing, tmp_path, capsys):
         models.draw(models.students[2], 2, 0, ())
 
 
-def test_a_run_ends_before_it_judges_them(finished_run, tmp_path, capsys, monkeypatch):
+def test_a_run_ends_before_it_evaluates_them(finished_run, tmp_path, capsys, monkeypatch):
     """A student that overflows when it is sampled: no folder of it, no figures; the teacher stays."""
     import pdfast.evaluation.evaluator as evaluator
 

@@ -80,7 +80,7 @@ def test_what_is_counted(tmp_path):
 
 @pytest.mark.gpu
 def test_checkpoints_and_logging_cost_little(tmp_path):
-    """On random images, judged by an untrained Inception network, which needs no download."""
+    """On random images, evaluated by an untrained Inception network, which needs no download."""
     if not torch.cuda.is_available():
         pytest.skip("there is no GPU")
     preset, rng = PRESETS["cifar10-fast"], np.random.default_rng(0)

@@ -80,7 +80,7 @@ class Hashes(NamedTuple):
 
 
 class Identity:
-    """What a data set is known by, whatever it is called and wherever it lies; found when it is asked for, since that reads it."""
+    """The identity of a data set by its contents, independent of its name and place; computed on demand, since that reads it."""
 
     def __init__(self, find: Callable[[], Hashes], find_earlier: Callable[[], str] | None = None) -> None:
         """find_earlier: what the version before wrote down, where that is another."""
@@ -152,8 +152,8 @@ def home_of(num_bytes: int, device: torch.device) -> torch.device:
 
 
 class ResidentImages:
-    """A whole data set held as uint8: on the device that uses it or, where that has no room, in the host's memory, from
-    which batches go to the device through pinned memory while it computes."""
+    """A whole data set in memory as uint8: on the device that uses it or, where that has no room, in the host's memory, from which
+    batches are copied through pinned memory while the device computes."""
 
     def __init__(
         self, name: str, images: Tensor, labels: Tensor | None = None, device: torch.device | str = "cpu"

@@ -5,7 +5,7 @@
     checkpoints/STAGE-UPDATE/state.json               update, number of parts, and what else the stage needs, with their hash
 
 Tensors and plain JSON, no pickle. A background thread writes them while training goes on; when all processes have written
-theirs, one rename makes the folder appear: it is whole or absent, and the last few are kept. Parameters are divided along
+theirs, one rename makes the folder appear: it is whole or absent, and the last few are kept. Parameters are sharded along
 their first dimension, so that any number of processes can read what another number wrote.
 """
 
@@ -41,7 +41,7 @@ STATE = {"update": int, "parts": int, "common": list, "extra": dict}
 class Checkpoint:
     update: int
     tensors: dict[str, Tensor]
-    """On the CPU; of divided tensors this process's rows."""
+    """On the CPU; of sharded tensors this process's rows."""
     extra: dict[str, Any]
 
 
@@ -74,11 +74,11 @@ class Checkpoints:
         return sorted(folders, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), reverse=True)
 
     def save(
-        self, update: int, divided: Mapping[str, Tensor], common: Mapping[str, Tensor], extra: dict[str, Any]
+        self, update: int, sharded: Mapping[str, Tensor], common: Mapping[str, Tensor], extra: dict[str, Any]
     ) -> None:
         """Begin to write the state after `update` updates; it is copied before this returns.
 
-        divided: this process's rows of tensors that are divided over the shards; common: tensors equal on all.
+        sharded: this process's rows of tensors that are sharded over the shards; common: tensors equal on all.
         """
         self.finish()
         temporary = self._temporary(update)
@@ -99,14 +99,14 @@ class Checkpoints:
         except (UsageError, RunError) as error:
             self._say(f"checkpoint at update {update} not written: {error}; trying again at the next")
             return
-        tensors = self._copied(divided, common) if self._world.replica == 0 else None
+        tensors = self._copied(sharded, common) if self._world.replica == 0 else None
         writer = Thread(target=self._write, args=(update, tensors), daemon=True)
         self._writing = _Writing(update, writer)
         writer.start()
 
-    def _copied(self, divided: Mapping[str, Tensor], common: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _copied(self, sharded: Mapping[str, Tensor], common: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """On the CPU, with memory of their own."""
-        named = dict(divided) | (dict(common) if self._world.shard == 0 else {})
+        named = dict(sharded) | (dict(common) if self._world.shard == 0 else {})
         copies = {}
         for name, tensor in named.items():
             pinned = tensor.device.type == "cuda"

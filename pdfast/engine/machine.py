@@ -1,4 +1,4 @@
-"""What a run runs on: its processes, and how networks, updates and optimizers are laid out for them."""
+"""The processes of a run, and how networks, updates and optimizers are laid out for them."""
 
 import sys
 import time
@@ -29,7 +29,7 @@ TEACHER_SHARE = 1 / 8  # of a GPU's memory, from which on a copy of the teacher 
 
 
 def teacher_in_parts(settings: EngineConfig, network: NetworkConfig, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a teacher is divided where the student is."""
+    """Tell whether the teacher is sharded where the student is."""
     if settings.teacher_shard != "auto" or device.type != "cuda":
         return settings.teacher_shard == "on"
     copy = parameters_and_flops(network)[0] * dtype.itemsize
@@ -78,7 +78,7 @@ class Machine:
         return ", ".join(parts)
 
     def prepare_student(self, network: Network) -> Network:
-        """A network to train: float32 weights, divided over the processes."""
+        """Return the network ready to train: float32 weights, sharded over the processes."""
         self.watchdog.begin()
         network.to(self.world.device).dtype = self.dtype
         if self.settings.recompute:
@@ -89,8 +89,7 @@ class Machine:
         return network
 
     def prepare_teacher(self) -> Network:
-        """A teacher to distill from, its weights yet to be written: what its blocks multiply by is kept in the dtype of
-        activations."""
+        """Return a frozen teacher whose weights are yet to be written; its blocks' are kept in the dtype of activations."""
         network = self.network.build().to(self.world.device).eval().requires_grad_(False)
         network.dtype = self.dtype
         parallelize.cast_blocks(network, self.dtype)
@@ -106,11 +105,11 @@ class Machine:
         )
 
     def cuda_graphed(self, update: Callable[[], None]) -> Callable[[], None]:
-        """`update` as a CUDA graph, where that can be."""
+        """Return `update` as a CUDA graph, where that is possible."""
         return CUDAGraphed(update, self.world, self.settings.graph)
 
     def whole_weights(self, network: Network) -> dict[str, Tensor]:
-        """All weights, float32 on the CPU, in the first process. All processes must call it."""
+        """Return all weights, float32 on the CPU, in rank 0. All processes must call it."""
         return parallelize.whole_weights(network, self.world)
 
     def speed(self, batch_size: int, cost: UpdateCost) -> Speed:
@@ -144,13 +143,13 @@ class Machine:
         self.world.run_on_rank0(attempt)
 
     def asked_to_stop(self, place: str) -> bool:
-        """Whether any process was asked to stop; called by all, at least after each update and each batch of samples."""
+        """Tell whether any process was asked to stop; called by all, at least after each update and each batch of samples."""
         self.watchdog.beat(place)
         return self.world.any(interrupt.requested())[0]
 
     def stop_if_not_finite(self, optimizer: Optimizer, losses: Losses, update: int, where: str, every: int) -> None:
-        """RunError after too many updates in a row that were not finite. A GPU is asked every so many updates: to wait for it
-        each time would cost more."""
+        """Raise a RunError after too many updates in a row that were not finite. On a GPU this is checked at log steps only, to avoid a
+        sync."""
         if self.world.device.type == "cuda" and (update + 1) % every:
             return
         in_a_row = int(optimizer.skipped[1])
@@ -165,7 +164,7 @@ class Machine:
 
 @contextmanager
 def open_machine(config: RunConfig) -> Iterator[Machine]:
-    """The machine of a run, until the end of the block. UsageError for settings that it cannot have."""
+    """Open the machine of a run, until the end of the block. UsageError for settings that it cannot have."""
     engine = config.engine
     with open_world(config.device, engine.shard) as world:
         batches: dict[str, int] = {}
@@ -183,7 +182,7 @@ def open_machine(config: RunConfig) -> Iterator[Machine]:
         if parallelize.chosen_compile(engine.compile, world.device):
             parallelize.check_compiler(world.device)
         dtype = parallelize.chosen_dtype(engine.dtype, world.device)
-        # What is float32 is meant so: TF32 would round the network's input more coarsely than the smallest noise in it.
+        # Keep fp32 exact: TF32's error in the network's input exceeds the smallest noise in it.
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.deterministic = engine.deterministic
         with Watchdog(world, engine.patience) as watchdog:

@@ -1,4 +1,4 @@
-"""Adam with a clipped gradient and an optional moving average of the weights, on this process's parts of the parameters.
+"""Adam with gradient clipping and an optional EMA of the weights, on this process's shards of the parameters.
 
 What changes between updates is in tensors on the device (learning rate, step, clip factor, whether to skip), so that a
 CUDA graph replays with what is written there and the host need not wait. An update whose loss or gradient is not finite,
@@ -116,7 +116,7 @@ class _ApexAdam:
 
 
 class Optimizer:
-    """Adam over this process's parts of the parameters; with `ema` > 0 it also keeps an average of the weights."""
+    """Adam over this process's shards of the parameters; with `ema` > 0 it also keeps an EMA of the weights."""
 
     def __init__(
         self,
@@ -156,14 +156,14 @@ class Optimizer:
         """Updates that were not finite: in all, and in a row up to now."""
 
     def set(self, update: int, learning_rate: float) -> None:
-        """What the next `step` uses; no wait for the device."""
+        """Set what the next `step` uses, without waiting for the device."""
         # The usual warm-up of an average: short memory while there is little to remember.
         decay = min(self._decay, (update + 1) / (update + 10))
         rates = torch.tensor([learning_rate, 1 - decay], dtype=torch.float64)
         self._rates.copy_(rates if self._rates.device.type == "cpu" else rates.pin_memory(), non_blocking=True)
 
     def step(self, loss: Tensor) -> None:
-        """Clip, Adam, average, with the gradients that are in the parameters; then there are none.
+        """Clip, update by Adam and the EMA with the gradients in the parameters, and free them.
 
         loss: this process's, without gradient. Where it or the gradient is not finite, only `skipped` changes.
         """
@@ -205,7 +205,7 @@ class Optimizer:
             torch._foreach_copy_(self._parameters, self._averages)
 
     def reset(self) -> None:
-        """As new, for the weights that the model has now."""
+        """Reset to a new optimizer of the weights that the model has now."""
         for tensors in (self._exp_avgs, self._exp_avg_sqs):
             torch._foreach_zero_(tensors)
         if self._averages:
@@ -214,7 +214,7 @@ class Optimizer:
             counter.zero_()
 
     def state(self) -> dict[str, Tensor]:
-        """Weights, average and Adam's state, this process's parts, by name: what a checkpoint holds."""
+        """Return weights, EMA and Adam's state, this process's shards, by name: what a checkpoint holds."""
         lists = {"weight": self._parameters, "exp_avg": self._exp_avgs, "exp_avg_sq": self._exp_avg_sqs}
         if self._averages:
             lists["average"] = self._averages
@@ -225,12 +225,12 @@ class Optimizer:
         }
 
     def counters(self) -> dict[str, Tensor]:
-        """The rest of the state, equal on all processes."""
+        """Return the rest of the state, equal on all processes."""
         return {"steps": self.steps, "skipped": self.skipped}
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of `state` and `counters`. KeyError or RuntimeError where names or shapes differ."""
+        """Restore what `state` and `counters` returned. KeyError or RuntimeError where names or shapes differ."""
         for name, value in (self.state() | self.counters()).items():
             value.copy_(tensors[name])
 

@@ -1,4 +1,4 @@
-"""How a network lies in the machine: its dtype, what is recomputed, what is compiled, which process holds which part.
+"""Precision, activation checkpointing, compilation and sharding of a network.
 
     activation checkpointing -> compile each block, in place -> fully_shard each block, then the root
 
@@ -49,7 +49,7 @@ def check_compiler(device: torch.device) -> None:
 
 
 def for_sampling(network: Network, device: torch.device, dtype: str, compile: str) -> None:
-    """Lay out a network that only draws, as the run that made it did when it judged it."""
+    """Lay out a network for sampling, as the run that made it did for its evaluation."""
     network.dtype = chosen_dtype(dtype, device)
     cast_blocks(network, network.dtype)
     if chosen_compile(compile, device):
@@ -58,7 +58,7 @@ def for_sampling(network: Network, device: torch.device, dtype: str, compile: st
 
 
 def blocks(network: Any) -> list[Any]:
-    """The units of compilation, of recomputation and of sharding."""
+    """Return the units of compilation, checkpointing and sharding."""
     return list(network.blocks()) if hasattr(network, "blocks") else [network]
 
 
@@ -69,7 +69,7 @@ def cast_blocks(network: nn.Module, dtype: torch.dtype) -> None:
 
 
 def checkpoint_activations(network: nn.Module) -> None:
-    """Keep only the inputs of each block for the backward, and run it again there."""
+    """Keep only each block's inputs for the backward, and recompute the block there."""
     for block in blocks(network):
         inner = block.forward
 
@@ -101,12 +101,12 @@ def compile_function(function: Callable) -> Callable:
 
 
 def compiled_graphs() -> int:
-    """How many graphs this process has compiled: a number that does not grow once everything ran."""
+    """Return how many graphs this process has compiled: a number that does not grow once everything ran."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def shard(network: nn.Module, world: World, *, reduced: torch.dtype = torch.float32) -> None:
-    """Divide the parameters over the mesh; gradients are averaged in `reduced`. Whole copies keep plain tensors: see
+    """Shard the parameters over the mesh; gradients are averaged in `reduced`. Replicas keep plain tensors: see
     `pdfast.engine.replicas`.
 
     Parameters travel in the network's dtype where its blocks use them so, the rest in their own.
@@ -126,13 +126,13 @@ def shard(network: nn.Module, world: World, *, reduced: torch.dtype = torch.floa
 
 
 def last_of_batch(network: Any, last: bool) -> None:
-    """Whether the next backward completes the gradient: only then do processes with parts of the network exchange it."""
+    """Set whether the next backward completes the gradient: only then do sharded processes exchange it."""
     if hasattr(network, "set_requires_gradient_sync"):
         network.set_requires_gradient_sync(last)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a parameter, which shares its memory; a plain tensor is its own."""
+    """Return this process's shard of a parameter, which shares its memory; a plain tensor is its own."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

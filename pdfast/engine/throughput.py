@@ -1,5 +1,5 @@
-"""What a running job knows of itself, gathered on the device and read by the host now and then: losses by step index,
-what was skipped, how fast it goes."""
+"""Loss and throughput meters, gathered on the device and read by the host at log steps: losses by step index, skipped updates,
+rates."""
 
 import resource
 import time

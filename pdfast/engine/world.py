@@ -28,7 +28,7 @@ opened_process_groups = False
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of them."""
+    """The processes of a run, and this one's place among them."""
 
     device: torch.device
     rank: int = 0
@@ -38,31 +38,31 @@ class World:
 
     @property
     def is_rank0(self) -> bool:
-        """Whether this is the process that writes logs, students and reports."""
+        """Whether this process writes logs, students and reports."""
         return self.rank == 0
 
     @property
     def shards(self) -> int:
-        """Into how many parts each parameter is divided."""
+        """Shards of each parameter."""
         return 1 if self.mesh is None else self.mesh["shard"].size()
 
     @property
     def shard(self) -> int:
-        """Which of them this process holds."""
+        """The shard that this process holds."""
         return 0 if self.mesh is None else self.mesh["shard"].get_local_rank()
 
     @property
     def replica(self) -> int:
-        """Which of the equal copies of the network this process works on."""
+        """The replica of the network that this process works on."""
         return 0 if self.mesh is None else self.mesh["replicate"].get_local_rank()
 
     def part(self, count: int) -> Tensor:
-        """This process's indices of `count` things, int64; all have as many, and the last may have some past the end."""
+        """Return this process's indices of `count` samples, int64; padded past the end so that all ranks hold equally many."""
         each = -(-count // self.size)
         return torch.arange(self.rank * each, (self.rank + 1) * each)
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
-        """Each flag, true if it is true in some process. All processes must call it."""
+        """Reduce each flag by `or` over all processes, which all must call it."""
         if self.control is None:
             return flags
         values = torch.tensor(flags, dtype=torch.uint8)
@@ -70,7 +70,7 @@ class World:
         return tuple(values.bool().tolist())
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of all processes' tensors of one shape, on their device."""
+        """Return the sum of all processes' tensors of one shape, on their device."""
         if self.control is None:
             return values
         total = values.detach().cpu().clone()
@@ -78,7 +78,7 @@ class World:
         return total.to(values.device)
 
     def gather(self, values: Tensor) -> Tensor:
-        """All processes' CPU tensors [n, ...] of one shape, one after the other: [size * n, ...]."""
+        """Concatenate all processes' CPU tensors [n, ...] of one shape: [size * n, ...]."""
         if self.control is None:
             return values
         parts = [torch.empty_like(values) for _ in range(self.size)]
@@ -86,7 +86,7 @@ class World:
         return torch.cat(parts)
 
     def collect(self, value: T) -> list[T]:
-        """Every process's value, of what pickle can carry, in the order of the processes. All must call it."""
+        """Return every process's picklable value, in the order of the ranks. All must call it."""
         if self.control is None:
             return [value]
         values: list[T] = [value] * self.size
@@ -94,7 +94,7 @@ class World:
         return values
 
     def run_on_rank0(self, function: Callable[[], T]) -> T:
-        """What `function` returns in the first process, which alone calls it; its UsageError or RunError is raised in all.
+        """Call the function in rank 0 alone and return its result in all; its UsageError or RunError is raised in all.
 
         The result must be a number, a string, or None.
         """

@@ -1,6 +1,7 @@
-"""Judging a model at a step count: images from fixed noise, against real images and against the first teacher's.
+"""Evaluation of a model at a step count: images generated from fixed noise, against real images and against the first teacher's.
 
-All processes of a world draw and measure, and all have the result. Every model draws from the same noise and the same labels, at every step count, so that numbers and pictures compare.
+All processes generate and measure, and all have the result. Every model starts from the same noise and the same labels, at every
+step count, so that numbers and pictures are comparable.
 """
 
 import time
@@ -87,7 +88,7 @@ def draw(
 
 
 class Evaluator:
-    """Draws from models and measures them, always at the same n and from the same noise."""
+    """Generates images with models and measures them, always as many and from the same noise."""
 
     def __init__(
         self,
@@ -121,7 +122,7 @@ class Evaluator:
         self._reference_images = images
 
     def draw(self, model: Network, steps: int) -> tuple[Tensor, float]:
-        """The evaluation's images, uint8 [n, C, H, W] on the CPU, and the seconds an image took."""
+        """Return the evaluation's images, uint8 [n, C, H, W] on the CPU, and the seconds per image."""
         began = time.perf_counter()
         images = draw(
             model,
@@ -137,7 +138,7 @@ class Evaluator:
         return images, (time.perf_counter() - began) / len(images)
 
     def measure(self, images: Tensor, steps: int, seconds: float) -> dict[str, Any]:
-        """One row of metrics.json for images drawn in that many steps."""
+        """Return one row of metrics.json for images generated in that many steps."""
         mean, std = channel_statistics(images)
         row = {
             "steps": steps,
@@ -155,7 +156,7 @@ class Evaluator:
         return row
 
     def metrics(self, rows: list[dict[str, Any]], training: dict[str, Any] | None) -> dict[str, Any]:
-        """The whole of a metrics.json."""
+        """Return the whole of a metrics.json."""
         return {
             "feature_space": self.feature_space,
             "feature_sha256": self._space.sha256,

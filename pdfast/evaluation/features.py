@@ -140,7 +140,7 @@ def _check_channels(spec: str, shape: tuple[int, int, int] | None) -> None:
     if shape is not None and shape[2] not in (1, 3):
         raise UsageError(
             f"the feature space {spec} takes images of 1 or 3 channels, not {shape[2]}: images of other channels cannot be "
-            "judged"
+            "evaluated"
         )
 
 

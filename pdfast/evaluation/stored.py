@@ -1,5 +1,4 @@
-"""What a run wrote of a model beside it: figures and images, which are what was written, or a UsageError says which file is
-not."""
+"""Metrics and images that a run wrote beside a model. They are what was written, or a UsageError names the file that is not."""
 
 from pathlib import Path
 from typing import Any

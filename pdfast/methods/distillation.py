@@ -1,4 +1,4 @@
-"""What methods have in common that distill a teacher into a student of fewer steps, round after round."""
+"""The common part of methods that distill a teacher into a student of fewer steps, round after round."""
 
 from collections.abc import Callable, Mapping
 from typing import ClassVar

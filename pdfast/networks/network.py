@@ -96,6 +96,6 @@ class Network(nn.Module):
     """Of the activations of its blocks."""
 
     def blocks(self) -> Iterator[nn.Module]:
-        """The blocks whose activations are of `dtype`: nearly all parameters, and all but a few of the operations. A network that
-        does not say is one by itself."""
+        """The blocks whose activations are of `dtype`: nearly all parameters, and all but a few of the operations. Default: the
+        whole network is one block."""
         yield self

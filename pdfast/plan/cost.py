@@ -151,13 +151,13 @@ class Job:
     network: NetworkConfig
     dtype: torch.dtype
     batch_size: int
-    """Images an update, of all processes."""
+    """Images per update, of all processes."""
     processes: int = 1
     shards: int = 1
     micro_batches: int = 1
     recompute: bool = False
     average: bool = False
-    """Whether there is a moving average of the weights."""
+    """Whether there is an EMA of the weights."""
     cost: UpdateCost = UpdateCost(teacher_forwards=2)
     teacher_sharded: bool = False
     fused: bool = False

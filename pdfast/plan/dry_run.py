@@ -181,8 +181,10 @@ def print_distillation_plan(config: DistillConfig, cost: UpdateCost, device: tor
             total += _print_stage(name, updates, stages[name], forward)
     for steps in config.round_steps:
         total += _print_stage(count_steps(steps), config.updates_at(steps), stages["rounds"], forward)
-    judged = [n for n in config.round_steps if n <= config.evaluation.max_steps]
-    draws = (config.first_steps + 2 * sum(config.round_steps if not judged else judged)) * config.evaluation.num_samples
+    evaluated = [n for n in config.round_steps if n <= config.evaluation.max_steps]
+    draws = (
+        config.first_steps + 2 * sum(config.round_steps if not evaluated else evaluated)
+    ) * config.evaluation.num_samples
     _row("evaluation", 0, 0, draws, draws * forward)
     print(
         f"\nexpected time {clock(total + draws * forward)} (training {clock(total)}, evaluation {clock(draws * forward)})"

@@ -227,9 +227,9 @@ def build_report(run: Path) -> Path:
 
     quality = None
     if teacher:
-        judged = [(s.steps, s.metrics["evaluation"][0]["fd"]) for s in students]
+        evaluated = [(s.steps, s.metrics["evaluation"][0]["fd"]) for s in students]
         ddim = [(row["steps"], row["fd"]) for row in teacher.metrics["evaluation"]]
-        quality = quality_plot(teacher.metrics["feature_space"], judged, ddim, teacher.metrics["floor"])
+        quality = quality_plot(teacher.metrics["feature_space"], evaluated, ddim, teacher.metrics["floor"])
     grid = _grid(teacher, students, _read_images(folder.teacher / "real.npy"))
     if grid:
         write_file(folder.grid, grid)

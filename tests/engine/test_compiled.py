@@ -43,8 +43,8 @@ def test_three_rounds_and_their_evaluations_compile_once(finished_run, tmp_path,
     assert call("distill", *flags, "--run", str(plain)) == 0
     counts.clear()
     assert call("distill", *flags, "--run", str(compiled), "--engine.compile", "on") == 0
-    trained, judged, *later = counts
-    assert 0 < trained < judged and later == [judged] * 4
+    trained, evaluated, *later = counts
+    assert 0 < trained < evaluated and later == [evaluated] * 4
     ours, theirs = ([json.loads(line) for line in (run / "log.jsonl").open()] for run in (compiled, plain))
     for one, other in zip(ours, theirs, strict=True):
         if "loss" in one:

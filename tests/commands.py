@@ -53,3 +53,13 @@ def rewrite_config(folder: Path, **values) -> None:
     """Change fields of a model's config.json, and its checksum with them, as a program would that writes it whole."""
     file = folder / "config.json"
     file.write_text(json.dumps(sealed(check_seal(json.loads(file.read_text())) | values)))
+
+
+def one_line(capsys, code, expected_code, *words):
+    """The command ended with the code, and its last line on stderr, the only one, says the words."""
+    error = capsys.readouterr().err
+    assert code == expected_code, error
+    assert "Traceback" not in error
+    (line,) = [text for text in error.splitlines() if text.startswith("pdfast: error:")]
+    for word in words:
+        assert word in line, line

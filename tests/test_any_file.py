@@ -29,9 +29,8 @@ from pdfast.io.plain import unstructure
 from pdfast.io.reading import load_yaml, read_array, read_json
 from pdfast.recipes import DIGITS
 from pdfast.report import html
-from tests.commands import TINY_DISTILL, call
+from tests.commands import TINY_DISTILL, call, one_line
 from tests.report.test_html import metrics
-from tests.test_bad_input import one_line
 
 some = settings(
     max_examples=25, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)

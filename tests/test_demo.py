@@ -16,8 +16,7 @@ from PIL import Image
 
 from pdfast import demo
 from tests.browser import Tab, needs_browser
-from tests.commands import TINY_DISTILL, call, spawn
-from tests.test_bad_input import one_line
+from tests.commands import TINY_DISTILL, call, one_line, spawn
 
 COUNT = 4
 PICTURES = """[...document.querySelectorAll("#pictures img")].filter(image => image.complete && image.naturalWidth).map(image => {

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 
 from pdfast.io.files import write_json
-from tests.commands import TINY_DISTILL, TINY_RUN, call, environment, spawn
+from tests.commands import TINY_DISTILL, TINY_RUN, call, environment, one_line, spawn
 from tests.data.files import encoded
-from tests.test_bad_input import one_line
 
 
 @pytest.fixture

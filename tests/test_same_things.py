@@ -17,8 +17,7 @@ from pdfast.engine.world import World
 from pdfast.io.errors import UsageError
 from pdfast.io.reading import load_yaml
 from pdfast.recipes import DIGITS
-from tests.commands import TINY_GIVEN, TINY_NETWORK, call
-from tests.test_bad_input import one_line
+from tests.commands import TINY_GIVEN, TINY_NETWORK, call, one_line
 
 N = 130
 ROUNDS = "--rounds 2 --updates 1 --batch-size 8".split()

@@ -20,8 +20,7 @@ from pdfast.io.plain import structure, unstructure
 from pdfast.networks import NetworkConfig
 from pdfast.pretrained.model_folder import fill_model_folder
 from pdfast.recipes import DIGITS, PRESETS
-from tests.commands import TINY_DISTILL, TINY_RUN, call
-from tests.test_bad_input import one_line
+from tests.commands import TINY_DISTILL, TINY_RUN, call, one_line
 
 
 @pytest.fixture

@@ -201,9 +201,9 @@ class DistillConfig(RunConfig):
 
     @property
     def round_steps(self) -> list[int]:
-        """The students' step counts, from start_steps / 2 down to end_steps."""
+        """The students' step counts, from that of the first round down to end_steps."""
         assert self.rounds is not None
-        return [self.first_steps >> r for r in range(1, self.rounds + 1)]
+        return [self.first_steps // STEP_FACTOR**r for r in range(1, self.rounds + 1)]
 
 
 def parse_updates(text: str) -> tuple[int, dict[int, int]]:
@@ -213,6 +213,9 @@ def parse_updates(text: str) -> tuple[int, dict[int, int]]:
     default, *exceptions = text.split(",")
     return int(default), {int(steps): int(updates) for steps, updates in (entry.split(":") for entry in exceptions)}
 
+
+STEP_FACTOR = 2
+"""Steps of the teacher that one step of its student replaces."""
 
 Steps = tuple[int | None, int | None, int | None]
 
@@ -230,18 +233,20 @@ def resolve_steps(given: Steps, preset: Steps) -> tuple[int, int, int]:
     for name, value in (("rounds", rounds), ("start-steps", start), ("end-steps", end)):
         if value is not None and value < 1:
             raise UsageError(f"--{name} must be at least 1, got {value}")
-    if rounds is not None and rounds > MOST_STEPS.bit_length() - 1:
+    if rounds is not None and (rounds > MOST_STEPS.bit_length() or STEP_FACTOR**rounds > MOST_STEPS):
         raise UsageError(f"--rounds {rounds} means more than {MOST_STEPS} steps; 13 halve 8192 steps to 1")
     if end is None:
-        end = 1 if rounds is None or start is None else start >> rounds
+        end = 1 if rounds is None or start is None else start // STEP_FACTOR**rounds
     if start is None:
         assert rounds is not None  # a preset has one
-        start = end << rounds
+        start = end * STEP_FACTOR**rounds
     if rounds is None:
-        rounds = max((start // end).bit_length() - 1, 1)
-    if end < 1 or start != end << rounds:
+        rounds = 1
+        while end * STEP_FACTOR ** (rounds + 1) <= start:
+            rounds += 1
+    if end < 1 or start != end * STEP_FACTOR**rounds:
         raise UsageError(
-            f"rounds = {rounds} does not lead from {start} to {max(end, 1)} steps: need start-steps = 2^rounds * end-steps "
+            f"rounds = {rounds} does not lead from {start} to {max(end, 1)} steps: need start-steps = {STEP_FACTOR}^rounds * end-steps "
             f"(give two of --rounds, --start-steps, --end-steps)"
         )
     return rounds, start, end

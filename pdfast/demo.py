@@ -24,7 +24,7 @@ import torch
 import pdfast.sample as sample
 from pdfast import own_code
 from pdfast.cli import parse, run_command
-from pdfast.config import DistillConfig
+from pdfast.config import STEP_FACTOR, DistillConfig
 from pdfast.engine import parallelize
 from pdfast.engine.device import open_device
 from pdfast.flags import OptionalString, Positional
@@ -91,7 +91,7 @@ class Models:
         saved_start = fields_of(DistillConfig, load_yaml(file), ("start_steps",), str(file)).get("start_steps")
         if saved_start is not None and saved_start not in STEPS:
             raise UsageError(f"{file}: start_steps must be {STEPS.text}, got {saved_start}")
-        self.start = saved_start or 2 * max(self.students)
+        self.start = saved_start or STEP_FACTOR * max(self.students)
         for saved in (self.teacher, *self.students.values()):
             parallelize.for_sampling(saved.network, device, "auto", "auto")
 

@@ -7,8 +7,10 @@ A model is anything with `model(z, phi, cond) -> output`: z [N, C, ...] float, p
 `prediction`, that must be the table's.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,9 @@ from torch import Tensor
 from pdfast.diffusion import Model, StepTable, check_cond, check_model, check_output, check_tensor, prediction_of
 from pdfast_kernels import ddim_step, ddim_step_weighted_loss
 from pdfast_kernels.runtime.index import in_range, rows_of
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int64
 
 
 def identity(function: Callable) -> Callable:
@@ -34,13 +39,13 @@ def check_predictions(table: StepTable, **models: Model) -> None:
 
 def teacher_outputs(
     teacher: Model,
-    z: Tensor,
+    z: Float[Tensor, "n c *s"],
     table: StepTable,
-    index: Tensor,
+    index: Int64[Tensor, "n"],
     cond: Any = None,
     run: Callable[[Callable], Callable] = identity,
     average: Model | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Float[Tensor, "n c *s"], Float[Tensor, "n pc *s"], Float[Tensor, "n pc *s"]]:
     """What the target is a combination of: z and the last two outputs, [N, P*C, ...]; no gradient.
 
     With more than two parts z's place is taken by the sum of all that comes before the last two, in z's dtype. index: rows of the
@@ -73,14 +78,14 @@ def _coefficient_of_start(table: StepTable, summed: int) -> Tensor:
 
 
 def student_losses(
-    output: Tensor,
-    start: Tensor,
-    first: Tensor,
-    second: Tensor,
+    output: Float[Tensor, "n pc *s"],
+    start: Float[Tensor, "n c *s"],
+    first: Float[Tensor, "n pc *s"],
+    second: Float[Tensor, "n pc *s"],
     table: StepTable,
-    index: Tensor,
+    index: Int64[Tensor, "n"],
     run: Callable[[Callable], Callable] = identity,
-) -> Tensor:
+) -> Float[Tensor, "n"]:
     """The weighted squared error of the student's output from what `teacher_outputs` gave, a mean over all but N: float32 [N]."""
     return run(ddim_step_weighted_loss)(
         check_output("the student", output, start, table.prediction),
@@ -98,15 +103,15 @@ def student_losses(
 def distillation_loss(
     student: Model,
     teacher: Model,
-    x: Tensor,
+    x: Float[Tensor, "n c *s"],
     table: StepTable,
     *,
     cond: Any = None,
-    k: Tensor | None = None,
-    eps: Tensor | None = None,
+    k: Int64[Tensor, "n"] | None = None,
+    eps: Float[Tensor, "n c *s"] | None = None,
     generator: torch.Generator | None = None,
     average: Model | None = None,
-) -> Tensor:
+) -> Float[Tensor, "n"]:
     """The loss of each image, float32 [N], with a gradient to the student alone.
 
     x: images in about [-1, 1], float [N, C, ...]. table: of the student's number of steps, on x's device. k: rows of the table, in

@@ -12,14 +12,19 @@ which is the DDIM step to psi, an Euler step of a flow's equation, and the conve
 A new parameterization is a row of PARAMETERIZATIONS and a word of Prediction.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 Prediction = Literal["x", "eps", "v", "both", "flow"]
 PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
@@ -49,7 +54,7 @@ class Parameterization:
     outputs: Callable[[Tensor], tuple[Tensor, ...]] = _alone
     """At angles phi, what each of the network's P outputs is multiplied by; the sum is the point."""
 
-    def same_point(self, other: "Parameterization") -> bool:
+    def same_point(self, other: Parameterization) -> bool:
         """Whether both name the same point at every phi; their outputs may combine otherwise."""
         return (self.quarters, self.slope) == (other.quarters, other.slope)
 
@@ -119,7 +124,7 @@ def check_start(prediction: str, phi_start: float, least: float = SMALLEST_SINE_
         )
 
 
-def at_least_float32(state: Tensor) -> Tensor:
+def at_least_float32(state: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
     """A state, or a network's output, in which it is computed with: float32 for 16 bits, else as it is."""
     if not state.is_floating_point():
         raise TypeError(f"states of dtype {state.dtype}: make them floats")
@@ -151,17 +156,19 @@ def check_output(name: str, output: Any, z: Tensor, prediction: str) -> Tensor:
     return output
 
 
-def natural_angle(prediction: str, phi: Tensor) -> Tensor:
+def natural_angle(prediction: str, phi: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     """theta, where on the circle what the network says lies at angles phi; like phi."""
     return parameterization(prediction).angle(phi)
 
 
-def output_coefficient(prediction: str, phi: Tensor) -> Tensor:
+def output_coefficient(prediction: str, phi: Float[Tensor, "*n"]) -> Float[Tensor, "*n p"]:
     """How the P outputs combine into the point at theta: [N, P] for phi [N]."""
     return torch.stack(parameterization(prediction).outputs(phi), dim=-1)
 
 
-def step_coefficients(prediction: str, phi: Tensor, psi: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+def step_coefficients(
+    prediction: str, phi: Float[Tensor, "n"], psi: Float[Tensor, "n"], delta: Float[Tensor, "n"]
+) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
     """(a, b), each [N], of z(psi) = a z + b o, the point at psi by (1); a step of no length is 1 and 0.
 
     phi, psi: angles, float64 [N]. delta: phi - psi, which `Schedule.delta` knows to more digits than a subtraction.
@@ -174,14 +181,18 @@ def step_coefficients(prediction: str, phi: Tensor, psi: Tensor, delta: Tensor) 
     return torch.where(stays, 1, beyond / distance), torch.where(stays, 0, -torch.sin(delta) / distance)
 
 
-def ddim_coefficients(prediction: str, phi: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+def ddim_coefficients(
+    prediction: str, phi: Float[Tensor, "n"], delta: Float[Tensor, "n"]
+) -> tuple[Float[Tensor, "n"], Float[Tensor, "n p"]]:
     """z' = a z + sum_p b_p o_p, the DDIM step (Song et al. 2021) from angle phi down to phi - delta: float64 ([N], [N, P])
     for [N]."""
     a, b = step_coefficients(prediction, phi, phi - delta, delta)
     return a, b[:, None] * output_coefficient(prediction, phi)
 
 
-def conversion_coefficients(prediction: str, other: str, phi: Tensor, least_sine: float = 0.0) -> tuple[Tensor, Tensor]:
+def conversion_coefficients(
+    prediction: str, other: str, phi: Float[Tensor, "*n"], least_sine: float = 0.0
+) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n p"]]:
     """(a, b), [N] and [N, P] for phi [N], of other = a z + sum_p b_p o_p: what the outputs o of a network mean as another prediction.
 
     It is infinite where sin(theta - phi) = 0; least_sine keeps that away from 0.
@@ -210,7 +221,9 @@ def _convert(prediction: str, other: str, output: Tensor, z: Tensor, phi: Tensor
     return converted
 
 
-def to_v(prediction: str, output: Tensor, z: Tensor, phi: Tensor) -> Tensor:
+def to_v(
+    prediction: str, output: Float[Tensor, "n pc *s"], z: Float[Tensor, "n c *s"], phi: Float[Tensor, "*k"]
+) -> Float[Tensor, "n c *s"]:
     """The v that a network's output means at (z, phi). output [N, P*C, ...], z [N, C, ...], phi [N] or [], float32 or float64.
 
     Computed and returned in float32 at least, whatever z and output are.
@@ -218,6 +231,8 @@ def to_v(prediction: str, output: Tensor, z: Tensor, phi: Tensor) -> Tensor:
     return _convert(prediction, "v", output, z, phi)
 
 
-def to_x(prediction: str, output: Tensor, z: Tensor, phi: Tensor) -> Tensor:
+def to_x(
+    prediction: str, output: Float[Tensor, "n pc *s"], z: Float[Tensor, "n c *s"], phi: Float[Tensor, "*k"]
+) -> Float[Tensor, "n c *s"]:
     """The x that a network's output means at (z, phi); shapes and dtypes as in `to_v`."""
     return _convert(prediction, "x", output, z, phi)

@@ -4,14 +4,20 @@ The generator is Philox4x32-10 of `pdfast_kernels.random.philox`. A run that is 
 draws the same numbers. Elements of an image are counted in memory order, channels last.
 """
 
+from __future__ import annotations
+
 import math
 from enum import IntEnum
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pdfast_kernels.random import philox
+
+if TYPE_CHECKING:
+    from jaxtyping import Float32, Float64, Int64
 
 
 class Stream(IntEnum):
@@ -37,7 +43,7 @@ def key(seed: int, stream: Stream, round_index: int = 0, update: int = 0) -> tup
     return philox.key_words(seed, stream, round_index, update)
 
 
-def normal(key: Key, index: Tensor, shape: tuple[int, ...]) -> Tensor:
+def normal(key: Key, index: Int64[Tensor, "n"], shape: tuple[int, ...]) -> Float32[Tensor, n * s]:
     """Return standard normal noise, float32 [n, *shape], for int64 `index` [n]: with channels-last strides for a shape (C, H, W),
     dense for others."""
     flat = philox.normals_from_key(key, index, math.prod(shape))
@@ -47,18 +53,18 @@ def normal(key: Key, index: Tensor, shape: tuple[int, ...]) -> Tensor:
     return flat.view(-1, height, width, channels).permute(0, 3, 1, 2)
 
 
-def uniform(key: Key, index: Tensor) -> Tensor:
+def uniform(key: Key, index: Int64[Tensor, "n"]) -> Float64[Tensor, "n"]:
     """Uniform in (0, 1), float64 [n], for int64 `index` [n]."""
     return (philox.integers_from_key(key, index, 1)[:, 0].double() + 0.5) * 2.0**-32
 
 
-def integer(key: Key, index: Tensor, bound: int | Tensor) -> Tensor:
+def integer(key: Key, index: Int64[Tensor, "n"], bound: int | Tensor) -> Int64[Tensor, "n"]:
     """Uniform in {0, ..., bound - 1}, int64 [n]; the bias of one part in 2**32 / bound is left."""
     return (philox.integers_from_key(key, index, 1)[:, 0] * bound) >> 32
 
 
 @lru_cache(maxsize=4)
-def permutation(seed: int, epoch: int, size: int) -> Tensor:
+def permutation(seed: int, epoch: int, size: int) -> Int64[Tensor, "size"]:
     """The order of epoch `epoch` over `size` images, int64 [size] on the CPU: the argsort of one draw an image."""
     keys = philox.integers(seed, Stream.ORDER, 0, epoch, torch.arange(size), 1)[:, 0]
     return torch.argsort(keys, stable=True)

@@ -9,8 +9,10 @@ the network's output are: rounded to 16 bits at each step, it would be further o
 given the state in the dtype of the noise: bfloat16 noise is for networks that are bfloat16 themselves.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -31,7 +33,11 @@ from pdfast.diffusion.schedules import Schedule
 from pdfast.diffusion.step_table import angles
 from pdfast_kernels import ddim_step
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
+
+@runtime_checkable
 class Model(Protocol):
     """What is called as `model(z, phi, cond)`: a module or a function, with an attribute `prediction` or without."""
 
@@ -79,13 +85,13 @@ def _begin(
 
 def ddim(
     model: Model,
-    z: Tensor,
-    phi: Tensor,
+    z: Float[Tensor, "n c *s"],
+    phi: Float[Tensor, "angles"],
     *,
     cond: Any = None,
     clip: bool = False,
     prediction: Prediction | None = None,
-) -> Tensor:
+) -> Float[Tensor, "n c *s"]:
     """DDIM (Song et al. 2021) through the angles phi, float64 [steps + 1], decreasing; z is at phi[0], any angle.
 
     clip: clip each x-prediction to [-1, 1] and let eps follow, as the authors did in evaluation. prediction: of a model that does
@@ -106,15 +112,15 @@ def ddim(
 
 def ancestral(
     model: Model,
-    z: Tensor,
-    phi: Tensor,
+    z: Float[Tensor, "n c *s"],
+    phi: Float[Tensor, "angles"],
     noise: Callable[[int], Tensor],
     *,
     variance: float = 0.0,
     cond: Any = None,
     clip: bool = False,
     prediction: Prediction | None = None,
-) -> Tensor:
+) -> Float[Tensor, "n c *s"]:
     """Ancestral sampling (Ho et al. 2020) through the angles phi, as `ddim`; `noise(i)` is the noise of step i, like z.
 
     variance: 0 is the smaller (posterior) variance, 1 the larger, between them the geometric interpolation of the paper's
@@ -149,14 +155,14 @@ def ancestral(
 
 def sample(
     model: Model,
-    z: Tensor,
+    z: Float[Tensor, "n c *s"],
     schedule: Schedule,
     steps: int,
     *,
     cond: Any = None,
     clip: bool = False,
     prediction: Prediction | None = None,
-) -> Tensor:
+) -> Float[Tensor, "n c *s"]:
     """DDIM in `steps` steps from noise z [N, C, ...] ~ N(0, 1): images in about [-1, 1], same shape, float32 (float64 for such
     noise). The other arguments are those of `ddim`."""
     return ddim(model, z, angles(schedule, steps), cond=cond, clip=clip, prediction=prediction)

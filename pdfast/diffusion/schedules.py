@@ -5,19 +5,25 @@ alpha = cos(phi), sigma = sin(phi), log-SNR = -2 log tan(phi). A schedule also g
 subtraction keeps 12 of float64's 16 digits, and the targets of distillation inherit that.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float64
 
+
+@runtime_checkable
 class Schedule(Protocol):
-    def phi(self, u: Tensor) -> Tensor:
+    def phi(self, u: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         """The angle in radians at time u; float64, any shape."""
 
-    def delta(self, u: Tensor, du: Tensor) -> Tensor:
+    def delta(self, u: Float[Tensor, "*#n"], du: Float[Tensor, "*#n"]) -> Float[Tensor, "*#n"]:
         """phi(u) - phi(u - du) >= 0 to full relative precision; float64, shapes broadcast."""
 
 
@@ -35,10 +41,10 @@ def check_schedule(schedule: Any, *methods: str) -> None:
 class Cosine:
     """phi(u) = (pi/2) u: alpha_1 = 0 and sigma_0 = 0 exactly (Nichol & Dhariwal 2021, without their offset)."""
 
-    def phi(self, u: Tensor) -> Tensor:
+    def phi(self, u: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         return u * (math.pi / 2)
 
-    def delta(self, u: Tensor, du: Tensor) -> Tensor:
+    def delta(self, u: Float[Tensor, "*#n"], du: Float[Tensor, "*#n"]) -> Float[Tensor, "*#n"]:
         return (du * (math.pi / 2)).expand_as(u)
 
 
@@ -57,11 +63,11 @@ class ClippedCosine:
     def _ends(self) -> tuple[float, float]:
         return math.atan(math.exp(-0.5 * self.logsnr_max)), math.atan(math.exp(-0.5 * self.logsnr_min))
 
-    def phi(self, u: Tensor) -> Tensor:
+    def phi(self, u: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         low, high = self._ends
         return low + (high - low) * u
 
-    def delta(self, u: Tensor, du: Tensor) -> Tensor:
+    def delta(self, u: Float[Tensor, "*#n"], du: Float[Tensor, "*#n"]) -> Float[Tensor, "*#n"]:
         low, high = self._ends
         return ((high - low) * du).expand_as(u)
 
@@ -86,10 +92,10 @@ class LinearBeta:
         integral = self._integral(u)
         return torch.sqrt(-torch.expm1(-integral)), torch.exp(-0.5 * integral)
 
-    def phi(self, u: Tensor) -> Tensor:
+    def phi(self, u: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         return torch.atan2(*self._sin_and_cos(u))
 
-    def delta(self, u: Tensor, du: Tensor) -> Tensor:
+    def delta(self, u: Float[Tensor, "*#n"], du: Float[Tensor, "*#n"]) -> Float[Tensor, "*#n"]:
         # sin(phi - psi) = (alpha_psi^2 - alpha_phi^2) / sin(phi + psi), the numerator by expm1 of the integral's step.
         step = du * (self.beta_min + 0.5 * (self.beta_max - self.beta_min) * (2 * u - du))
         numerator = torch.exp(-self._integral(u - du)) * -torch.expm1(-step)
@@ -112,7 +118,7 @@ def _from_no_noise(alpha_bars: Tensor) -> Tensor:
     return table
 
 
-def table_angles(alpha_bars: Tensor) -> Tensor:
+def table_angles(alpha_bars: Float[Tensor, "t"]) -> Float64[Tensor, "knots"]:
     """The angles at no noise and at each of T alpha-bars: float64 [T + 1], from 0. ValueError for what is no such table."""
     table = _from_no_noise(alpha_bars)
     return torch.atan2(torch.sqrt(1 - table), torch.sqrt(table))
@@ -125,7 +131,7 @@ class AlphaBars:
     the first are 1: between u = 0 and the first that is not, angles are linear too, so that no step has no length.
     """
 
-    def __init__(self, alpha_bars: Tensor) -> None:
+    def __init__(self, alpha_bars: Float[Tensor, "t"]) -> None:
         table = _from_no_noise(alpha_bars)
         self.knots = table_angles(alpha_bars)
         """The angles at u = 0, 1/T, ..., 1: float64 [T + 1]."""
@@ -142,14 +148,14 @@ class AlphaBars:
         interval = place.floor().long().clamp(0, len(self._rises) - 1)
         return interval, place - interval
 
-    def phi(self, u: Tensor) -> Tensor:
+    def phi(self, u: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         if u.device not in self._on:  # once: a copy in every update would wait for the device
             self._on[u.device] = self.knots.to(u.device), self._rises.to(u.device)
         knots, rises = self._on[u.device]
         interval, fraction = self._interval(u)
         return knots[interval] + fraction * rises[interval]
 
-    def delta(self, u: Tensor, du: Tensor) -> Tensor:
+    def delta(self, u: Float[Tensor, "*#n"], du: Float[Tensor, "*#n"]) -> Float[Tensor, "*#n"]:
         # du at the slope of the lower end, then what the slopes in between differ from it: no large terms cancel.
         u, du = torch.broadcast_tensors(u, du)
         upper, fraction = self._interval(u)
@@ -177,10 +183,10 @@ class Flow:
         if not 0 < self.shift < math.inf:
             raise ValueError(f"shift must be positive, got {self.shift}")
 
-    def phi(self, u: Tensor) -> Tensor:
+    def phi(self, u: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         return torch.atan2(self.shift * u, 1 - u)
 
-    def delta(self, u: Tensor, du: Tensor) -> Tensor:
+    def delta(self, u: Float[Tensor, "*#n"], du: Float[Tensor, "*#n"]) -> Float[Tensor, "*#n"]:
         # Between the vectors (1 - u, shift u) and (1 - w, shift w), w = u - du: their cross product is shift du.
         w = u - du
         return torch.atan2((self.shift * du).expand_as(w), (1 - u) * (1 - w) + self.shift**2 * u * w)
@@ -205,10 +211,10 @@ class Karras:
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return low + (high - low) * u, high - low
 
-    def phi(self, u: Tensor) -> Tensor:
+    def phi(self, u: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         return torch.atan(self._root(u)[0] ** self.rho)
 
-    def delta(self, u: Tensor, du: Tensor) -> Tensor:
+    def delta(self, u: Float[Tensor, "*#n"], du: Float[Tensor, "*#n"]) -> Float[Tensor, "*#n"]:
         lower, slope = self._root(u - du)
         sigma = lower**self.rho
         rise = sigma * torch.expm1(self.rho * torch.log1p(slope * du / lower))
@@ -227,8 +233,8 @@ class StartingAt:
         if not 0 < self.u_start <= 1:
             raise ValueError(f"u_start must be in (0, 1], got {self.u_start}")
 
-    def phi(self, u: Tensor) -> Tensor:
+    def phi(self, u: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         return self.schedule.phi(u * self.u_start)
 
-    def delta(self, u: Tensor, du: Tensor) -> Tensor:
+    def delta(self, u: Float[Tensor, "*#n"], du: Float[Tensor, "*#n"]) -> Float[Tensor, "*#n"]:
         return self.schedule.delta(u * self.u_start, du * self.u_start)

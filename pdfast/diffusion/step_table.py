@@ -19,10 +19,12 @@ the output that takes the student to the same end in one step is
 where nothing cancels. The last angle is 0 for every schedule, so that row 1 of an x-network is the teacher's last x by itself.
 """
 
+from __future__ import annotations
+
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import SupportsIndex
+from typing import TYPE_CHECKING, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -38,6 +40,9 @@ from pdfast.diffusion.schedules import Schedule, check_schedule
 from pdfast.diffusion.weights import Weighting, natural_weight
 from pdfast_kernels.runtime.index import in_range, rows_of
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float64, Int64
+
 
 @dataclass(frozen=True, eq=False)
 class StepTable:
@@ -47,20 +52,20 @@ class StepTable:
     prediction: Prediction  # of the networks that it is for
     steps: int  # of the student
     last_by_average: bool  # the last part is the student's own average's, not the teacher's
-    angles: tuple[Tensor, ...]  # m + 1: where the student and each part begin, and where all end
-    step_z: tuple[Tensor, ...]  # m - 1: z = step_z z + step_output o, the parts but the last
-    step_output: tuple[Tensor, ...]
-    target_z: Tensor  # target = target_z z + sum_j target_output[j] o_j
-    target_output: tuple[Tensor, ...]  # m
-    output: Tensor  # the student's point of the circle = output o
-    weight: Tensor  # of the squared error of that point
+    angles: tuple[Float[Tensor, "rows"], ...]  # m + 1: where the student and each part begin, and where all end
+    step_z: tuple[Float[Tensor, "rows"], ...]  # m - 1: z = step_z z + step_output o, the parts but the last
+    step_output: tuple[Float[Tensor, "rows p"], ...]
+    target_z: Float[Tensor, "rows"]  # target = target_z z + sum_j target_output[j] o_j
+    target_output: tuple[Float[Tensor, "rows p"], ...]  # m
+    output: Float[Tensor, "rows p"]  # the student's point of the circle = output o
+    weight: Float[Tensor, "rows"]  # of the squared error of that point
 
     def __len__(self) -> int:
         """R, the number of rows."""
         return len(self.weight)
 
     @property
-    def phi(self) -> Tensor:
+    def phi(self) -> Float[Tensor, "rows"]:
         """Where the student's step begins, [R]."""
         return self.angles[0]
 
@@ -81,7 +86,7 @@ class StepTable:
             self.weight,
         )
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> "StepTable":
+    def map(self, function: Callable[[Tensor], Tensor]) -> StepTable:
         """The table of `function` of every column."""
 
         def each(columns: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -100,13 +105,13 @@ class StepTable:
             function(self.weight),
         )
 
-    def rows(self, k: Tensor) -> "StepTable":
+    def rows(self, k: Int64[Tensor, "n"]) -> StepTable:
         """The rows k in 1..R, in a table of one step for each student step of its index, int64 [n]. ValueError for another k (on a
         GPU a row of NaN)."""
         index = in_range("StepTable.rows", "k", k, 1, len(self) + 1) - 1
         return self.map(lambda column: rows_of(column, index))
 
-    def to(self, device: torch.device | str) -> "StepTable":
+    def to(self, device: torch.device | str) -> StepTable:
         """The same table on another device."""
         return self.map(lambda column: column.to(device))
 
@@ -122,7 +127,7 @@ def whole_steps(steps: SupportsIndex, least: int = 1, what: str = "steps") -> in
     return number
 
 
-def angles(schedule: Schedule, steps: SupportsIndex) -> Tensor:
+def angles(schedule: Schedule, steps: SupportsIndex) -> Float64[Tensor, "angles"]:
     """The angles of a sampler with that many steps, from phi(1) down to exactly 0: float64 [steps + 1].
 
     TypeError for what is no schedule, ValueError for what is no number of steps.

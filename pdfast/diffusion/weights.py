@@ -3,18 +3,23 @@
 That is w / sin^2 on x, w / cos^2 on eps, w on v (Salimans & Ho 2022, section 4).
 """
 
-from typing import Literal, get_args
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from pdfast.diffusion.circle import parameterization
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 Weighting = Literal["snr", "truncated_snr", "snr_plus_one", "x_mse"]
 WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
 
 
-def natural_weight(prediction: str, weighting: str, phi: Tensor) -> Tensor:
+def natural_weight(prediction: str, weighting: str, phi: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     """The weight of a squared error of what the network says, [N] for phi [N].
 
     snr: eps-MSE. truncated_snr: max(x-MSE, eps-MSE). snr_plus_one: v-MSE. x_mse: x-MSE. ValueError for another.

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pdfast.config import DistillConfig
+from pdfast.config import STEP_FACTOR, DistillConfig
 from pdfast.diffusion import StepTable, build_step_table, map_condition
 from pdfast.engine import parallelize
 from pdfast.engine.batch import TrainingBatch
@@ -54,7 +54,7 @@ class Distillation(Method):
     """A student that starts each round with its teacher's weights. A subclass sets `cost` and defines `targets` and `losses`."""
 
     phase = "distill"
-    factor: ClassVar[int] = 2
+    factor: ClassVar[int] = STEP_FACTOR
     """The teacher's steps for one of the student's."""
 
     def __init__(

@@ -31,14 +31,14 @@ class Extra:
 
 
 def _peek(flag: str, arguments: list[str]) -> str | None:
-    """The value of one flag, before the whole line is parsed."""
+    """Return the value of one flag, before the whole line is parsed."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(flag, dest="value")
     return parser.parse_known_args(arguments)[0].value
 
 
 def _defaults(cls: type[C], arguments: list[str]) -> C:
-    """The preset, or the saved configuration, that flags override. Fields of the other command are passed over."""
+    """Return the preset, or the saved configuration, that flags override. Fields of the other command are passed over."""
     file, name = _peek("--config", arguments), _peek("--preset", arguments)
     plain = load_yaml(Path(file)) if file else {}
     if isinstance(plain.get("network"), dict) and "kind" in plain["network"]:  # it comes with the teacher
@@ -57,7 +57,7 @@ def _fields(config: Any) -> dict[str, Any]:
 
 
 def distill_arguments() -> tuple[DistillConfig, Extra]:
-    """The command line of `pdfast.distill`, resolved: rounds, start_steps and end_steps are all set."""
+    """Return the command line of `pdfast.distill`, resolved: rounds, start_steps and end_steps are all set."""
 
     @dataclasses.dataclass(frozen=True)
     class Arguments(Extra, DistillConfig):
@@ -96,7 +96,8 @@ def distill_arguments() -> tuple[DistillConfig, Extra]:
 
 
 def _own_code(teacher: Path | None, network_from: str | None) -> str | None:
-    """The function that the command line lets run. UsageError where it is named by a saved configuration alone, or twice."""
+    """Return the function that the command line lets run. UsageError where it is named by a saved configuration alone, or
+    twice."""
     if not own_code.is_function(teacher):
         return network_from
     if _peek("--teacher", sys.argv[1:]) is None:
@@ -118,7 +119,7 @@ def _refuse_empty(arguments: list[str]) -> None:
 
 
 def _refuse_what_the_teacher_brings(config: DistillConfig, arguments: list[str]) -> None:
-    """UsageError for flags that would do nothing beside --teacher."""
+    """Raise a UsageError for flags that would do nothing beside --teacher."""
     allowed = {"--schedule.u-start", *(["--train.ema"] if config.convert else [])}
     for argument in arguments:
         flag = argument.split("=")[0].replace("_", "-")
@@ -129,7 +130,7 @@ def _refuse_what_the_teacher_brings(config: DistillConfig, arguments: list[str])
 
 
 def train_arguments() -> tuple[TrainConfig, Extra]:
-    """The command line of `pdfast.train`."""
+    """Return the command line of `pdfast.train`."""
 
     @dataclasses.dataclass(frozen=True)
     class Arguments(Extra, TrainConfig):

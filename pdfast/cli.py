@@ -119,7 +119,8 @@ def _format_warning(
 
 
 def _shortened(reason: str) -> str:
-    """The sentences of what torch says that have room, the first in any case: of memory it says first how much was asked for."""
+    """Return the sentences of what torch says that have room, the first in any case: of memory it says first how much was
+    asked for."""
     first, *others = re.split(r"(?<=\.) (?=[A-Z])", reason)
     text = first if len(first) <= SHOWN else f"{first[:SHOWN].rpartition(' ')[0]} ..."
     for sentence in others:
@@ -130,7 +131,7 @@ def _shortened(reason: str) -> str:
 
 
 def _explained(error: BaseException) -> UsageError | RunError | None:
-    """What a failure of torch or Python means for people, None where that is not known."""
+    """Return what a failure of torch or Python means for people, None where that is not known."""
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     reason = _shortened(re.sub(r"^\[enforce fail at [^]]*\] .*?\. ", "", reason))
     if isinstance(error, MemoryError) or re.search(_NO_MEMORY, str(error)):
@@ -187,7 +188,7 @@ def _exit_code(main: Callable[[], None]) -> int:
 
 
 def _had_process_groups() -> bool:
-    """Whether this process has been one of several."""
+    """Tell whether this process has been one of several."""
     world = sys.modules.get("pdfast.engine.world")  # not imported here: it takes torch
     return world is not None and world.opened_process_groups
 

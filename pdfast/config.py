@@ -189,7 +189,7 @@ class DistillConfig(RunConfig):
     guard: GuardConfig = GuardConfig()
 
     def updates_at(self, steps: int) -> int:
-        """The updates of the round whose student takes `steps` steps."""
+        """Return the updates of the round whose student takes `steps` steps."""
         default, exceptions = parse_updates(self.updates)
         return exceptions.get(steps, default)
 
@@ -257,5 +257,5 @@ SAVED_FACTS = {"command", "images_sha256", "images_alone_sha256", "teacher_sha25
 
 
 def to_yaml(config: Any) -> str:
-    """YAML text of a configuration, fields in their order."""
+    """Return YAML text of a configuration, fields in their order."""
     return yaml.safe_dump(unstructure(config), sort_keys=False)

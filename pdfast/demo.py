@@ -97,7 +97,7 @@ class Models:
 
     @functools.lru_cache(maxsize=256)  # noqa: B019 of pictures: the teacher's stays while the student changes
     def draw(self, saved: SavedModel, steps: int, seed: int, classes: tuple[int, ...]) -> tuple[bytes, float]:
-        """A PNG of the images, and the seconds an image took; a first step, which may compile, is not counted."""
+        """Return a PNG of the images, and the seconds an image took; a first step, which may compile, is not counted."""
         arguments = sample.Arguments(self.run, steps=steps, count=self.count, seed=seed, classes=classes)
         sample.draw(replace(arguments, steps=1), saved, self.device)
         began = time.perf_counter()
@@ -109,7 +109,7 @@ class Models:
 
 
 def figure(title: str, steps: int, drawn: tuple[bytes, float] | None) -> str:
-    """HTML of one picture under its title and its time; of an empty frame where it is not drawn yet."""
+    """Return HTML of one picture under its title and its time; of an empty frame where it is not drawn yet."""
     if drawn is None:
         speed, content = "drawing …", '<div class="waiting"></div>'
     else:
@@ -122,7 +122,7 @@ def figure(title: str, steps: int, drawn: tuple[bytes, float] | None) -> str:
 
 
 def build_page(models: Models, draw: Callable[..., tuple[bytes, float]]) -> Any:
-    """The page (a gradio.Blocks), which calls `draw` as `Models.draw`. UsageError where gradio is not installed."""
+    """Return the page (a gradio.Blocks), which calls `draw` as `Models.draw`. UsageError where gradio is not installed."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # it sends nothing to anyone
     try:
         import gradio as gr
@@ -131,7 +131,7 @@ def build_page(models: Models, draw: Callable[..., tuple[bytes, float]]) -> Any:
     name, num_classes = printable(models.run.resolve().name), models.teacher.network.config.num_classes
 
     def show(n: int, seed: int | None, label: int | str = ALL_CLASSES) -> Iterator[str]:
-        """The pictures, again after each that was drawn."""
+        """Yield the pictures, again after each that was drawn."""
         classes = () if label == ALL_CLASSES else (label,)
         shown = [
             ("Student", models.students[n], n),

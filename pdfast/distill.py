@@ -47,7 +47,7 @@ from pdfast.stages import (
 
 
 def with_teachers_network(config: DistillConfig) -> tuple[DistillConfig, SavedModel | None]:
-    """The configuration with the network and schedule of --teacher, and that teacher, on the CPU (None where none was
+    """Return the configuration with the network and schedule of --teacher, and that teacher, on the CPU (None where none was
     given)."""
     if config.teacher is None:
         return config, None

@@ -73,7 +73,7 @@ class Arguments:
 
 
 def run_of(folder: Path) -> dict[str, Any]:
-    """The saved configuration of the run that `folder` is or lies in, {} where there is none."""
+    """Return the saved configuration of the run that `folder` is or lies in, {} where there is none."""
     for candidate in (folder, *folder.resolve().parents[:2]):
         file = RunFolder(candidate).config
         if file.exists():
@@ -83,7 +83,7 @@ def run_of(folder: Path) -> dict[str, Any]:
 
 
 def evaluation_settings(arguments: Arguments, run: dict[str, Any]) -> EvaluationConfig:
-    """The run's settings, overridden by flags. UsageError where neither says what features to use."""
+    """Return the run's settings, overridden by flags. UsageError where neither says what features to use."""
     saved = run.get("evaluation", {})
     if not isinstance(saved, dict):
         raise UsageError(f"evaluation: expected fields, found {shown(saved)}")

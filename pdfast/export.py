@@ -63,7 +63,7 @@ class Arguments:
 
 
 def load_again(folder: Path, custom: bool) -> Any:
-    """The pipeline in a folder, as a user loads it."""
+    """Return the pipeline in a folder, as a user loads it."""
     from diffusers.utils import logging
 
     logging.disable_progress_bar()

@@ -72,7 +72,7 @@ def check_program(options: Namespace) -> None:
 
 
 def is_module(name: str) -> bool:
-    """Whether `python -m` finds it; a package is run by its __main__."""
+    """Tell whether `python -m` finds it; a package is run by its __main__."""
     try:
         spec = find_spec(name)
         if spec is not None and spec.submodule_search_locations is not None:
@@ -83,7 +83,7 @@ def is_module(name: str) -> bool:
 
 
 def line_of(failure: ProcessFailure) -> str | None:
-    """What the process that failed said last; None where it is not known."""
+    """Return what the process that failed said last; None where it is not known."""
     if isinstance(failure.message, dict):
         return failure.message["message"].removeprefix("pdfast: ").removeprefix("error: ")
     return None

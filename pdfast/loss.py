@@ -28,7 +28,7 @@ def identity(function: Callable) -> Callable:
 
 
 def check_predictions(table: StepTable, **models: Model) -> None:
-    """ValueError for a model that says it predicts something else than the networks that the table is for."""
+    """Raise a ValueError for a model that says it predicts something else than the networks that the table is for."""
     for name, model in models.items():
         said = prediction_of(model)
         if said not in (None, table.prediction):
@@ -46,7 +46,7 @@ def teacher_outputs(
     run: Callable[[Callable], Callable] = identity,
     average: Model | None = None,
 ) -> tuple[Float[Tensor, "n c *s"], Float[Tensor, "n pc *s"], Float[Tensor, "n pc *s"]]:
-    """What the target is a combination of: z and the last two outputs, [N, P*C, ...]; no gradient.
+    """Return what the target is a combination of: z and the last two outputs, [N, P*C, ...]; no gradient.
 
     With more than two parts z's place is taken by the sum of all that comes before the last two, in z's dtype. index: rows of the
     table, k - 1, int64 [N]. run: what compiles a function, for the steps in between. average: the student's own average, which
@@ -73,7 +73,7 @@ def teacher_outputs(
 
 
 def _coefficient_of_start(table: StepTable, summed: int) -> Tensor:
-    """What z, or the sum with `summed` outputs that took its place, is multiplied by: float [R]."""
+    """Return what z, or the sum with `summed` outputs that took its place, is multiplied by: float [R]."""
     return table.target_z if summed == 0 else torch.ones_like(table.target_z)
 
 
@@ -86,7 +86,8 @@ def student_losses(
     index: Int64[Tensor, "n"],
     run: Callable[[Callable], Callable] = identity,
 ) -> Float[Tensor, "n"]:
-    """The weighted squared error of the student's output from what `teacher_outputs` gave, a mean over all but N: float32 [N]."""
+    """Return the weighted squared error of the student's output from what `teacher_outputs` gave, a mean over all but N:
+    float32 [N]."""
     return run(ddim_step_weighted_loss)(
         check_output("the student", output, start, table.prediction),
         start,
@@ -112,7 +113,7 @@ def distillation_loss(
     generator: torch.Generator | None = None,
     average: Model | None = None,
 ) -> Float[Tensor, "n"]:
-    """The loss of each image, float32 [N], with a gradient to the student alone.
+    """Return the loss of each image, float32 [N], with a gradient to the student alone.
 
     x: images in about [-1, 1], float [N, C, ...]. table: of the student's number of steps, on x's device. k: rows of the table, in
     1..len(table), int64 [N], and eps: noise like x; both drawn, with the generator, where not given. student and teacher: of one

@@ -56,7 +56,7 @@ _allowed: OwnCode | None = None
 
 
 def is_function(place: object) -> bool:
-    """Whether it is the name of a function, package.module:function, and nothing on the disk."""
+    """Tell whether it is the name of a function, package.module:function, and nothing on the disk."""
     return NAME.fullmatch(str(place)) is not None and not Path(str(place)).exists()
 
 
@@ -73,7 +73,8 @@ def allow(name: str | None) -> None:
 
 
 def given(name: str, what: str) -> OwnCode:
-    """The function that the command line named, for what was made by one called `name`. UsageError where none was named."""
+    """Return the function that the command line named, for what was made by one called `name`. UsageError where none was
+    named."""
     if _allowed is None:
         name = name if NAME.fullmatch(name) else shown(name)
         raise UsageError(f"{what} is made by {name}, code of your own, which no folder runs: say {FLAG} {name}")
@@ -103,8 +104,8 @@ def _called(name: str) -> Any:
 
 
 def located(name: str, error: BaseException) -> UsageError:
-    """What failed in code of the user's own, in one line: the error, where it arose in the function's file, and where it was raised
-    if that was elsewhere."""
+    """Return what failed in code of the user's own, in one line: the error, where it arose in the function's file, and where
+    it was raised if that was elsewhere."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((_HERE, "<frozen"))]
     own = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
     places = [f"{f.filename}, line {f.lineno}, in {f.name}" for f in frames]
@@ -140,7 +141,7 @@ def _checked(name: str, made: Any) -> Teacher:
 
 
 def angles_of(name: str, schedule: Schedule) -> tuple[float, ...]:
-    """The angles that a schedule is known again by. UsageError where it fails."""
+    """Return the angles that a schedule is known again by. UsageError where it fails."""
     u = torch.linspace(0, 1, TIMES + 1, dtype=torch.float64)
     try:
         phi, delta = schedule.phi(u), schedule.delta(u[1:], u[1:] - u[:-1])
@@ -156,8 +157,8 @@ def angles_of(name: str, schedule: Schedule) -> tuple[float, ...]:
 
 
 def schedule(name: str, angles: tuple[float, ...]) -> Schedule:
-    """The schedule of the function that the command line named, for what was made with one of those angles. UsageError where it
-    is another."""
+    """Return the schedule of the function that the command line named, for what was made with one of those angles.
+    UsageError where it is another."""
     own = given(name, "the noise schedule")
     now = angles_of(own.name, own.teacher.schedule)
     if len(now) != len(angles) or any(abs(a - b) > SAME_ANGLE for a, b in zip(now, angles, strict=True)):

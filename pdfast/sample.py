@@ -80,8 +80,8 @@ class Arguments:
 
 
 def find_model(folder: Path, steps: int | None, device: torch.device) -> SavedModel:
-    """The model in a model's folder, or in a run's: the student of `steps` steps, or of fewest; the teacher where there are no
-    students.
+    """Return the model in a model's folder, or in a run's: the student of `steps` steps, or of fewest; the teacher where there
+    are no students.
 
     UsageError where there is none.
     """
@@ -104,7 +104,8 @@ def find_model(folder: Path, steps: int | None, device: torch.device) -> SavedMo
 
 
 def draw(arguments: Arguments, saved: SavedModel, device: torch.device) -> tuple[np.ndarray, np.ndarray | None, int]:
-    """Images uint8 [N, H, W, C], labels int64 [N] or None, and the number of steps. RunError where images are not finite."""
+    """Return images uint8 [N, H, W, C], labels int64 [N] or None, and the number of steps. RunError where images are not
+    finite."""
     config = saved.config
     steps = arguments.steps or saved.steps or 256
     for c in arguments.classes:
@@ -139,7 +140,7 @@ def draw(arguments: Arguments, saved: SavedModel, device: torch.device) -> tuple
 
 
 def picture(images: np.ndarray) -> np.ndarray:
-    """Images uint8 [N, H, W, C] in a square, enlarged where they are tiny: uint8 [H', W', 3]."""
+    """Return images uint8 [N, H, W, C] in a square, enlarged where they are tiny: uint8 [H', W', 3]."""
     return image_grid(images, columns=max(1, round(len(images) ** 0.5)), scale=max(1, 64 // images.shape[1]))
 
 

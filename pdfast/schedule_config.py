@@ -59,7 +59,7 @@ class ScheduleConfig:
         return dataclasses.replace(self, alpha_bars=None, table=tuple(values.astype(np.float64).tolist()))
 
     def build(self) -> diffusion.Schedule:
-        """The schedule. UsageError for bad values or an unreadable table."""
+        """Return the schedule. UsageError for bad values or an unreadable table."""
         try:
             match self.name:
                 case "cosine":

@@ -30,7 +30,7 @@ CONVERSION_STEPS = (16, 4, 1)
 
 
 def open_data(config: RunConfig, device: torch.device) -> ImageSource:
-    """The run's images on the device. UsageError where they do not fit the network."""
+    """Return the run's images on the device. UsageError where they do not fit the network."""
     network = config.network
     height, width, channels = codec_of(network).data_shape(network.image_shape)
     return load_source(
@@ -45,7 +45,7 @@ def open_data(config: RunConfig, device: torch.device) -> ImageSource:
 
 
 def open_evaluator(config: RunConfig, machine: Machine, source: ImageSource) -> Evaluator:
-    """The run's evaluator; it stops between steps where the run was asked to."""
+    """Return the run's evaluator; it stops between steps where the run was asked to."""
     machine.watchdog.begin()
 
     def between() -> None:
@@ -96,8 +96,8 @@ def convert_teacher(
     evaluator: Evaluator,
     log: RunLog,
 ) -> tuple[Network, dict | None, dict]:
-    """A copy of the teacher that predicts v, trained for where its algebra is not exact; with the figures of the training
-    (None where there was none), and those of the original and of the untrained copy."""
+    """Return a copy of the teacher that predicts v, trained for where its algebra is not exact; with the figures of the
+    training (None where there was none), and those of the original and of the untrained copy."""
     copy = ConvertedConfig(original.config).build()
     copy.network.load_state_dict(original.network.state_dict())
     evaluated: dict[str, list] = {"original": [], "untrained": []}
@@ -216,7 +216,7 @@ def check_finished(config: DistillConfig, shape: tuple[int, ...]) -> None:
 
 
 def total_seconds(config: DistillConfig) -> float:
-    """Seconds of training in all stages of the run, over all resumes."""
+    """Return seconds of training in all stages of the run, over all resumes."""
     folders = [config.folder.teacher, *map(config.folder.student, config.round_steps)]
     trainings = [read_metrics(folder)["training"] for folder in folders]
     return sum(training["seconds"] for training in trainings if training)

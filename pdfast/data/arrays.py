@@ -18,7 +18,7 @@ READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.re
 
 
 def load_array_file(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """uint8 images [N, H, W, C] and int64 labels [N] (None where there are none) of a .npy or .npz file.
+    """Return uint8 images [N, H, W, C] and int64 labels [N] (None where there are none) of a .npy or .npz file.
 
     A .npz holds `images` and optionally `labels`, or a single array of images under any name; what seem to be labels of another name are
     not read, with a warning. UsageError, in one line
@@ -96,7 +96,7 @@ def _member(loaded: Any, name: str) -> tuple[tuple[int, ...], str] | None:
 
 
 def _listed(loaded: Any) -> str:
-    """The arrays of an archive, for people."""
+    """Return the arrays of an archive, for people."""
     listed = []
     for name in sorted(loaded.files)[:SHOWN]:
         shape, dtype = _member(loaded, name) or ((), "no array")

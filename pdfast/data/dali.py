@@ -40,7 +40,7 @@ INSTALL = "pip install 'pdfast[dali]'"
 
 
 def missing() -> str | None:
-    """Why there is no DALI here, or None."""
+    """Return why there is no DALI here, or None."""
     try:
         import nvidia.dali  # noqa: F401
     except ImportError as error:
@@ -179,7 +179,7 @@ def _one_line(error: RuntimeError) -> str:
 
 
 def _as_pnm(image: Image) -> bytes:
-    """The pixels behind a header that DALI reads."""
+    """Return the pixels behind a header that DALI reads."""
     kind = 5 if image.mode == "L" else 6
     return b"P%d\n%d %d\n255\n" % (kind, image.width, image.height) + image.tobytes()
 

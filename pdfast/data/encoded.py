@@ -19,7 +19,7 @@ SHOWN = 12  # sorts of other things that are counted in a line
 
 
 def label_from(text: str) -> int | None:
-    """A label as it is written in decimal digits, None where the text is no such number."""
+    """Return a label as it is written in decimal digits, None where the text is no such number."""
     return int(text) if re.fullmatch(r"\s*-?[0-9]{1,99}\s*", text) else None
 
 
@@ -66,7 +66,7 @@ class EncodedImages:
         return len(self.names)
 
     def read(self, i: int) -> bytes:
-        """The bytes of image i. BadImage where they are not there any more."""
+        """Return the bytes of image i. BadImage where they are not there any more."""
         file, offset, size = self.places[i].tolist()
         try:
             with open(self.files[file], "rb", buffering=0) as opened:

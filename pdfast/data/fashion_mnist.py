@@ -16,7 +16,7 @@ SOURCES = "install Debian's dataset-fashion-mnist and give /usr/share/datasets/f
 
 
 def load_fashion_mnist(folder: Path) -> tuple[Split, Split]:
-    """The 60000 training and 10000 test images, [N, 28, 28, 1], of a folder with the four files, gzipped or not.
+    """Return the 60000 training and 10000 test images, [N, 28, 28, 1], of a folder with the four files, gzipped or not.
 
     UsageError, in one line, where a file is missing or damaged, or they are another data set.
     """
@@ -29,7 +29,7 @@ def load_fashion_mnist(folder: Path) -> tuple[Split, Split]:
 
 
 def read_part(folder: Path, prefix: str) -> Split:
-    """Images [N, H, W, 1] and labels [N] of the two files that begin with `prefix`."""
+    """Return images [N, H, W, 1] and labels [N] of the two files that begin with `prefix`."""
     images = _read_idx(folder, f"{prefix}-images-idx3-ubyte", ndim=3)
     labels = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", ndim=1)
     if len(images) != len(labels):
@@ -49,7 +49,7 @@ def _read_idx(folder: Path, name: str, ndim: int) -> np.ndarray:
 
 
 def parse_idx(content: bytes, ndim: int, where: str | Path) -> np.ndarray:
-    """The uint8 array of `ndim` axes in an IDX file: 0, 0, type 8, ndim, big-endian uint32 sizes, data."""
+    """Return the uint8 array of `ndim` axes in an IDX file: 0, 0, type 8, ndim, big-endian uint32 sizes, data."""
     start = 4 + 4 * ndim
     if len(content) < start or content[:4] != bytes((0, 0, 8, ndim)):
         raise UsageError(f"{where} is not an IDX file of bytes with {ndim} axes: {SOURCES}")

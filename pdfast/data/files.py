@@ -56,7 +56,7 @@ class Samples:
         return *sides(self.size), self.channels
 
     def content(self, i: int) -> bytes:
-        """The bytes of image i. BadImage where they, or the label, are not there."""
+        """Return the bytes of image i. BadImage where they, or the label, are not there."""
         if self.num_classes:
             assert self.encoded.labels is not None  # `open_files` refuses data without any
             if not 0 <= (label := self.encoded.labels[i]) < self.num_classes:
@@ -64,7 +64,7 @@ class Samples:
         return self.encoded.read(i)
 
     def usable(self, i: int, use: Callable[[int, bytes], T]) -> tuple[T, int, list[Bad]]:
-        """What `use` makes of image i or else of the next that it takes, which that is, and those passed over."""
+        """Return what `use` makes of image i or else of the next that it takes, which that is, and those passed over."""
         bad: list[Bad] = []
         for _ in range(len(self.encoded)):
             try:
@@ -96,7 +96,7 @@ class Loader(Protocol):
     name: str
 
     def stream(self, indices: Iterator[list[int]]) -> Iterator[Decoded]:
-        """The images of one list of indices after the other."""
+        """Yield the images of one list of indices after the other."""
 
 
 class FileImages:
@@ -141,7 +141,7 @@ class FileImages:
         return tensor.pin_memory().to(self._device, non_blocking=True)
 
     def resident(self) -> ResidentImages:
-        """All of them, decoded now and kept on the device."""
+        """Return all of them, decoded now and kept on the device."""
         images = np.empty((self.num_images, *self.shape), dtype=np.uint8)
         numbers = np.empty(self.num_images, dtype=np.int64)
         for start in range(0, self.num_images, CHUNK):

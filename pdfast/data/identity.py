@@ -40,7 +40,7 @@ def of_files(encoded: EncodedImages, size: Size, channels: int) -> Hashes:
 
 
 def contents(encoded: EncodedImages, indices: list[int]) -> bytes:
-    """The SHA-256 of each of these images' bytes, 32 bytes an image; zeros where they cannot be read."""
+    """Return the SHA-256 of each of these images' bytes, 32 bytes an image; zeros where they cannot be read."""
 
     def of_one(i: int) -> bytes:
         try:

@@ -35,8 +35,8 @@ def load_source(
     loader: LoaderName = "auto",
     max_bad: float = 0.001,
 ) -> ImageSource:
-    """The built-in `digits`, a .npy or .npz file of uint8 images, or encoded images in files (`./digits` if so named): see
-    `pdfast.data.formats.find_images`.
+    """Return the built-in `digits`, a .npy or .npz file of uint8 images, or encoded images in files (`./digits` if so named):
+    see `pdfast.data.formats.find_images`.
 
     num_classes: of a network that is conditioned on them, whose labels must be below that, else 0. max_bad: the fraction of encoded images that may be bad.
     UsageError, in one line that names the path, for data that are missing, damaged, or of images that are not

@@ -27,7 +27,7 @@ def open_files(
     loader: LoaderName,
     max_bad: float,
 ) -> ImageSource | None:
-    """The images of `find_images(path)`, by that loader; None where they are no encoded images. See `load_source`."""
+    """Return the images of `find_images(path)`, by that loader; None where they are no encoded images. See `load_source`."""
     encoded = find_images(path)
     if encoded is None:
         return None

@@ -81,7 +81,7 @@ def examine(content: bytes) -> Opened:
 
 
 def _check_header(image: ImageFile.ImageFile) -> None:
-    """BadImage for what is not to be decoded, before anything is."""
+    """Raise a BadImage for what is not to be decoded, before anything is."""
     width, height = image.size
     if width * height > MOST_PIXELS:
         raise BadImage(f"{width} x {height} pixels, more than {MOST_PIXELS}")
@@ -98,8 +98,8 @@ def _reason(error: Exception) -> str:
 
 
 def in_full(opened: Opened, channels: int) -> Image.Image:
-    """The whole image, upright, on white where it is transparent, grey (channels 1) or in colour (3). BadImage where it
-    cannot be decoded."""
+    """Return the whole image, upright, on white where it is transparent, grey (channels 1) or in colour (3). BadImage where
+    it cannot be decoded."""
     try:
         image = opened.image
         if opened.orientation != UPRIGHT:

@@ -35,7 +35,7 @@ class Batch:
 
 
 def order_of(samples: Tensor, num_images: int, seed: int) -> Tensor:
-    """Which images, int64 [n] on the CPU, the global sample indices `samples`, int64 [n], are."""
+    """Return which images, int64 [n] on the CPU, the global sample indices `samples`, int64 [n], are."""
     samples = samples.cpu()  # where the permutation is
     epoch, place = samples // num_images, samples % num_images
     indices = torch.empty_like(samples)
@@ -110,7 +110,7 @@ class ImageSource(Protocol):
         the order that the seed gives each epoch."""
 
     def take(self, indices: Tensor) -> Batch:
-        """The images at `indices`, int64 [n], in the data set's own order."""
+        """Return the images at `indices`, int64 [n], in the data set's own order."""
 
 
 def of_tensors(images: Tensor, labels: Tensor | None = None) -> Hashes:
@@ -124,7 +124,7 @@ def of_tensors(images: Tensor, labels: Tensor | None = None) -> Hashes:
 
 
 def check_labels(labels: Tensor | None, num_classes: int, spec: str) -> None:
-    """UsageError unless labels, int64 [N] with -1 for none, all number classes of a network that is conditioned on
+    """Raise a UsageError unless labels, int64 [N] with -1 for none, all number classes of a network that is conditioned on
     `num_classes`; some of its classes may have no images."""
     if not num_classes:
         return
@@ -144,8 +144,8 @@ def check_labels(labels: Tensor | None, num_classes: int, spec: str) -> None:
 
 
 def home_of(num_bytes: int, device: torch.device) -> torch.device:
-    """Where so many bytes of images are kept for use on the device: there, or where they would take more than their share
-    of what is free, in the host's memory."""
+    """Return where so many bytes of images are kept for use on the device: there, or where they would take more than their
+    share of what is free, in the host's memory."""
     if device.type == "cuda" and num_bytes > SHARE_OF_GPU * torch.cuda.mem_get_info(device)[0]:
         return torch.device("cpu")
     return device
@@ -180,7 +180,7 @@ class ResidentImages:
             update += 1
 
     def batch(self, samples: Tensor, seed: int) -> Batch:
-        """The images of global sample indices, int64 [n], in the order that the seed gives each epoch."""
+        """Return the images of global sample indices, int64 [n], in the order that the seed gives each epoch."""
         return self.take(order_of(samples, self.num_images, seed))
 
     def take(self, indices: Tensor) -> Batch:

@@ -18,7 +18,7 @@ class Split(NamedTuple):
 
 
 def channel_histogram(images: np.ndarray) -> np.ndarray:
-    """How often each of the 256 values occurs: int64 [C, 256], of uint8 images [N, H, W, C]."""
+    """Return how often each of the 256 values occurs: int64 [C, 256], of uint8 images [N, H, W, C]."""
     counts = np.zeros((images.shape[3], 256), dtype=np.int64)
     chunk = max(COUNTED // max(images[0, ..., 0].size, 1), 1) if len(images) else 1
     for start in range(0, len(images), chunk):
@@ -28,7 +28,7 @@ def channel_histogram(images: np.ndarray) -> np.ndarray:
 
 
 def moments(histogram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each channel, float64 [C], of a `channel_histogram`, its values taken as 0 to 1."""
+    """Return mean and standard deviation of each channel, float64 [C], of a `channel_histogram`, its values taken as 0 to 1."""
     values = np.arange(256) / 255
     share = histogram / histogram.sum(axis=1, keepdims=True)
     mean = share @ values
@@ -36,12 +36,12 @@ def moments(histogram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def channel_means_and_stds(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each channel, float64 [C], of uint8 images [N, H, W, C] taken as 0 to 1."""
+    """Return mean and standard deviation of each channel, float64 [C], of uint8 images [N, H, W, C] taken as 0 to 1."""
     return moments(channel_histogram(images))
 
 
 def check_split(split: Split, where: str | Path, *, per_class: int, mean: tuple[float, ...] | None = None) -> None:
-    """UsageError unless there are 10 classes of `per_class` images each, with channel means within 0.002 of `mean`."""
+    """Raise a UsageError unless there are 10 classes of `per_class` images each, with channel means within 0.002 of `mean`."""
     counts = np.bincount(split.labels, minlength=10)
     remedy = "it is damaged or another data set, download it again"
     if len(split.labels) != 10 * per_class:

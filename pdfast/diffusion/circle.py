@@ -55,7 +55,7 @@ class Parameterization:
     """At angles phi, what each of the network's P outputs is multiplied by; the sum is the point."""
 
     def same_point(self, other: Parameterization) -> bool:
-        """Whether both name the same point at every phi; their outputs may combine otherwise."""
+        """Tell whether both name the same point at every phi; their outputs may combine otherwise."""
         return (self.quarters, self.slope) == (other.quarters, other.slope)
 
     def angle(self, phi: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ PARAMETERIZATIONS: dict[str, Parameterization] = {
 
 
 def parameterization(prediction: str) -> Parameterization:
-    """The row of PARAMETERIZATIONS of that name. ValueError where there is none."""
+    """Return the row of PARAMETERIZATIONS of that name. ValueError where there is none."""
     if prediction not in PARAMETERIZATIONS:
         raise ValueError(f"unknown prediction {prediction!r}, choose from {', '.join(PARAMETERIZATIONS)}")
     return PARAMETERIZATIONS[prediction]
@@ -101,7 +101,7 @@ def check_tensor(name: str, value: Any) -> None:
 
 
 def check_angles(phi: Tensor) -> None:
-    """TypeError unless angles are float32 or float64: neighbouring steps are one and the same angle in 16 bits."""
+    """Raise a TypeError unless angles are float32 or float64: neighbouring steps are one and the same angle in 16 bits."""
     check_tensor("phi", phi)
     if phi.dtype not in (torch.float32, torch.float64):
         raise TypeError(
@@ -125,7 +125,7 @@ def check_start(prediction: str, phi_start: float, least: float = SMALLEST_SINE_
 
 
 def at_least_float32(state: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-    """A state, or a network's output, in which it is computed with: float32 for 16 bits, else as it is."""
+    """Return a state, or a network's output, in which it is computed with: float32 for 16 bits, else as it is."""
     if not state.is_floating_point():
         raise TypeError(f"states of dtype {state.dtype}: make them floats")
     return state.float() if state.dtype.itemsize < 4 else state
@@ -138,8 +138,8 @@ def outputs_per_channel(prediction: str) -> int:
 
 
 def check_output(name: str, output: Any, z: Tensor, prediction: str) -> Tensor:
-    """What the model called `name` put out at z, [N, C, ...]. TypeError unless that is a tensor of floats, ValueError unless it is
-    [N, P*C, ...] and where z is."""
+    """Return what the model called `name` put out at z, [N, C, ...]. TypeError unless that is a tensor of floats, ValueError
+    unless it is [N, P*C, ...] and where z is."""
     if not isinstance(output, Tensor):
         raise TypeError(
             f"{name} returned a {type(output).__name__}: let it return the tensor alone, such as output[0], or output.sample of diffusers"
@@ -162,7 +162,7 @@ def natural_angle(prediction: str, phi: Float[Tensor, "*n"]) -> Float[Tensor, "*
 
 
 def output_coefficient(prediction: str, phi: Float[Tensor, "*n"]) -> Float[Tensor, "*n p"]:
-    """How the P outputs combine into the point at theta: [N, P] for phi [N]."""
+    """Return how the P outputs combine into the point at theta: [N, P] for phi [N]."""
     return torch.stack(parameterization(prediction).outputs(phi), dim=-1)
 
 
@@ -224,7 +224,8 @@ def _convert(prediction: str, other: str, output: Tensor, z: Tensor, phi: Tensor
 def to_v(
     prediction: str, output: Float[Tensor, "n pc *s"], z: Float[Tensor, "n c *s"], phi: Float[Tensor, "*k"]
 ) -> Float[Tensor, "n c *s"]:
-    """The v that a network's output means at (z, phi). output [N, P*C, ...], z [N, C, ...], phi [N] or [], float32 or float64.
+    """Return the v that a network's output means at (z, phi). output [N, P*C, ...], z [N, C, ...], phi [N] or [], float32 or
+    float64.
 
     Computed and returned in float32 at least, whatever z and output are.
     """
@@ -234,5 +235,5 @@ def to_v(
 def to_x(
     prediction: str, output: Float[Tensor, "n pc *s"], z: Float[Tensor, "n c *s"], phi: Float[Tensor, "*k"]
 ) -> Float[Tensor, "n c *s"]:
-    """The x that a network's output means at (z, phi); shapes and dtypes as in `to_v`."""
+    """Return the x that a network's output means at (z, phi); shapes and dtypes as in `to_v`."""
     return _convert(prediction, "x", output, z, phi)

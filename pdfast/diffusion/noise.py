@@ -54,17 +54,17 @@ def normal(key: Key, index: Int64[Tensor, "n"], shape: tuple[int, ...]) -> Float
 
 
 def uniform(key: Key, index: Int64[Tensor, "n"]) -> Float64[Tensor, "n"]:
-    """Uniform in (0, 1), float64 [n], for int64 `index` [n]."""
+    """Return uniform in (0, 1), float64 [n], for int64 `index` [n]."""
     return (philox.integers_from_key(key, index, 1)[:, 0].double() + 0.5) * 2.0**-32
 
 
 def integer(key: Key, index: Int64[Tensor, "n"], bound: int | Tensor) -> Int64[Tensor, "n"]:
-    """Uniform in {0, ..., bound - 1}, int64 [n]; the bias of one part in 2**32 / bound is left."""
+    """Return uniform in {0, ..., bound - 1}, int64 [n]; the bias of one part in 2**32 / bound is left."""
     return (philox.integers_from_key(key, index, 1)[:, 0] * bound) >> 32
 
 
 @lru_cache(maxsize=4)
 def permutation(seed: int, epoch: int, size: int) -> Int64[Tensor, "size"]:
-    """The order of epoch `epoch` over `size` images, int64 [size] on the CPU: the argsort of one draw an image."""
+    """Return the order of epoch `epoch` over `size` images, int64 [size] on the CPU: the argsort of one draw an image."""
     keys = philox.integers(seed, Stream.ORDER, 0, epoch, torch.arange(size), 1)[:, 0]
     return torch.argsort(keys, stable=True)

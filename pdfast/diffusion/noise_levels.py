@@ -24,8 +24,8 @@ RIGHT_OF_FLOAT32 = 1.5707963705062866  # is larger than pi/2
 
 
 def _within(name: str, value: Tensor | float, low: float = -math.inf, high: float = math.inf) -> Tensor:
-    """An argument in float64. ValueError, or NaN where values are not asked, for what is not in [low, high]; TypeError for what
-    is not made of numbers."""
+    """Return an argument in float64. ValueError, or NaN where values are not asked, for what is not in [low, high];
+    TypeError for what is not made of numbers."""
     try:
         tensor = torch.as_tensor(value, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):
@@ -57,17 +57,17 @@ def _check_shift(shift: float) -> None:
 
 
 def phi_from_sigma(sigma: Tensor | float) -> Tensor:
-    """The angle of x + sigma eps, as in EDM (Karras et al. 2022): atan(sigma), for sigma >= 0."""
+    """Return the angle of x + sigma eps, as in EDM (Karras et al. 2022): atan(sigma), for sigma >= 0."""
     return torch.atan(_within("sigma", sigma, 0))
 
 
 def sigma_from_phi(phi: Tensor | float) -> Tensor:
-    """The inverse of `phi_from_sigma`, tan(phi); 1.6e16 at pi/2, which is a little less in float64."""
+    """Return the inverse of `phi_from_sigma`, tan(phi); 1.6e16 at pi/2, which is a little less in float64."""
     return torch.tan(_angle(phi))
 
 
 def phi_from_logsnr(logsnr: Tensor | float) -> Tensor:
-    """The angle of a log-SNR, log(alpha^2 / sigma^2): the inverse of `logsnr`. Infinite ones are 0 and pi/2."""
+    """Return the angle of a log-SNR, log(alpha^2 / sigma^2): the inverse of `logsnr`. Infinite ones are 0 and pi/2."""
     return torch.atan(torch.exp(-0.5 * _within("logsnr", logsnr)))
 
 
@@ -78,18 +78,19 @@ def logsnr(phi: Tensor | float) -> Tensor:
 
 
 def phi_from_alpha_bar(alpha_bar: Tensor | float) -> Tensor:
-    """The angle of sqrt(alpha_bar) x + sqrt(1 - alpha_bar) eps, as in DDPM (Ho et al. 2020); alpha_bar is in [0, 1]."""
+    """Return the angle of sqrt(alpha_bar) x + sqrt(1 - alpha_bar) eps, as in DDPM (Ho et al. 2020); alpha_bar is in [0, 1]."""
     alpha_bar = _within("alpha_bar", alpha_bar, 0, 1)
     return torch.atan2(torch.sqrt(1 - alpha_bar), torch.sqrt(alpha_bar))
 
 
 def alpha_bar_from_phi(phi: Tensor | float) -> Tensor:
-    """The inverse of `phi_from_alpha_bar`: cos^2(phi)."""
+    """Return the inverse of `phi_from_alpha_bar`: cos^2(phi)."""
     return torch.cos(_angle(phi)).square()
 
 
 def phi_from_time(t: Tensor | float, alpha_bars: Tensor) -> Tensor:
-    """The angles of discrete times t in 0..T-1 of a network trained with T alpha-bars (`alphas_cumprod` of other codebases).
+    """Return the angles of discrete times t in 0..T-1 of a network trained with T alpha-bars (`alphas_cumprod` of other
+    codebases).
 
     Between times they are linear, and -1 is no noise, at 0; times beyond are those of the ends. ValueError for alpha_bars that do
     not strictly decrease, but for several that are 1 at the beginning.
@@ -102,7 +103,7 @@ def phi_from_time(t: Tensor | float, alpha_bars: Tensor) -> Tensor:
 
 
 def time_from_phi(phi: Tensor | float, alpha_bars: Tensor) -> Tensor:
-    """The inverse of `phi_from_time`: times in -1..T-1, fractional between those of the table."""
+    """Return the inverse of `phi_from_time`: times in -1..T-1, fractional between those of the table."""
     phi = _angle(phi)
     knots = table_angles(alpha_bars).to(phi.device)
     upper = torch.searchsorted(knots, phi.contiguous(), right=True).clamp(1, len(knots) - 1)
@@ -110,7 +111,8 @@ def time_from_phi(phi: Tensor | float, alpha_bars: Tensor) -> Tensor:
 
 
 def phi_from_flow_time(t: Tensor | float, shift: float = 1.0) -> Tensor:
-    """The angle of (1 - t') x + t' eps, where t in [0, 1] is flow matching's time and t' = shift t / (1 + (shift - 1) t).
+    """Return the angle of (1 - t') x + t' eps, where t in [0, 1] is flow matching's time and t' = shift t / (1 + (shift - 1)
+    t).
 
     ValueError for a shift that is not positive.
     """
@@ -120,8 +122,8 @@ def phi_from_flow_time(t: Tensor | float, shift: float = 1.0) -> Tensor:
 
 
 def flow_time_from_phi(phi: Tensor | float, shift: float = 1.0) -> Tensor:
-    """The inverse of `phi_from_flow_time`; with a shift of 1 it is t', the noise in (1 - t') x + t' eps, and what such a network is
-    told."""
+    """Return the inverse of `phi_from_flow_time`; with a shift of 1 it is t', the noise in (1 - t') x + t' eps, and what
+    such a network is told."""
     _check_shift(shift)
     phi = _angle(phi)
     sin, cos = torch.sin(phi), torch.cos(phi)

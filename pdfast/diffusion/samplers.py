@@ -45,7 +45,7 @@ class Model(Protocol):
 
 
 def prediction_of(model: Model, said: Prediction | None = None) -> Prediction | None:
-    """What a model predicts: as its attribute `prediction` has it, or as was said; None where neither is there.
+    """Return what a model predicts: as its attribute `prediction` has it, or as was said; None where neither is there.
 
     ValueError where they differ.
     """
@@ -56,7 +56,7 @@ def prediction_of(model: Model, said: Prediction | None = None) -> Prediction | 
 
 
 def check_model(name: str, model: Any) -> None:
-    """TypeError for what cannot be called, or is a class in the place of a model."""
+    """Raise a TypeError for what cannot be called, or is a class in the place of a model."""
     if not callable(model) or isinstance(model, type):
         what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise TypeError(f"{name} is {what}: give a module, or a function, that is called as model(z, phi, cond)")
@@ -69,7 +69,8 @@ def _column(value: Tensor, z: Tensor) -> Tensor:
 def _begin(
     model: Model, z: Tensor, phi: Tensor, cond: Any, prediction: Prediction | None
 ) -> tuple[Tensor, torch.dtype, Prediction]:
-    """The state to compute with, the dtype that the model is given, and what it predicts. ValueError and TypeError for what cannot be sampled."""
+    """Return the state to compute with, the dtype that the model is given, and what it predicts. ValueError and TypeError
+    for what cannot be sampled."""
     check_model("model", model)
     check_tensor("z", z)
     check_angles(phi)

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 @runtime_checkable
 class Schedule(Protocol):
     def phi(self, u: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """The angle in radians at time u; float64, any shape."""
+        """Return the angle in radians at time u; float64, any shape."""
 
     def delta(self, u: Float[Tensor, "*#n"], du: Float[Tensor, "*#n"]) -> Float[Tensor, "*#n"]:
         """phi(u) - phi(u - du) >= 0 to full relative precision; float64, shapes broadcast."""
 
 
 def check_schedule(schedule: Any, *methods: str) -> None:
-    """TypeError for what has not these methods, or is the class of a schedule in the place of one."""
+    """Raise a TypeError for what has not these methods, or is the class of a schedule in the place of one."""
     if isinstance(schedule, type):
         raise TypeError(f"schedule is the class {schedule.__name__}: give an instance, {schedule.__name__}(...)")
     if not all(callable(getattr(schedule, name, None)) for name in methods):
@@ -119,7 +119,8 @@ def _from_no_noise(alpha_bars: Tensor) -> Tensor:
 
 
 def table_angles(alpha_bars: Float[Tensor, "t"]) -> Float64[Tensor, "knots"]:
-    """The angles at no noise and at each of T alpha-bars: float64 [T + 1], from 0. ValueError for what is no such table."""
+    """Return the angles at no noise and at each of T alpha-bars: float64 [T + 1], from 0. ValueError for what is no such
+    table."""
     table = _from_no_noise(alpha_bars)
     return torch.atan2(torch.sqrt(1 - table), torch.sqrt(table))
 

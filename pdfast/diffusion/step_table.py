@@ -75,7 +75,7 @@ class StepTable:
         return len(self.target_output)
 
     def columns(self) -> tuple[Tensor, ...]:
-        """All of its tensors, in their order."""
+        """Return all of its tensors, in their order."""
         return (
             *self.angles,
             *self.step_z,
@@ -87,7 +87,7 @@ class StepTable:
         )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> StepTable:
-        """The table of `function` of every column."""
+        """Return the table of `function` of every column."""
 
         def each(columns: Sequence[Tensor]) -> tuple[Tensor, ...]:
             return tuple(map(function, columns))
@@ -106,13 +106,13 @@ class StepTable:
         )
 
     def rows(self, k: Int64[Tensor, "n"]) -> StepTable:
-        """The rows k in 1..R, in a table of one step for each student step of its index, int64 [n]. ValueError for another k (on a
-        GPU a row of NaN)."""
+        """Return the rows k in 1..R, in a table of one step for each student step of its index, int64 [n]. ValueError for
+        another k (on a GPU a row of NaN)."""
         index = in_range("StepTable.rows", "k", k, 1, len(self) + 1) - 1
         return self.map(lambda column: rows_of(column, index))
 
     def to(self, device: torch.device | str) -> StepTable:
-        """The same table on another device."""
+        """Return the same table on another device."""
         return self.map(lambda column: column.to(device))
 
 
@@ -128,7 +128,7 @@ def whole_steps(steps: SupportsIndex, least: int = 1, what: str = "steps") -> in
 
 
 def angles(schedule: Schedule, steps: SupportsIndex) -> Float64[Tensor, "angles"]:
-    """The angles of a sampler with that many steps, from phi(1) down to exactly 0: float64 [steps + 1].
+    """Return the angles of a sampler with that many steps, from phi(1) down to exactly 0: float64 [steps + 1].
 
     TypeError for what is no schedule, ValueError for what is no number of steps.
     """
@@ -149,7 +149,7 @@ def build_step_table(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> StepTable:
-    """The table of a round with `steps` student steps, each `factor` steps of the teacher, in float32 or float64.
+    """Return the table of a round with `steps` student steps, each `factor` steps of the teacher, in float32 or float64.
 
     prediction: of both networks. ValueError for eps-prediction from (almost) pure noise, and for what is unknown; TypeError for what
     is no schedule.
@@ -170,7 +170,7 @@ def build_closure_table(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> StepTable:
-    """The table of transitive closure (TRACT; Berthelot et al. 2023) from `teacher_steps` to `steps`, which divides it.
+    """Return the table of transitive closure (TRACT; Berthelot et al. 2023) from `teacher_steps` to `steps`, which divides it.
 
     Row k in 1..teacher_steps begins at u = k / teacher_steps; the teacher's step ends at the point before, the student's average
     goes on to the end of the segment. Where that is the same point, its output has no weight, and it is asked at the start of the
@@ -201,7 +201,8 @@ def _build(
     prediction: Prediction,
     weighting: Weighting,
 ) -> StepTable:
-    """The table in float64 of rows through the points u = grid / size; grid: int64 [m + 1, R], not increasing in its columns."""
+    """Return the table in float64 of rows through the points u = grid / size; grid: int64 [m + 1, R], not increasing in its
+    columns."""
     check_schedule(schedule, "phi", "delta")
     says = parameterization(prediction)
     u = grid.double() / size

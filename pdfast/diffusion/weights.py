@@ -20,7 +20,7 @@ WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
 
 
 def natural_weight(prediction: str, weighting: str, phi: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-    """The weight of a squared error of what the network says, [N] for phi [N].
+    """Return the weight of a squared error of what the network says, [N] for phi [N].
 
     snr: eps-MSE. truncated_snr: max(x-MSE, eps-MSE). snr_plus_one: v-MSE. x_mse: x-MSE. ValueError for another.
     """

@@ -169,8 +169,8 @@ class Checkpoints:
             print(f"pdfast: warning: {message}", file=sys.stderr, flush=True)
 
     def latest(self) -> Checkpoint | None:
-        """The newest whole checkpoint, None where there is none. A damaged one is skipped with a warning; UsageError where
-        all are damaged."""
+        """Return the newest whole checkpoint, None where there is none. A damaged one is skipped with a warning; UsageError
+        where all are damaged."""
         update = self._world.run_on_rank0(self._newest_whole)
         return None if update is None else self._load(self._path(update))
 
@@ -190,7 +190,7 @@ class Checkpoints:
         return None
 
     def _check(self, folder: Path) -> int:
-        """Its update; one of DAMAGED where something is missing or was changed."""
+        """Return the checkpoint's update; one of DAMAGED where something is missing or was changed."""
         meta = _read_state(folder)
         files = _files(folder, meta["parts"])
         if f"{meta['update']:010d}" != folder.name.rsplit("-", 1)[1] or sorted(folder.glob("*.safetensors")) != files:
@@ -231,7 +231,7 @@ class Checkpoints:
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
-    """What its state.json says. One of DAMAGED where that is not what was written, as far as can be seen: older ones
+    """Return what its state.json says. One of DAMAGED where that is not what was written, as far as can be seen: older ones
     have no checksum."""
     meta = check_seal(read_json(folder / "state.json"))
     if meta.keys() != STATE.keys() or any(type(meta[name]) is not kind for name, kind in STATE.items()):
@@ -254,7 +254,7 @@ def clear_finished(run: RunFolder) -> None:
 
 
 def _check_finite(file: Path, common: set[str]) -> None:
-    """ValueError where a parameter, or its optimizer's state, is not finite: no update leaves them so."""
+    """Raise a ValueError where a parameter, or its optimizer's state, is not finite: no update leaves them so."""
     with utf8_path(file) as named, safe_open(named, framework="pt") as opened:
         for name in set(opened.keys()) - common:
             if not bool(torch.isfinite(opened.get_tensor(name)).all()):

@@ -19,7 +19,7 @@ OTHERS = {"mps": "Apple's GPUs", "xpu": "Intel's GPUs", "hpu": "Gaudi", "xla": "
 
 
 def open_device(name: str) -> torch.device:
-    """The device called `auto`, `cpu`, `cuda` or `cuda:N`; under torchrun `cuda` is the process's own GPU.
+    """Return the device called `auto`, `cpu`, `cuda` or `cuda:N`; under torchrun `cuda` is the process's own GPU.
 
     UsageError where there is none such, or fewer GPUs than processes of this machine.
     """
@@ -71,7 +71,7 @@ def _keep_freed_memory() -> None:
 
 
 def describe(device: torch.device) -> str:
-    """The hardware in words, for reports."""
+    """Return the hardware in words, for reports."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     model = platform.processor() or platform.machine()
@@ -85,7 +85,7 @@ def describe(device: torch.device) -> str:
 
 
 def commit() -> str | None:
-    """The commit of the checkout this package lies in, with a + where it was changed; None outside of one."""
+    """Return the commit of the checkout this package lies in, with a + where it was changed; None outside of one."""
     here = Path(__file__).resolve().parent
     try:
         described = subprocess.run(

@@ -25,5 +25,5 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 def requested() -> bool:
-    """Whether the run was asked to stop."""
+    """Tell whether the run was asked to stop."""
     return _stop_requested

@@ -55,8 +55,8 @@ def _line(entry: dict[str, Any]) -> bytes:
 
 
 def read_log(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """The lines of a log.jsonl with what they say. What is no line of a log, or does not have its checksum, is left out with a
-    warning, a last one that was cut off by a kill without; UsageError where the file is none that can be read."""
+    """Return the lines of a log.jsonl with what they say. What is no line of a log, or does not have its checksum, is left
+    out with a warning, a last one that was cut off by a kill without; UsageError where the file is none that can be read."""
     if path.exists() and not path.is_file():
         raise UsageError(f"{path} is no regular file: move it away")
     try:
@@ -72,7 +72,7 @@ def read_log(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:
-    """What a line says, None where that is nothing that a run writes. Those of earlier versions have no checksum."""
+    """Return what a line says, None where that is nothing that a run writes. Those of earlier versions have no checksum."""
     if (checksum := CHECKSUM.search(line)) and int(checksum[1]) != zlib.crc32(line[: checksum.start()] + b"}"):
         return None
     try:
@@ -93,7 +93,7 @@ def _entry(line: bytes) -> dict[str, Any] | None:
 
 
 def _is_number(value: Any, kind: type) -> bool:
-    """Whether it is a whole number (`int`), or any (`float`), from 0 on, or None."""
+    """Tell whether it is a whole number (`int`), or any (`float`), from 0 on, or None."""
     return value is None or (type(value) in (int, kind) and value >= 0)
 
 
@@ -167,7 +167,7 @@ class RunLog:
         self.record({"event": "warning", "steps": steps, "message": message})
 
     def pace(self, phase: str) -> Pace:
-        """That of all stages of a phase: their updates cost the same."""
+        """Return the pace of all stages of a phase, whose updates cost the same."""
         return self._paces.setdefault(phase, Pace())
 
     def warn_of_slowness(self, slowness: Slowness, steps: int | None) -> None:

@@ -39,12 +39,12 @@ class Optimization:
 
     @classmethod
     def of_teacher(cls, settings: TeacherConfig) -> "Optimization":
-        """Return that of a teacher's training."""
+        """Return the optimization of a teacher's training."""
         return cls(**{name: getattr(settings, name) for name in cls.__dataclass_fields__})
 
     @classmethod
     def of_rounds(cls, config: DistillConfig) -> "Optimization":
-        """Return that of the rounds: annealed to 0, without dropout."""
+        """Return the optimization of the rounds: annealed to 0, without dropout."""
         return cls(config.batch_size, config.learning_rate, config.clip, config.ema)
 
     def learning_rate_at(self, update: int, updates: int) -> float:
@@ -119,7 +119,7 @@ class Stage:
         return "the teacher" if self.steps is None else f"the round to {count_steps(self.steps)}"
 
     def checkpoints(self, config: RunConfig, machine: Machine) -> Checkpoints:
-        """Return its checkpoints in the run's folder."""
+        """Return the stage's checkpoints in the run's folder."""
         name = "teacher" if self.steps is None else f"student-{self.steps:04d}"
         return Checkpoints(config.run, name, machine.world)
 

@@ -67,7 +67,7 @@ class _TorchAdam:
 
 
 def check_backend(backend: OptimizerName) -> None:
-    """UsageError for one that is not installed."""
+    """Raise a UsageError for one that is not installed."""
     if backend == "apex":
         _apex()
 
@@ -191,7 +191,7 @@ class Optimizer:
             p.grad = None
 
     def _over_all(self, norm: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm over all shards, and whether everything is finite on all processes."""
+        """Return the norm over all shards, and whether everything is finite on all processes."""
         # Each replica holds the same gradient: of the sum over all processes it is one part in so many.
         square = norm.double().square() / (self._world.size // self._world.shards)
         bad = (~finite).double()
@@ -236,10 +236,10 @@ class Optimizer:
 
 
 def linear_warmup(update: int, warmup: int) -> float:
-    """Factor of the learning rate: from 0 up to 1 over `warmup` updates."""
+    """Return the factor of the learning rate: from 0 up to 1 over `warmup` updates."""
     return min(1.0, (update + 1) / max(warmup, 1))
 
 
 def linear_decay(update: int, updates: int, fraction: float = 1.0) -> float:
-    """Factor of the learning rate: down to 0 over the last `fraction` of the updates."""
+    """Return the factor of the learning rate: down to 0 over the last `fraction` of the updates."""
     return min(1.0, (updates - update) / max(fraction * updates, 1))

@@ -43,7 +43,7 @@ class Pace:
         self._elapsed: list[float] = []
 
     def update(self, waited: float) -> Slowness | None:
-        """One more is done. The mean slowness of the last minute if it has lasted as long, else None."""
+        """Count an update that is done; return the mean slowness of the last minute if it has lasted as long, else None."""
         now = self._clock()
         self._elapsed.append(now - self._last)
         self._last, seconds = now, now - self._began
@@ -79,7 +79,7 @@ def likely_cause(slowness: Slowness, device: torch.device) -> str:
 
 
 def _spins() -> bool:
-    """Whether the user asks OpenMP's threads to."""
+    """Tell whether the user asks OpenMP's threads to."""
     policy, count = os.environ.get("OMP_WAIT_POLICY", ""), os.environ.get("GOMP_SPINCOUNT", "0")
     return policy.lower() == "active" or not count.isdecimal() or int(count) > 100_000
 

@@ -25,18 +25,19 @@ MANY_GRAPHS = 1024  # of one code object: the blocks of a network share one, and
 
 
 def chosen_dtype(name: str, device: torch.device) -> torch.dtype:
-    """That of activations for `auto`, `fp32` or `bf16`."""
+    """Return the dtype of activations for `auto`, `fp32` or `bf16`."""
     bf16 = name == "bf16" or (name == "auto" and device.type == "cuda")
     return torch.bfloat16 if bf16 else torch.float32
 
 
 def chosen_compile(name: str, device: torch.device) -> bool:
-    """Whether blocks are compiled for `auto`, `on` or `off`."""
+    """Tell whether blocks are compiled for `auto`, `on` or `off`."""
     return name == "on" or (name == "auto" and device.type == "cuda")
 
 
 def check_compiler(device: torch.device) -> None:
-    """UsageError where there is none of C++, which compiled code for a CPU needs: Inductor misses it at the first update."""
+    """Raise a UsageError where there is none of C++, which compiled code for a CPU needs: Inductor misses it at the first
+    update."""
     if device.type != "cpu":
         return
     from torch._inductor.cpp_builder import get_cpp_compiler
@@ -137,7 +138,8 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def rows(size: int, parts: int, part: int) -> tuple[int, int]:
-    """The first row of part `part` of `parts`, and the row after its last, of a tensor of `size` rows: as torch.chunk."""
+    """Return the first row of part `part` of `parts`, and the row after its last, of a tensor of `size` rows: as
+    torch.chunk."""
     each = -(-size // parts)
     return min(part * each, size), min((part + 1) * each, size)
 
@@ -160,7 +162,7 @@ def set_weights(network: nn.Module, weights: Mapping[str, Tensor], world: World)
 
 @torch.no_grad()
 def whole_weights(network: nn.Module, world: World) -> dict[str, Tensor]:
-    """All weights, float32 on the CPU, in the first process; elsewhere nothing. All processes must call it."""
+    """Return all weights, float32 on the CPU, in rank 0; elsewhere nothing. All processes must call it."""
     weights = {}
     for name, parameter in network.named_parameters():
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

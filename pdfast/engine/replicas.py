@@ -24,7 +24,7 @@ class FlatGradient:
         self._gradients = [piece[: p.numel()].view_as(p) for p, piece in zip(parameters, pieces, strict=True)]
 
     def average(self, gradients: list[Tensor], loss: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The means over all processes of the gradients and of the loss, until the next call; equal bits on all of them.
+        """Return the means over all processes of the gradients and of the loss, until the next call; equal bits on all of them.
 
         Where one is not finite on some process, its mean is not.
         """

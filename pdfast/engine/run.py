@@ -71,7 +71,8 @@ def _facts(config: RunConfig, source: ImageSource, teacher_sha256: Callable[[], 
 
 
 def changed_data(saved: dict[str, Any], source: ImageSource) -> str | None:
-    """What of these data, `images` or `labels` alone, is not that which a run was begun with whose configuration is `saved`."""
+    """Return what of these data, `images` or `labels` alone, is not that which a run was begun with whose configuration is
+    `saved`."""
     if "images_sha256" in saved:
         same = saved["images_sha256"] == source.identity.hashes.everything
     else:
@@ -122,7 +123,7 @@ def _schedule_of(before: dict, saved: Path) -> Any:
 
 
 def _command() -> str:
-    """The command line as a person would type it."""
+    """Return the command line as a person would type it."""
     main = sys.modules["__main__"].__spec__
     words = ["python", "-m", main.name, *sys.argv[1:]] if main else ["python", *sys.argv]
     return " ".join(map(shell_word, words))
@@ -149,7 +150,7 @@ def _refuse_changes(before: dict, now: dict, run: Path) -> None:
 
 
 def _changes(before: dict, now: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The settings that differ, with both values, but for those that may."""
+    """Yield the settings that differ, with both values, but for those that may."""
     for name in sorted(before.keys() | now.keys()):
         path, old, new = f"{prefix}{name}", before.get(name), now.get(name)
         if path in MAY_CHANGE:

@@ -36,8 +36,8 @@ class Losses:
         self._bad.copy_(torch.where(finite.all(), self._bad, worst))
 
     def read(self) -> tuple[float, list[float | None]]:
-        """The mean loss on all processes, and that of each bucket (None where there was none); forgets them. The host waits
-        for the device."""
+        """Return the mean loss on all processes, and that of each bucket (None where there was none); forgets them. The host
+        waits for the device."""
         sums, counts = self._world.sum(self._sums).tolist()
         self._sums.zero_()
         total = sum(counts)
@@ -45,7 +45,7 @@ class Losses:
         return sum(sums) / total if total else float("nan"), by_step
 
     def state(self) -> dict[str, Tensor]:
-        """What was added since the last reading, on all processes, which all must call it: what a checkpoint holds."""
+        """Return what was added since the last reading, on all processes, which all must call it: what a checkpoint holds."""
         return {"losses": self._world.sum(self._sums)}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
@@ -97,7 +97,7 @@ class Speed:
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """The most memory that this process had at a time: the allocator's on a GPU, all of it on a CPU."""
+    """Return the most memory that this process had at a time: the allocator's on a GPU, all of it on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -64,14 +64,15 @@ class Watchdog:
                 self._end(idle)
 
     def _where(self) -> str:
-        """The innermost place of our code that the main thread is in."""
+        """Return the innermost place of our code that the main thread is in."""
         frame = sys._current_frames().get(self._main)
         while frame and not frame.f_code.co_filename.startswith(_PACKAGE):
             frame = frame.f_back
         return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame else "the interpreter"
 
     def _signs(self) -> list[str]:
-        """What each process wrote last; "0 nowhere" where it has not yet. RuntimeError where the store does not answer."""
+        """Return what each process wrote last; "0 nowhere" where it has not yet. RuntimeError where the store does not
+        answer."""
         keys = [str(rank) for rank in range(self._world.size)]
         return [self._store.get(key).decode() if self._store.check([key]) else "0 nowhere" for key in keys]
 

@@ -114,7 +114,7 @@ class World:
 
 
 def open_store(name: str) -> dist.Store:
-    """A connection to the key-value store of the processes that torchrun started, under `name`.
+    """Return a connection to the key-value store of the processes that torchrun started, under `name`.
 
     torchrun keeps one store over restarts: without a prefix, processes would find the addresses of those before them.
     """

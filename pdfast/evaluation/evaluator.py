@@ -31,7 +31,8 @@ SHOWN = 16  # images kept for sample grids
 
 
 def check_finite(finite: bool, steps: int) -> None:
-    """RunError unless the images that were generated in that many steps are finite: as uint8, NaN is a colour like others."""
+    """Raise a RunError unless the images that were generated in that many steps are finite: as uint8, NaN is a colour like
+    others."""
     if not finite:
         raise RunError(
             f"images generated in {count_steps(steps)} are not finite (NaN or infinite): the network overflows or its training "
@@ -114,7 +115,7 @@ class Evaluator:
         return self._space.name
 
     def real_samples(self) -> np.ndarray:
-        """The first real images for a grid: uint8 [k, H, W, C]."""
+        """Return the first real images for a grid: uint8 [k, H, W, C]."""
         return self._source.take(self._real.indices[:SHOWN]).x.cpu().numpy()
 
     def set_reference(self, images: Tensor) -> None:
@@ -183,5 +184,5 @@ class Evaluator:
 
 
 def shown(images: Tensor) -> np.ndarray:
-    """The first images for a grid: uint8 [k, H, W, C]."""
+    """Return the first images for a grid: uint8 [k, H, W, C]."""
     return images[:SHOWN].permute(0, 2, 3, 1).contiguous().numpy()

@@ -62,13 +62,13 @@ class DigitsFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 [n, 1, 8, 8] -> float32 [n, 32]. UsageError for images of another shape."""
+        """Return uint8 [n, 1, 8, 8] -> float32 [n, 32]. UsageError for images of another shape."""
         _check_digits(tuple(images.shape[1:]))
         return self.hidden(images.float() / 127.5 - 1)
 
     @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor:
-        """float32 [n, 32] -> [n, 10]."""
+        """Return float32 [n, 32] -> [n, 10]."""
         return self.classify(features)
 
     @property
@@ -95,7 +95,7 @@ def _one_thread() -> Iterator[None]:
 @_one_thread()
 @torch.enable_grad()
 def train_digits_features() -> DigitsFeatures:
-    """The digits' feature space, in a few seconds on a CPU; the same on every call, global generators left alone."""
+    """Return the digits' feature space, in a few seconds on a CPU; the same on every call, global generators left alone."""
     source = load_source("digits", image_size=8, channels=1)
     trained = permutation(SEED, 0, source.num_images)[:NUM_TRAINED]
     with fixed_seed(SEED):
@@ -117,8 +117,8 @@ FeatureSpace = DigitsFeatures | MobileNetFeatures | InceptionFeatures
 
 
 def check_feature_space(spec: str, shape: tuple[int, int, int] | None = None, *, weights: bool = True) -> None:
-    """UsageError where there is no such feature space, a file of weights is missing or none of it, or it takes no images of
-    shape (H, W, C); with `weights` also where those that a package carries are not installed."""
+    """Raise a UsageError where there is no such feature space, a file of weights is missing or none of it, or it takes no
+    images of shape (H, W, C); with `weights` also where those that a package carries are not installed."""
     if spec == "digits":
         if shape is not None:
             _check_digits((shape[2], *shape[:2]))

@@ -9,8 +9,8 @@ Row = dict[str, Any]
 
 
 def complaints(student: Row, before: Row, teacher: list[Row], bounds: GuardConfig) -> list[str]:
-    """One line for each bound that a student's row of metrics breaks: against the round before, the teacher's own DDIM at the
-    same step count, and the colours of what the teacher draws at its first count."""
+    """Return one line for each bound that a student's row of metrics breaks: against the round before, the teacher's own
+    DDIM at the same step count, and the colours of what the teacher draws at its first count."""
     steps, fd = count_steps(student["steps"]), student["fd"]
     said = []
     if fd > bounds.ratio * before["fd"] > 0:

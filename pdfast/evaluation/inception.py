@@ -210,12 +210,12 @@ class InceptionFeatures(nn.Module):
 
     @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor:
-        """float32 [n, 2048] -> [n, 1008], without the classifier's bias, as the published Inception score has them."""
+        """Return float32 [n, 2048] -> [n, 1008], without the classifier's bias, as the published Inception score has them."""
         return F.linear(features, self.network.fc.weight)
 
 
 def check_weights(path: Path) -> None:
-    """UsageError where there is no such file, or it does not hold the network."""
+    """Raise a UsageError where there is no such file, or it does not hold the network."""
     with torch.device("meta"):
         expected = InceptionV3().state_dict()
     _read_weights(path, expected)

@@ -33,23 +33,23 @@ def fixed_seed(seed: int) -> Iterator[None]:
 
 
 def names_in(space: str) -> dict[str, str]:
-    """What the Frechet distance, the kernel distance and the classifier score are called in a feature space, by its name:
-    FID, KID and IS in that called FID, in any other, FD-X, KD-X and CS-X."""
+    """Return what the Frechet distance, the kernel distance and the classifier score are called in a feature space, by its
+    name: FID, KID and IS in that called FID, in any other, FD-X, KD-X and CS-X."""
     if space == "FID":
         return {"fd": "FID", "kd": "KID", "cs": "IS"}
     return {key: key.upper() + space.removeprefix("FD") for key in ("fd", "kd", "cs")}
 
 
 def in_words(figure: float | None, deviation: float | None = None) -> str:
-    """A figure to four digits, with its standard deviation to two where there is one; a dash for None."""
+    """Return a figure to four digits, with its standard deviation to two where there is one; a dash for None."""
     if figure is None:
         return "–"
     return f"{figure:.4g}" if deviation is None else f"{figure:.4g} ± {deviation:.2g}"
 
 
 def features_of(space: nn.Module, images: Tensor, world: World, batch_size: int = 256) -> Tensor:
-    """Features float32 [n, num_features], on the CPU, of uint8 images [n, C, H, W], the same in all processes, of which each
-    computes a part. All processes must call it.
+    """Return features float32 [n, num_features], on the CPU, of uint8 images [n, C, H, W], the same in all processes, of which
+    each computes a part. All processes must call it.
 
     space: uint8 [n, C, H, W] -> float32 [n, num_features], on the world's device.
     """
@@ -117,15 +117,16 @@ class FrechetDistance:
             self._metric.update(batch.to(self._device, torch.float64), real=real)
 
     def distance(self, generated: Tensor) -> float:
-        """The paper's d^2 between features, float [m, d], and the real ones."""
+        """Return the paper's d^2 between features, float [m, d], and the real ones."""
         self._metric.reset()
         self._update(generated, real=False)
         return max(float(self._metric.compute()), 0.0)  # of equal images rounding makes -1e-13, which no distance is
 
 
 def kernel_distance(real: Tensor, generated: Tensor) -> tuple[float, float | None]:
-    """The kernel distance of Binkowski et al. 2018 (arXiv 1801.01401), squared and unbiased, so that it may be below 0: mean
-    and standard deviation over 100 subsets of 1000 features, float [n, d] each; of fewer over all at once, without deviation.
+    """Return the kernel distance of Binkowski et al. 2018 (arXiv 1801.01401), squared and unbiased, so that it may be below
+    0: mean and standard deviation over 100 subsets of 1000 features, float [n, d] each; of fewer over all at once, without
+    deviation.
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
@@ -142,8 +143,8 @@ def kernel_distance(real: Tensor, generated: Tensor) -> tuple[float, float | Non
 
 
 def classifier_score(logits: Tensor) -> tuple[float, float]:
-    """The Inception score of Salimans et al. 2016 (arXiv 1606.03498), of any classifier's logits, float [n, classes]: mean
-    and standard deviation over 10 parts."""
+    """Return the Inception score of Salimans et al. 2016 (arXiv 1606.03498), of any classifier's logits, float [n, classes]:
+    mean and standard deviation over 10 parts."""
     from torchmetrics.image.inception import InceptionScore
 
     metric = _buffering_metric(InceptionScore, PrecomputedFeatures(logits.shape[1]), splits=SPLITS)
@@ -182,15 +183,15 @@ def precision_and_recall(real: Tensor, generated: Tensor, k: int = NEIGHBOURS) -
 
 
 def _radii(features: Tensor, k: int) -> Tensor:
-    """The distance of each to its k-th nearest other: [n]."""
+    """Return the distance of each to its k-th nearest other: [n]."""
     blocks = features.split(max(1, BLOCK // len(features)))
     # Each is its own nearest.
     return torch.cat([torch.cdist(b, features).topk(k + 1, largest=False).values.amax(1) for b in blocks])
 
 
 def split_real(num_images: int, n: int, seed: int, reference: Reference = "half") -> tuple[Tensor, Tensor]:
-    """Two disjoint sets of n image indices, int64: the reference, and one whose distance to it is real images' own. Where the
-    reference is all, those of all images, and none.
+    """Return two disjoint sets of n image indices, int64: the reference, and one whose distance to it is real images' own.
+    Where the reference is all, those of all images, and none.
 
     UsageError where there are fewer than 2 n images for two sets, or none of 4.
     """
@@ -217,7 +218,7 @@ def split_real(num_images: int, n: int, seed: int, reference: Reference = "half"
 
 
 def mean_squared_distance(a: Tensor, b: Tensor) -> float:
-    """Mean squared difference of uint8 images of one shape, in units of the range [-1, 1]."""
+    """Return mean squared difference of uint8 images of one shape, in units of the range [-1, 1]."""
     # Whole numbers, in parts: of all images the differences would take many times their memory.
     parts = zip(a.split(PART), b.split(PART), strict=True)
     total = sum(int((one.int() - other.int()).square().sum()) for one, other in parts)
@@ -225,13 +226,13 @@ def mean_squared_distance(a: Tensor, b: Tensor) -> float:
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio of uint8 images, all taken together, in dB; peak 255, infinite for equal ones."""
+    """Return peak signal-to-noise ratio of uint8 images, all taken together, in dB; peak 255, infinite for equal ones."""
     error = mean_squared_distance(a, b) * 127.5**2
     return 10 * math.log10(255**2 / error) if error else math.inf
 
 
 def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and population standard deviation of each channel over uint8 images [n, C, H, W], in [0, 1].
+    """Return mean and population standard deviation of each channel over uint8 images [n, C, H, W], in [0, 1].
 
     Where colours shift, these do.
     """

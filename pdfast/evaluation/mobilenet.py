@@ -93,17 +93,17 @@ class MobileNetFeatures(nn.Module):
 
     @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor:
-        """float32 [n, 1280] -> [n, 1000], of ImageNet's classes."""
+        """Return float32 [n, 1280] -> [n, 1000], of ImageNet's classes."""
         return self.network.classifier(features)
 
 
 def installed() -> bool:
-    """Whether there is the package that carries the weights."""
+    """Tell whether there is the package that carries the weights."""
     return importlib.util.find_spec(PACKAGE) is not None
 
 
 def weights_file() -> Path:
-    """That of the installed package. UsageError where it is missing or altered."""
+    """Return the weights of the installed package. UsageError where it is missing or altered."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise UsageError(f"the feature space mobilenet needs weights that a package carries: {INSTALL}")

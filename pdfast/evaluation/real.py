@@ -27,7 +27,7 @@ ENOUGH = 10000  # natural images; what fewer give depends on n more than on the 
 
 
 def cache_folder() -> Path:
-    """Where statistics of real images are kept: $PDFAST_CACHE, or ~/.cache/pdfast."""
+    """Return where statistics of real images are kept: $PDFAST_CACHE, or ~/.cache/pdfast."""
     return Path(os.path.expanduser(os.environ.get("PDFAST_CACHE") or "~/.cache/pdfast"))
 
 
@@ -131,7 +131,7 @@ class _Kept:
         return digest.hexdigest()
 
     def read(self) -> str | None:
-        """The facts, None where there is no such file or it is damaged; then a warning says so."""
+        """Return the facts, None where there is no such file or it is damaged; then a warning says so."""
         try:
             if not self._path.exists():
                 return None

@@ -51,7 +51,7 @@ OPTIONAL = {
 
 
 def _fits(value: Any, shape: Any) -> bool:
-    """Whether plain data have at least the fields of a shape: a type, some, [shape of each], or {name: shape}."""
+    """Tell whether plain data have at least the fields of a shape: a type, some, [shape of each], or {name: shape}."""
     if isinstance(shape, dict):
         return isinstance(value, dict) and all(_fits(value.get(name), inner) for name, inner in shape.items())
     if isinstance(shape, list):
@@ -75,7 +75,7 @@ def _is_whole(metrics: dict[str, Any]) -> bool:
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """The metrics.json of a teacher's or student's folder. UsageError where it is missing or is not what was written."""
+    """Return the metrics.json of a teacher's or student's folder. UsageError where it is missing or is not what was written."""
     file = folder / "metrics.json"
     try:
         metrics = check_seal(read_json(file))
@@ -87,7 +87,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 
 
 def read_images(file: Path) -> np.ndarray:
-    """Images for a grid, uint8 [k, H, W, 1 or 3]. UsageError where the file holds anything else."""
+    """Return images for a grid, uint8 [k, H, W, 1 or 3]. UsageError where the file holds anything else."""
     images = read_array(file)
     if images.dtype != np.uint8 or images.ndim != 4 or not images.size or images.shape[3] not in (1, 3):
         raise UsageError(f"{file} holds no images: {images.dtype} {images.shape}")
@@ -95,8 +95,8 @@ def read_images(file: Path) -> np.ndarray:
 
 
 def read_reference(folder: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """The images that those of all students are compared with, uint8 of a shape [n, C, H, W]. UsageError where the file holds
-    anything else."""
+    """Return the images that those of all students are compared with, uint8 of a shape [n, C, H, W]. UsageError where the
+    file holds anything else."""
     file = folder / "reference.npy"
     images = read_array(file)
     if images.dtype != np.uint8 or images.shape != shape:

@@ -82,7 +82,7 @@ def write_pipeline(folder: Path, network: Network, schedule: Schedule, steps: in
 
 
 def _by_time(network: Network, core: Network, phi: Tensor, tables: tuple[Tensor, Tensor, Tensor]) -> Any:
-    """The model of one of MODEL_FILES, with the U-Net of `core` inside."""
+    """Return the model of one of MODEL_FILES, with the U-Net of `core` inside."""
     named = dict(zip(("input_scale", "of_input", "of_outputs"), tables, strict=True))
     if isinstance(core, Wrapped) and isinstance(core.inner, EDMUNet):
         from pdfast.networks.pdfast_edm_unet import PdfastEDMUNet as Model
@@ -171,7 +171,7 @@ def unet2d_arguments(network: NetworkConfig, times: int) -> dict[str, Any]:
 
 
 def _weights(network: UNet, phi: Tensor) -> dict[str, Tensor]:
-    """The state of that UNet2DModel."""
+    """Return the state of that UNet2DModel."""
     config = network.config
     state = (
         _conv("conv_in", network.conv_in) | _conv("conv_out", network.conv_out) | _as("conv_norm_out", network.norm_out)

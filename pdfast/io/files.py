@@ -103,7 +103,7 @@ def sync(path: Path) -> None:
 
 
 def _appears(path: Path) -> bool:
-    """Whether a file that is written appears by a rename; what is no plain file, such as a link, a pipe or a device, is
+    """Tell whether a file that is written appears by a rename; what is no plain file, such as a link, a pipe or a device, is
     written to and not replaced."""
     return not path.is_symlink() and (path.is_file() or not path.exists())
 
@@ -143,12 +143,13 @@ def write_json(path: Path, value: Any, remedy: str | None = None) -> None:
 
 
 def sealed(value: dict[str, Any]) -> dict[str, Any]:
-    """Plain data with the hash of what it says, by which `check_seal` sees that something was changed."""
+    """Return plain data with the hash of what it says, by which `check_seal` sees that something was changed."""
     return value | {SEAL: _hash_of(value)}
 
 
 def check_seal(value: dict[str, Any]) -> dict[str, Any]:
-    """The plain data without its seal; older data have none. ValueError where they say something else than what was sealed."""
+    """Return the plain data without its seal; older data have none. ValueError where they say something else than what was
+    sealed."""
     rest = {name: content for name, content in value.items() if name != SEAL}
     if SEAL in value and value[SEAL] != _hash_of(rest):
         raise ValueError(f"its {SEAL} differs")
@@ -190,6 +191,6 @@ def commit_folder(temporary: Path, path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
+    """Return hexadecimal SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,7 +10,7 @@ LABEL_WIDTH = 84
 
 
 def image_grid(images: np.ndarray, columns: int, scale: int = 1, gap: int = 1) -> np.ndarray:
-    """Images uint8 [n, H, W, C] side by side, row by row: uint8 [H', W', 3]. Each pixel becomes scale x scale."""
+    """Return images uint8 [n, H, W, C] side by side, row by row: uint8 [H', W', 3]. Each pixel becomes scale x scale."""
     n, height, width, channels = images.shape
     rows = -(-n // columns)
     pixels = images.repeat(scale, 1).repeat(scale, 2)
@@ -25,7 +25,7 @@ def image_grid(images: np.ndarray, columns: int, scale: int = 1, gap: int = 1) -
 
 
 def steps_grid(rows: list[tuple[str, np.ndarray]], scale: int) -> np.ndarray:
-    """One labelled row of images for each (label, uint8 [k, H, W, C]), columns aligned: uint8 [H', W', 3]."""
+    """Return one labelled row of images for each (label, uint8 [k, H, W, C]), columns aligned: uint8 [H', W', 3]."""
     from PIL import Image, ImageDraw, ImageFont
 
     gap = 4

@@ -17,12 +17,12 @@ def _is_utf8(text: str) -> bool:
 
 
 def printable(text: str) -> str:
-    """The text with \\xff for a byte of a name that is not UTF-8."""
+    """Return the text with \\xff for a byte of a name that is not UTF-8."""
     return text if _is_utf8(text) else os.fsencode(text).decode(errors="backslashreplace")
 
 
 def shell_word(text: str) -> str:
-    """The text as a shell reads it, in letters that any console has where it is not UTF-8."""
+    """Return the text as a shell reads it, in letters that any console has where it is not UTF-8."""
     if _is_utf8(text):
         return shlex.quote(text)
     plain = "".join(

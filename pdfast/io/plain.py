@@ -15,7 +15,7 @@ Readers = Mapping[Any, Callable[[Any, str], Any]]
 
 
 def unstructure(config: Any) -> dict[str, Any]:
-    """A configuration as plain dicts, lists, numbers and strings."""
+    """Return a configuration as plain dicts, lists, numbers and strings."""
 
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value):
@@ -28,7 +28,7 @@ def unstructure(config: Any) -> dict[str, Any]:
 
 
 def structure(cls: type[T], plain: dict[str, Any], where: str, readers: Readers | None = None) -> T:
-    """The inverse of `unstructure`. UsageError that names the field for one unknown, missing or of a wrong type."""
+    """Structure plain data as a `cls`: the inverse of `unstructure`. UsageError that names the field for one unknown, missing or of a wrong type."""
     hints = get_type_hints(cls)
     known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     if not isinstance(plain, dict):

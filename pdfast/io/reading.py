@@ -24,20 +24,20 @@ SHOWN = 100  # characters of a value in a message
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it: its repr, cut where it is long."""
+    """Return a value as a message shows it: its repr, cut where it is long."""
     text = repr(value)
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 4]} ..."
 
 
 def no_file(path: Path) -> str:
-    """What is there in the place of a file, for people."""
+    """Return what is there in the place of a file, for people."""
     if path.is_dir():
         return "it is a folder"
     return "it is no regular file" if path.exists() else "there is no such file"
 
 
 def read_text(path: Path) -> str:
-    """The text of a file. UsageError where it is missing, no regular file, too large for what it is, or not UTF-8."""
+    """Return the text of a file. UsageError where it is missing, no regular file, too large for what it is, or not UTF-8."""
     try:
         if path.exists() and not path.is_file():
             raise UsageError(f"cannot read {path}: {no_file(path)}")
@@ -49,7 +49,8 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: str, *, infinite: bool = False) -> Any:
-    """JSON as plain data. ValueError, in one line, for anything else, NaN and (unless `infinite`) infinities among it."""
+    """Return JSON as plain data. ValueError, in one line, for anything else, NaN and (unless `infinite`) infinities among
+    it."""
 
     def constant(name: str) -> float:
         if infinite and name != "NaN":
@@ -63,7 +64,8 @@ def parse_json(text: str, *, infinite: bool = False) -> Any:
 
 
 def checked(value: Any, *, infinite: bool = False) -> Any:
-    """The value, where it is plain data as JSON knows it. ValueError where it is not, is nested too deep or too large."""
+    """Return the value, where it is plain data as JSON knows it. ValueError where it is not, is nested too deep or too
+    large."""
     left, level, depth = MOST, [value], 0
     while level:
         left, depth = left - len(level), depth + 1
@@ -93,7 +95,8 @@ def checked(value: Any, *, infinite: bool = False) -> Any:
 
 
 def read_json(path: Path, *, infinite: bool = False) -> dict[str, Any]:
-    """A JSON object. UsageError where the file is missing or damaged. infinite: Infinity is a number, as Python writes it."""
+    """Return a JSON object. UsageError where the file is missing or damaged. infinite: Infinity is a number, as Python
+    writes it."""
     text = read_text(path)
     try:
         value = parse_json(text, infinite=infinite)
@@ -105,7 +108,8 @@ def read_json(path: Path, *, infinite: bool = False) -> dict[str, Any]:
 
 
 def _check_brackets(text: str) -> None:
-    """ValueError where so many are open at once that YAML's reader, whose time grows with their square, would seem to hang."""
+    """Raise a ValueError where so many are open at once that YAML's reader, whose time grows with their square, would seem
+    to hang."""
     depth = 0
     for bracket in re.finditer(r"[][{}]", text):
         depth = max(depth + (1 if bracket[0] in "[{" else -1), 0)
@@ -114,7 +118,7 @@ def _check_brackets(text: str) -> None:
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """A saved configuration, as plain data. UsageError where the file is missing or not YAML."""
+    """Return a saved configuration, as plain data. UsageError where the file is missing or not YAML."""
     text = read_text(path)
     try:
         _check_brackets(text)
@@ -128,7 +132,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_array(path: Path) -> np.ndarray:
-    """The array of a .npy file. UsageError where it is missing, damaged, or holds anything but numbers."""
+    """Return the array of a .npy file. UsageError where it is missing, damaged, or holds anything but numbers."""
     try:
         if not path.is_file():
             raise FileNotFoundError(no_file(path))

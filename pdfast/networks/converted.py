@@ -40,7 +40,8 @@ class ConvertedConfig(WrapperConfig):
 
 
 def regular_angles(prediction: Prediction, end: float) -> tuple[float, float]:
-    """Those of [0, end] at which v is an exact combination of z and what such a network predicts: |sin(theta - phi)| >= LEAST."""
+    """Return those of [0, end] at which v is an exact combination of z and what such a network predicts: |sin(theta - phi)|
+    >= LEAST."""
     says = parameterization(prediction)
     if says.slope == 1:
         return 0.0, end

@@ -203,7 +203,7 @@ class Block(nn.Module):
         return (h + self._attended(h)) * self.weight_of_sum if self.heads else h
 
     def _attended(self, h: Tensor) -> Tensor:
-        """The channels of queries, keys and values alternate."""
+        """The channels of queries, keys and values alternate here."""
         qkv = self.qkv(self.norm2(h)).flatten(2).unflatten(1, (self.heads, -1, 3))  # [N, heads, head_dim, 3, H W]
         q, k, v = (part.transpose(2, 3) for part in qkv.unbind(3))
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(h.shape))

@@ -28,7 +28,7 @@ def _init(weight: Tensor, fan_in: int, zero: bool) -> None:
 
 
 def _rounded(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """Its values in `dtype`, in its own dtype: the gradient passes as it is."""
+    """Return the parameter rounded to `dtype`, in its own dtype: the gradient passes as it is."""
     if parameter.dtype == dtype:
         return parameter
     return parameter + (parameter.to(dtype).to(parameter.dtype) - parameter).detach()  # exact
@@ -78,7 +78,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 def time_embedding(phi: Tensor, dim: int) -> Tensor:
-    """Sines and cosines of 1000 phi / (pi/2) at dim/2 frequencies from 1 to 1/10000: float32 [N, dim] for phi [N]."""
+    """Return sines and cosines of 1000 phi / (pi/2) at dim/2 frequencies from 1 to 1/10000: float32 [N, dim] for phi [N]."""
     half = dim // 2
     frequency = torch.exp(torch.arange(half, device=phi.device, dtype=torch.float32) * (-math.log(10000) / (half - 1)))
     angle = (phi.float() * (1000 / (math.pi / 2)))[:, None] * frequency

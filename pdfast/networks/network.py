@@ -40,7 +40,7 @@ class ModelConfig:
         return self.condition(noise.integer(key, index, self.num_classes) if self.num_classes else None)
 
     def build(self, dropout: float = 0.0) -> Any:
-        """The network, with initial weights."""
+        """Return the network, with initial weights."""
         raise NotImplementedError
 
     def checked(self, where: str) -> Self:
@@ -96,6 +96,6 @@ class Network(nn.Module):
     """Of the activations of its blocks."""
 
     def blocks(self) -> Iterator[nn.Module]:
-        """The blocks whose activations are of `dtype`: nearly all parameters, and all but a few of the operations. Default: the
-        whole network is one block."""
+        """Yield the blocks whose activations are of `dtype`: nearly all parameters, and all but a few of the operations.
+        Default: the whole network is one block."""
         yield self

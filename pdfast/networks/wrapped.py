@@ -75,7 +75,7 @@ class Wrapped(Network):
         return self.inner.blocks()
 
     def label(self, phi: Tensor) -> Tensor:
-        """What the network inside is told at angles phi [N]."""
+        """Return what the network inside is told at angles phi [N]."""
         return phi if self.wrapping.label is None else self.wrapping.label(phi)
 
     def call(self, z: Tensor, label: Tensor, cond: Any) -> Tensor:
@@ -101,7 +101,7 @@ class Autocasted(Wrapped):
     dtype: torch.dtype = torch.float32
 
     def blocks(self) -> Iterator[nn.Module]:
-        """None: of the network inside nothing is known."""
+        """Yield nothing: of the network inside nothing is known."""
         return iter(())
 
     def call(self, z: Tensor, label: Tensor, cond: Any) -> Tensor:

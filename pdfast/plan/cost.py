@@ -33,7 +33,7 @@ class Parameters:
     of_largest_block: int
 
     def in_dtype(self, dtype: torch.dtype) -> int:
-        """Bytes of all parameters as they travel, and as a frozen copy keeps them."""
+        """Return bytes of all parameters as they travel, and as a frozen copy keeps them."""
         return self.of_blocks * dtype.itemsize + (self.all - self.of_blocks) * FLOAT
 
 
@@ -57,7 +57,7 @@ class Kept:
 def kept(
     network: NetworkConfig, dtype: torch.dtype = torch.float32, recomputed: bool = False, fused: bool = False
 ) -> Kept:
-    """What is kept with activations of `dtype`.
+    """Return what is kept with activations of `dtype`.
 
     recomputed: with activation checkpointing only the inputs of each block, and what the largest block keeps at a time.
     fused: normalisation and attention as the fused operations keep them (on a GPU), not as PyTorch's do.
@@ -77,7 +77,7 @@ def kept(
 def activation_bytes(
     network: NetworkConfig, dtype: torch.dtype = torch.float32, recomputed: bool = False, fused: bool = False
 ) -> int:
-    """Bytes that a forward keeps for the backward, an image: see `kept`."""
+    """Return bytes that a forward keeps for the backward, an image: see `kept`."""
     return kept(network, dtype, recomputed, fused).an_image
 
 
@@ -173,7 +173,7 @@ class Job:
 
 
 def memory(job: Job) -> dict[str, int]:
-    """Bytes of one process, by what they are for, at the moment when there is most: the student's backward.
+    """Return bytes of one process, by what they are for, at the moment when there is most: the student's backward.
 
     Not in it: the images of the batch, what an operation needs while it runs, and what the allocator leaves unused.
     """
@@ -200,7 +200,7 @@ def memory(job: Job) -> dict[str, int]:
 
 
 def communication(job: Job) -> dict[str, int]:
-    """Bytes that one process sends, and as many that it receives, in one update, by collective."""
+    """Return bytes that one process sends, and as many that it receives, in one update, by collective."""
     count = parameters(job.network)
     others = (job.shards - 1) / job.shards
     gathers = 2 * job.micro_batches  # of the student, forward and backward

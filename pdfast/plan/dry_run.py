@@ -24,7 +24,7 @@ WITHIN, BETWEEN = 450e9, 50e9
 
 
 def _job(config: RunConfig, device: torch.device, batch_size: int, cost: UpdateCost, *, average: bool) -> Job:
-    """One stage of a run. UsageError where the processes cannot share its batch."""
+    """Return one stage of a run. UsageError where the processes cannot share its batch."""
     engine, processes = config.engine, int(os.environ.get("WORLD_SIZE", "1"))
     if engine.shard < 1 or processes % engine.shard:
         raise UsageError(f"--engine.shard {engine.shard} must divide the number of processes, {processes}")
@@ -51,7 +51,7 @@ def _job(config: RunConfig, device: torch.device, batch_size: int, cost: UpdateC
 
 
 def seconds_a_forward(network: NetworkConfig, dtype: torch.dtype, most: int, device: torch.device) -> float:
-    """Seconds of one forward of one image on the device, measured on a batch of at most `most`, without compilation."""
+    """Return seconds of one forward of one image on the device, measured on a batch of at most `most`, without compilation."""
     count = int(min(most, max(1, TIMED_FLOPS[device.type] // parameters_and_flops(network)[1])))
     model = network.build().to(device).eval()
     model.dtype = dtype
@@ -72,7 +72,7 @@ def seconds_a_forward(network: NetworkConfig, dtype: torch.dtype, most: int, dev
 
 
 def _stages(config: RunConfig, device: torch.device, cost: UpdateCost | None = None) -> dict[str, Job]:
-    """The teacher's training or conversion, where there is one, and the rounds, whose updates cost so much."""
+    """Return the teacher's training or conversion, where there is one, and the rounds, whose updates cost so much."""
     stages = {}
     if not (isinstance(config, DistillConfig) and config.teacher):
         average = config.train.ema > 0

@@ -37,7 +37,7 @@ NETWORK_KINDS: dict[str | None, type[ModelConfig]] = {
 
 
 def network_config(plain: Any, where: str) -> ModelConfig:
-    """The inverse of `pdfast.io.plain.unstructure` for the configuration of a network. UsageError where it is none."""
+    """Return the configuration of a network from plain data: the inverse of `pdfast.io.plain.unstructure`. UsageError where it is none."""
     kind = plain.get("kind") if isinstance(plain, dict) else None
     if not isinstance(kind, str | None) or kind not in NETWORK_KINDS:
         raise UsageError(f"{where}: unknown kind of network {shown(kind)}")

@@ -115,7 +115,7 @@ class DiffusersNetwork(Autocasted):
         return within(self.unet)
 
     def label(self, phi: Tensor) -> Tensor:
-        """What the U-Net was told at angles phi [N] when it was trained: float32 [N]."""
+        """Return what the U-Net was told at angles phi [N] when it was trained: float32 [N]."""
         if not len(self.knots):
             return super().label(phi)
         above = torch.searchsorted(self.knots, phi.contiguous(), right=True).clamp(1, len(self.knots) - 1)
@@ -128,7 +128,7 @@ class DiffusersNetwork(Autocasted):
 
 
 def _wrapping(scheduler: dict[str, Any]) -> Wrapping:
-    """That of a U-Net which was trained under the scheduler."""
+    """Return the wrapping of a U-Net that was trained under the scheduler."""
     if scheduler["_class_name"] in DISCRETE:
         return Wrapping()
     sign = 1.0 if scheduler["prediction_type"] == "epsilon" else -1.0
@@ -191,8 +191,8 @@ def is_pipeline(folder: Path) -> bool:
 
 
 def load_pipeline(folder: Path) -> tuple[DiffusersNetwork, ScheduleConfig]:
-    """The network of a pipeline's folder, float32 on the CPU, and its schedule. UsageError, in one line, for what is not one
-    of a UNet2DModel on pixels."""
+    """Return the network of a pipeline's folder, float32 on the CPU, and its schedule. UsageError, in one line, for what is
+    not one of a UNet2DModel on pixels."""
     index = read_json(folder / "model_index.json")
     parts = {name: value for name, value in index.items() if not name.startswith("_") and isinstance(value, list)}
     parts = {name: value for name, value in parts.items() if any(value)}
@@ -217,8 +217,8 @@ def load_pipeline(folder: Path) -> tuple[DiffusersNetwork, ScheduleConfig]:
 
 
 def adapt(unet: Any, scheduler: Any) -> tuple[DiffusersNetwork, Schedule]:
-    """A UNet2DModel, which stays where it is and keeps its parameters, with our call `network(z, phi, cond)`; and the noise
-    schedule that it was trained with.
+    """Give a UNet2DModel, which stays where it is and keeps its parameters, our call `network(z, phi, cond)`; return it and the
+    noise schedule that it was trained with.
 
     unet: in float32, or in half precision, in which it is then asked. scheduler: of the model, for its times and
     prediction_type. UsageError for networks and schedulers that are not read (see `load_pipeline`), and for weights that are not

@@ -128,7 +128,7 @@ class EDMConfig(WrapperConfig):
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether it is a file of the authors' own, or a folder of such files and of nothing else that could be read."""
+    """Tell whether it is a file of the authors' own, or a folder of such files and of nothing else that could be read."""
     read = ("config.json", "model_index.json", "config.yaml")
     return path.suffix == ".pkl" or (any(path.glob("*.pkl")) and not any((path / name).exists() for name in read))
 
@@ -144,8 +144,8 @@ def init_kwargs(meta: dict[str, Any], where: str) -> InitKwargs:
 
 
 def load_edm(folder: Path, meta: dict[str, Any]) -> tuple[Wrapped, ScheduleConfig]:
-    """The network of a folder whose config.json is `meta`, float32 on the CPU, and its schedule. UsageError, in one line,
-    for what is not one that was preconditioned as EDM's."""
+    """Return the network of a folder whose config.json is `meta`, float32 on the CPU, and its schedule. UsageError, in one
+    line, for what is not one that was preconditioned as EDM's."""
     kwargs = init_kwargs(meta, str(folder / "config.json"))
     file = folder / WEIGHTS
     if not file.is_file():
@@ -166,5 +166,5 @@ def load_edm(folder: Path, meta: dict[str, Any]) -> tuple[Wrapped, ScheduleConfi
 
 
 def _is_learned(name: str) -> bool:
-    """The others follow from the configuration, or are of use only while such a network is trained."""
+    """Keep the weights that are needed: the others follow from the configuration, or are of use only while such a network is trained."""
     return name != FREQUENCIES and not name.endswith((".resample_filter", ".map_augment.weight"))

@@ -53,7 +53,7 @@ class SavedModel:
         return sha256(files[0]) if len(files) == 1 else hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
 
     def check_start(self) -> None:
-        """UsageError for a network that cannot be sampled from where its schedule ends."""
+        """Raise a UsageError for a network that cannot be sampled from where its schedule ends."""
         phi = float(self.schedule.build().phi(torch.ones((), dtype=torch.float64)))
         try:
             check_start(self.config.prediction, phi, SMALLEST_SINE_TO_SAMPLE)
@@ -81,7 +81,7 @@ def fill_model_folder(
 
 
 def is_model(folder: Path) -> bool:
-    """Whether it is that of one model, and not of a run."""
+    """Tell whether it is that of one model, and not of a run."""
     return (folder / "config.json").exists() or is_pipeline(folder) or edm.is_pickle(folder)
 
 

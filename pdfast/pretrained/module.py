@@ -40,7 +40,7 @@ class ModuleConfig(ModelConfig):
             raise ValueError("function is not the name of one, package.module:function")
 
     def build(self, dropout: float = 0.0) -> "ModuleNetwork":
-        """The function's network, with the weights that it gave it."""
+        """Return the function's network, with the weights that it gave it."""
         return ModuleNetwork(self, _copied(given(self.function, "the network"), dropout), Wrapping())
 
     def checked(self, where: str) -> Self:
@@ -70,15 +70,15 @@ class ModuleNetwork(Autocasted):
 
 
 def config_of(own: OwnCode) -> ModuleConfig:
-    """The configuration of the function's network."""
+    """Return the configuration of the function's network."""
     channels, height, width = own.teacher.image_shape
     teacher, other_width = own.teacher, None if width == height else width
     return ModuleConfig(own.name, height, channels, teacher.prediction, teacher.num_classes, image_width=other_width)
 
 
 def load_function(name: str) -> tuple[ModuleNetwork, ScheduleConfig]:
-    """The teacher of a function that the command line named, float32 on the CPU, and its schedule. UsageError, in one line, where
-    it cannot be distilled."""
+    """Return the teacher of a function that the command line named, float32 on the CPU, and its schedule. UsageError, in one
+    line, where it cannot be distilled."""
     own = given(name, "this teacher")
     check_network(own)
     angles = own_code.angles_of(own.name, own.teacher.schedule)
@@ -87,7 +87,7 @@ def load_function(name: str) -> tuple[ModuleNetwork, ScheduleConfig]:
 
 
 def weights_hash(network: nn.Module) -> str:
-    """Hexadecimal SHA-256 of all parameters and buffers, with their names."""
+    """Return hexadecimal SHA-256 of all parameters and buffers, with their names."""
     digest = hashlib.sha256()
     for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
         content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
@@ -96,7 +96,8 @@ def weights_hash(network: nn.Module) -> str:
 
 
 def _copied(own: OwnCode, dropout: float) -> nn.Module:
-    """A copy of the function's network to train: float32 on the CPU. Buffers are the function's, in no file of weights."""
+    """Return a copy of the function's network to train: float32 on the CPU. Buffers are the function's, in no file of
+    weights."""
     try:
         network = copy.deepcopy(own.teacher.network).to("cpu", torch.float32)
     except Exception as error:

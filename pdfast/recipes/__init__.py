@@ -15,7 +15,7 @@ PRESETS = {config.preset: config for config in (DIGITS, CIFAR10_FAST, CIFAR10, I
 
 
 def preset(name: str) -> DistillConfig:
-    """The preset of that name. UsageError for an unknown one."""
+    """Return the preset of that name. UsageError for an unknown one."""
     if not isinstance(name, str) or name not in PRESETS:
         raise UsageError(f"unknown preset {shown(name)}; choose from {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -36,7 +36,7 @@ class Stage:
 
 
 def _read_stage(folder: Path, steps: int | None) -> Stage | None:
-    """A stage, None where it is not finished, or, after a warning, where its figures are damaged."""
+    """Return a stage, None where it is not finished, or, after a warning, where its figures are damaged."""
     if not folder.exists():
         return None
     try:
@@ -47,7 +47,7 @@ def _read_stage(folder: Path, steps: int | None) -> Stage | None:
 
 
 def _read_images(path: Path) -> np.ndarray | None:
-    """Images for the grid, None where there are none, or, after a warning, where they are damaged."""
+    """Return images for the grid, None where there are none, or, after a warning, where they are damaged."""
     if not path.exists():
         return None
     try:
@@ -58,7 +58,8 @@ def _read_images(path: Path) -> np.ndarray | None:
 
 
 def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
-    """The text of a run's configuration and what it says; nothing where there is none or, after a warning, a damaged one."""
+    """Return the text of a run's configuration and what it says; nothing where there is none or, after a warning, a damaged
+    one."""
     if not path.exists():
         return "", {}
     try:
@@ -80,7 +81,7 @@ def _loss_curves(log: list[dict[str, Any]], phase: str) -> list[tuple[str, list[
 
 
 def _last_lines(log: list[dict[str, Any]]) -> dict[int | None, dict[str, Any]]:
-    """The last log line of each stage, by its steps (None for the teacher's training)."""
+    """Return the last log line of each stage, by its steps (None for the teacher's training)."""
     return {entry["steps"]: entry for entry in log if "update" in entry}
 
 
@@ -101,8 +102,8 @@ def _losses_by_step(last: dict[int | None, dict[str, Any]]) -> list[tuple[str, l
 
 
 def _speeds(stages: list[Stage], log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a stage: the medians over its log lines, of memory and of skipped updates the most; None for what a log of an
-    older version does not have."""
+    """Return one row a stage: the medians over its log lines, of memory and of skipped updates the most; None for what a log
+    of an older version does not have."""
     rows = []
     for stage in stages:
         lines = [e for e in log if "update" in e and e["steps"] == stage.steps]
@@ -126,7 +127,7 @@ def _speeds(stages: list[Stage], log: list[dict[str, Any]]) -> list[dict[str, An
 
 
 def _grid(teacher: Stage | None, students: list[Stage], real: np.ndarray | None) -> bytes | None:
-    """The sample grid as PNG: real images, the teacher, then students downwards; columns share their noise."""
+    """Return the sample grid as PNG: real images, the teacher, then students downwards; columns share their noise."""
     from PIL import Image
 
     rows = [("real", real)] if real is not None else []
@@ -144,7 +145,7 @@ def _grid(teacher: Stage | None, students: list[Stage], real: np.ndarray | None)
 
 
 def _rows(teacher: Stage | None, students: list[Stage]) -> list[dict[str, Any]]:
-    """The headline table: one row a step count, from many to few."""
+    """Return the headline table: one row a step count, from many to few."""
     if teacher is None:
         return []
     evaluation = teacher.metrics["evaluation"]
@@ -171,12 +172,12 @@ def _rows(teacher: Stage | None, students: list[Stage]) -> list[dict[str, Any]]:
 
 
 def _times(fd: float, start: float) -> float:
-    """How many times a distance is another one, which is 0 where images are the very same."""
+    """Return how many times a distance is another one, which is 0 where images are the very same."""
     return fd / start if start else math.inf
 
 
 def _conversion(teacher: Stage | None) -> list[dict[str, Any]]:
-    """One row a step count: the distance of the teacher as it was, of its untrained copy and of the trained one."""
+    """Return one row a step count: the distance of the teacher as it was, of its untrained copy and of the trained one."""
     made = teacher.metrics.get("conversion") if teacher else None
     if teacher is None or not made:
         return []

@@ -82,7 +82,7 @@ class Report:
 
 
 def _calls_group_norm(module: nn.Module) -> bool:
-    """Whether its class's forward calls our group norms itself."""
+    """Tell whether its class's forward calls our group norms itself."""
     forward = inspect.unwrap(type(module).forward)
     names, globals_of = code_names(forward), getattr(forward, "__globals__", {})
     for value in (globals_of.get(name) for name in names):
@@ -112,7 +112,7 @@ def _accelerate(name: str, module: nn.Module, new: Any, report: Report) -> None:
 
 
 def _kind(module: nn.Module) -> Any:
-    """What would be set as its forward, if its code is known."""
+    """Return what would be set as its forward, if its code is known."""
     if isinstance(module, nn.GroupNorm):
         return forwards.GroupNorm
     block = qualified_name(forward_class(module))

@@ -76,7 +76,7 @@ def _work(module: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _names(functions: Iterable[Any], cls: type) -> Iterator[str]:
-    """The names that functions use, and those that the functions and methods they call use."""
+    """Yield the names that functions use, and those that the functions and methods they call use."""
     for function in functions:
         globals_of = getattr(function, "__globals__", {})
         for name in code_names(function):
@@ -87,7 +87,7 @@ def _names(functions: Iterable[Any], cls: type) -> Iterator[str]:
 
 
 def _taken_activations(modules: Modules, runs: set[nn.Module]) -> set[nn.Module]:
-    """The activations that run in a kernel, with the norm before them."""
+    """Return the activations that run in a kernel, with the norm before them."""
     taken: set[nn.Module] = set()
     for _, module in modules:
         if module not in runs:
@@ -105,7 +105,7 @@ def _taken_activations(modules: Modules, runs: set[nn.Module]) -> set[nn.Module]
 
 
 def shares_by_modules(modules: Modules, runs: set[nn.Module]) -> dict[str, Share]:
-    """The shares by how many modules there are that work; runs: those that run kernels."""
+    """Return the shares by how many modules there are that work; runs: those that run kernels."""
     taken, total = Counter[str](), Counter[str]()
     runs = runs | _taken_activations(modules, runs)
     for _, module in modules:
@@ -181,7 +181,7 @@ def _marked(counted: _Counted) -> Iterator[None]:
 
 
 def shares_by_elements(module: nn.Module, example: Sequence[Any] | Mapping[str, Any]) -> dict[str, Share]:
-    """The shares of one call with these arguments."""
+    """Return the shares of one call with these arguments."""
     args, kwargs = ((), example) if isinstance(example, Mapping) else (example, {})
     training = {part: part.training for part in module.modules()}
     counted = _Counted()

@@ -37,7 +37,7 @@ def is_silu(module: nn.Module | None) -> bool:
 
 
 def why_not_fused(norm: nn.Module, activation: nn.Module) -> str | None:
-    """Why a GroupNorm and a SiLU after it do not run as one."""
+    """Return why a GroupNorm and a SiLU after it do not run as one."""
     if _silu_fuses(norm, activation) and is_own(nn.SiLU):
         return None
     if _hooked(norm) or _hooked(activation):
@@ -263,7 +263,7 @@ class UNet:
     @staticmethod
     @functools.cache
     def around(theirs: Callable) -> Callable:
-        """The forward to set, with the signature of their class's."""
+        """Return the forward to set, with the signature of their class's."""
 
         @functools.wraps(theirs)
         def forward(self, *args, **kwargs):  # before torch.jit.script: pdfast_kernels.restore(model)

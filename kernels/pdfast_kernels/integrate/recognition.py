@@ -21,7 +21,7 @@ def qualified_name(cls: type) -> str:
 
 
 def instance_forward(module: nn.Module) -> Callable | None:
-    """The function of the forward set on this instance; None if its class's runs."""
+    """Return the function of the forward set on this instance; None if its class's runs."""
     if "forward" not in module.__dict__:
         return None
     forward = module.__dict__["forward"]
@@ -30,12 +30,12 @@ def instance_forward(module: nn.Module) -> Callable | None:
 
 
 def forward_class(module: nn.Module) -> type:
-    """The class whose forward `module` has: that of a subclass which does not override it is its base."""
+    """Return the class whose forward `module` has: that of a subclass which does not override it is its base."""
     return next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
 
 
 def is_own(cls: type, method: str = "forward") -> bool:
-    """Whether a class's method is the one that its own file defines: not one that was put in its place later."""
+    """Tell whether a class's method is the one that its own file defines: not one that was put in its place later."""
     function = inspect.unwrap(vars(cls)[method])
     if not isinstance(function, FunctionType) or function.__code__.co_qualname != f"{cls.__qualname__}.{method}":
         return False
@@ -47,20 +47,20 @@ def is_own(cls: type, method: str = "forward") -> bool:
 
 
 def wrappers(function: Any) -> Iterator[Any]:
-    """The decorated functions around the one that `inspect.unwrap` gives."""
+    """Yield the decorated functions around the one that `inspect.unwrap` gives."""
     while hasattr(function, "__wrapped__"):
         yield function
         function = function.__wrapped__
 
 
 def code_names(function: Callable) -> tuple[str, ...]:
-    """The names of globals and attributes in a function, in the order of their first use."""
+    """Return the names of globals and attributes in a function, in the order of their first use."""
     function = inspect.unwrap(function)
     return function.__code__.co_names if isinstance(function, FunctionType) else ()
 
 
 def unknown_version(cls: type, method: str, known: str) -> str | None:
-    """Why a method is not the one that was looked at: its name and those that it uses are compared."""
+    """Return why a method is not the one that was looked at: its name and those that it uses are compared."""
     if not is_own(cls, method):
         return f"{cls.__name__}.{method} was replaced by somebody else's"
     unknown = [name for name in code_names(vars(cls)[method]) if name not in known.split()]
@@ -69,7 +69,8 @@ def unknown_version(cls: type, method: str, known: str) -> str | None:
 
 
 def why_not_group_norm(norm: nn.GroupNorm) -> str | None:
-    """Why a GroupNorm is not known to compute what `group_norm` does; None for torch's own, and for those that only cast."""
+    """Return why a GroupNorm is not known to compute what `group_norm` does; None for torch's own, and for those that only
+    cast."""
     cls = forward_class(norm)
     if qualified_name(cls) == GROUP_NORM:
         return None if is_own(cls) else "GroupNorm.forward was replaced by somebody else's"
@@ -123,7 +124,7 @@ def _only_casts(cls: type) -> bool:
 
 
 def _keeps_the_contract(cls: Any, norm: nn.GroupNorm) -> bool:
-    """Whether its class's forward, on small tensors, gives a GroupNorm in float32 in the dtype of its input."""
+    """Tell whether its class's forward, on small tensors, gives a GroupNorm in float32 in the dtype of its input."""
     generator = torch.Generator().manual_seed(0)
     channels = norm.num_channels
     x = torch.randn(2, channels, 3, generator=generator, device="cpu") * 2 + 1

@@ -16,6 +16,6 @@ def combine(output: Tensor, coefficient: Tensor) -> Tensor:
 
 
 def table_rows(column: Tensor, index: Tensor | None) -> Tensor:
-    """The rows of a table, in float32 at least, as in the kernels: with them all that follows is."""
+    """Return the rows of a table, in float32 at least, as in the kernels: with them all that follows is."""
     rows = rows_of(column, index)
     return rows.float() if rows.dtype.itemsize < 4 else rows

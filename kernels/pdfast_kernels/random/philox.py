@@ -45,7 +45,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
 
 
 def key_words(seed: int, stream: int, round_index: int, update: int) -> tuple[int, int, int, int]:
-    """What the numbers of an update have in common: both words of the key, and words 2 and 3 of the counter.
+    """Return what the numbers of an update have in common: both words of the key, and words 2 and 3 of the counter.
 
     ValueError for a field that does not fit its words.
     """
@@ -67,7 +67,7 @@ def _words(key: tuple[int, int, int, int] | Tensor, index: Tensor, groups: int) 
 
 
 def integers(seed: int, stream: int, round_index: int, update: int, index: Tensor, count: int) -> Tensor:
-    """Uniform integers in [0, 2**32): int64 [n, count] for the int64 sample indices `index` [n]."""
+    """Return uniform integers in [0, 2**32): int64 [n, count] for the int64 sample indices `index` [n]."""
     return integers_from_key(key_words(seed, stream, round_index, update), index, count)
 
 

@@ -48,7 +48,7 @@ class Table:
         self._overrides: list[tuple[Row, ...]] = []
 
     def row(self, arch: int, *sizes: int) -> Row:
-        """The row for a launch of these sizes on sm_`arch`."""
+        """Return the row for a launch of these sizes on sm_`arch`."""
         tables = *reversed(self._overrides), self.rows.get(arch, self.rows[ANY])
         row = next(
             row for rows in tables for row in rows if all(size <= most for size, most in zip(sizes, row, strict=False))

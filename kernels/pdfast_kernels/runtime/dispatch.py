@@ -76,12 +76,12 @@ def as_given(device: torch.device) -> AbstractContextManager:
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """What is computed in: float64 if one of them is, else float32."""
+    """Return what is computed in: float64 if one of them is, else float32."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
 def triton_runs(op: str, device: torch.device, unsupported: str | None) -> bool:
-    """Whether `op` runs in Triton for tensors on `device`; `unsupported` is why its kernels cannot take them, or None."""
+    """Tell whether `op` runs in Triton for tensors on `device`; `unsupported` is why its kernels cannot take them, or None."""
     mode = _current_mode()
     if mode == "reference" or (mode == "auto" and device.type != "cuda"):
         return False
@@ -118,7 +118,7 @@ def _warn_once(message: str) -> None:
 
 
 def unsupported_dtype(**tensors: Tensor | None) -> str | None:
-    """The reason not to run, if one of them is neither bf16, fp16 nor fp32."""
+    """Return the reason not to run, if one of them is neither bf16, fp16 nor fp32."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in KERNEL_DTYPES:
             return f"{name} is {tensor.dtype}, not bfloat16, float16 or float32"
@@ -126,20 +126,20 @@ def unsupported_dtype(**tensors: Tensor | None) -> str | None:
 
 
 def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """ValueError unless `tensor` has that shape."""
+    """Raise a ValueError unless `tensor` has that shape."""
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
 
 
 def check_device(op: str, device: torch.device, **tensors: Tensor | None) -> None:
-    """ValueError unless all of them are on `device`."""
+    """Raise a ValueError unless all of them are on `device`."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, the others are on {device}")
 
 
 def check_floating(op: str, **tensors: Tensor | None) -> None:
-    """ValueError unless all of them are of one of DTYPES."""
+    """Raise a ValueError unless all of them are of one of DTYPES."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in DTYPES:
             raise ValueError(f"{op}: {name} is {tensor.dtype}, {EXPECTED_DTYPE}")

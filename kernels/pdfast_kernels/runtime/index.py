@@ -13,7 +13,7 @@ DEBUG = os.environ.get("PDFAST_KERNELS_DEBUG", "0") not in ("", "0")
 
 
 def check_index(op: str, index: Tensor | None, samples: int) -> None:
-    """ValueError unless it is None or int64 [samples]."""
+    """Raise a ValueError unless it is None or int64 [samples]."""
     if index is None:
         return
     if tuple(index.shape) != (samples,):
@@ -47,7 +47,8 @@ def rows_of(column: Tensor, index: Tensor | None) -> Tensor:
 
 
 def asked(index: Tensor) -> bool:
-    """Whether the values are asked: not of a GPU, and not of tensors that stand for others (vmap, fake tensors, tracing)."""
+    """Tell whether the values are asked: not of a GPU, and not of tensors that stand for others (vmap, fake tensors,
+    tracing)."""
     if index.device.type != "cpu" and not (DEBUG and index.device.type == "cuda"):
         return False
     if torch.compiler.is_compiling():
@@ -70,7 +71,7 @@ def _raise_outside(index: Tensor, what: str, first: int, end: int) -> None:
 
 @torch.library.custom_op("pdfast_kernels::in_range", mutates_args=())
 def _in_range(index: Tensor, what: str, first: int, end: int) -> Tensor:
-    """A copy, so that a compiler keeps it."""
+    """Return a copy, so that a compiler keeps it."""
     _raise_outside(index, what, first, end)
     return index.clone()
 

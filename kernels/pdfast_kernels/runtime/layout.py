@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def in_vmap() -> bool:
-    """Whether tensors are slices that `torch.func.vmap` takes of larger ones, whose layout it does not tell."""
+    """Tell whether tensors are slices that `torch.func.vmap` takes of larger ones, whose layout it does not tell."""
     if torch.compiler.is_compiling():
         return False
     levels = torch._C._functorch.get_interpreter_stack()  # private, but nothing public says it
@@ -13,18 +13,18 @@ def in_vmap() -> bool:
 
 
 def is_channels_last(tensor: Tensor) -> bool:
-    """Whether [N, C, H, W] lies dense as [N, H, W, C]; no under vmap."""
+    """Tell whether [N, C, H, W] lies dense as [N, H, W, C]; no under vmap."""
     return tensor.dim() == 4 and not in_vmap() and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def with_layout(tensor: Tensor, channels_last: bool) -> Tensor:
-    """The tensor itself if it lies so, else a copy: gradients arrive with any strides, 0 included."""
+    """Return the tensor itself if it lies so, else a copy: gradients arrive with any strides, 0 included."""
     return tensor.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def run_length(z: Tensor, **others: Tensor) -> tuple[int, str | None]:
-    """How many elements of a sample of z [N, C, ...] lie together before the same place of an output [N, P*C, ...] has its
-    next part: C when all are channels-last, C*H*W when all are contiguous; else 0 and the reason.
+    """Return how many elements of a sample of z [N, C, ...] lie together before the same place of an output [N, P*C, ...] has
+    its next part: C when all are channels-last, C*H*W when all are contiguous; else 0 and the reason.
 
     Element e of a sample is then, in part p of an output, number (e // run) * P * run + p * run + e % run.
     """

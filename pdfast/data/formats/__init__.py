@@ -19,7 +19,7 @@ from pdfast.io.errors import UsageError
 
 
 def find_images(path: Path) -> EncodedImages | None:
-    """The encoded images of a folder of image files, of tar shards or TFRecord files (with class subfolders, or a
+    """Return the encoded images of a folder of image files, of tar shards or TFRecord files (with class subfolders, or a
     `labels.csv` of names and labels, for image files), or of one such file; None where `path` is no such thing.
 
     UsageError, in one line, where it holds no images, or several of these, or cannot be read.
@@ -41,7 +41,7 @@ def find_images(path: Path) -> EncodedImages | None:
 
 
 def _others(folder: Path, found: EncodedImages) -> Iterator[str]:
-    """What each thing is that lies in the folders of the images and was not taken."""
+    """Yield what each thing is that lies in the folders of the images and was not taken."""
     taken = {os.path.dirname(folder / LABEL_FILE): {LABEL_FILE}}  # of each folder; as text, for there may be millions
     for file in found.files:
         place, name = os.path.split(file)

@@ -10,8 +10,8 @@ from pdfast.io.errors import UsageError
 
 
 def look_into(folder: Path) -> tuple[list[Path], dict[Path, list[Path]]]:
-    """The image files at a folder's top, and those in each of its subfolders, in the order of their names; deeper folders and
-    what is hidden are passed over."""
+    """Return the image files at a folder's top, and those in each of its subfolders, in the order of their names; deeper
+    folders and what is hidden are passed over."""
     subfolders = sorted(child for child in folder.iterdir() if child.is_dir() and not hidden(child.name))
     return _image_files(folder), {child: _image_files(child) for child in subfolders}
 
@@ -59,7 +59,7 @@ def _is_image(path: Path) -> bool:
 
 
 def found_in(folder: Path) -> str:
-    """What there is in it, and in its subfolders, for people."""
+    """Return what there is in it, and in its subfolders, for people."""
     top = [child for child in folder.iterdir() if not hidden(child.name)]
     down = [file for child in top if child.is_dir() for file in child.iterdir() if not hidden(file.name)]
     return in_words([*map(what_is, top), *(f"deeper {what_is(f)}" if f.is_dir() else what_is(f) for f in down)])

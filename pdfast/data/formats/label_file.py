@@ -17,7 +17,7 @@ BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_
 
 
 def labels_of(path: Path, names: list[str]) -> list[int]:
-    """The label of each name, -1 where the file has none.
+    """Return the label of each name, -1 where the file has none.
 
     Names are compared as their bytes are, else in Unicode's composed form, for macOS takes them apart. UsageError for a row
     of another form, a label that numbers no class, a name with two labels, or where no row is of an image; a warning where some are not.
@@ -63,7 +63,8 @@ def _text(path: Path) -> str:
 
 
 def _rows(path: Path, text: str, known: set[str]) -> Iterator[tuple[int, str, int]]:
-    """The number of the line, from 1, name and label of each; a header, which names no image, and blank lines are passed over."""
+    """Yield the number of the line, from 1, name and label of each; a header, which names no image, and blank lines are
+    passed over."""
     rows = csv.reader(io.StringIO(text, newline=""))
     first = True
     while True:

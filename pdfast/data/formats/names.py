@@ -14,8 +14,8 @@ SHOWN = 5  # suffixes that `in_words` names
 
 
 def hidden(name: str) -> bool:
-    """Whether a path, its parts apart by "/", is not meant for people: .NAME, or what macOS (._NAME, __MACOSX) and other
-    programs (PaxHeader) put beside each file to describe it."""
+    """Tell whether a path, its parts apart by "/", is not meant for people: .NAME, or what macOS (._NAME, __MACOSX) and
+    other programs (PaxHeader) put beside each file to describe it."""
     return HIDDEN.search(name) is not None
 
 
@@ -40,12 +40,12 @@ def is_tfrecord(path: Path) -> bool:
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether it is named as a tar or TFRecord that must be unpacked before."""
+    """Tell whether it is named as a tar or TFRecord that must be unpacked before."""
     return COMPRESSED.search(path.name) is not None
 
 
 def what_is(path: Path) -> str:
-    """What a file or folder that is passed over is, for people."""
+    """Return what a file or folder that is passed over is, for people."""
     if hidden(path.name):
         return "hidden"
     if path.is_dir():
@@ -56,7 +56,7 @@ def what_is(path: Path) -> str:
 
 
 def in_words(found: Iterable[str]) -> str:
-    """How many there are of what `what_is` says: `40 .webm, 3 .txt`."""
+    """Return how many there are of what `what_is` says: `40 .webm, 3 .txt`."""
     counts = Counter(found)
     words = [f"{count} {what}" for what, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:SHOWN]]
     return ", ".join([*words, "..."] if len(counts) > SHOWN else words) or "nothing"

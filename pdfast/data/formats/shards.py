@@ -11,7 +11,8 @@ MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f
 
 
 def scan_shards(kind: str, shards: list[Path], scan: Callable[[Path, EncodedImages], None]) -> EncodedImages:
-    """The images that `scan` adds of each; what ends a shard early becomes its problem. UsageError where there are none."""
+    """Return the images that `scan` adds of each; what ends a shard early becomes its problem. UsageError where there are
+    none."""
     found = EncodedImages(kind)
     for shard in shards:
         found.files.append(shard)

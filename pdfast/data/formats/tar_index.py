@@ -87,7 +87,7 @@ def _header(content: int, at: int) -> tarfile.TarInfo:
 
 
 def behind_zeros(content: int, at: int) -> int:
-    """The first block from `at` on that is not zeros, or the end of the file."""
+    """Return the first block from `at` on that is not zeros, or the end of the file."""
     while chunk := os.pread(content, CHUNK, at):
         if rest := chunk.lstrip(b"\0"):
             return at + (len(chunk) - len(rest)) // BLOCK * BLOCK
@@ -96,8 +96,8 @@ def behind_zeros(content: int, at: int) -> int:
 
 
 def _behind_others(content: int, at: int, until: int) -> int:
-    """Where what an index does not list ends: folders, what is hidden and what describes; or the tar, by zeros. Unfit where
-    another tar follows that."""
+    """Return where what an index does not list ends: folders, what is hidden and what describes; or the tar, by zeros. Unfit
+    where another tar follows that."""
     while at < until:
         if not os.pread(content, BLOCK, at).strip(b"\0"):
             if behind_zeros(content, at) < os.fstat(content).st_size:

@@ -166,7 +166,7 @@ def _step(
 
 
 def check_settings(op: str, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-    """ValueError for values out of range."""
+    """Raise a ValueError for values out of range."""
     if not (all(0 <= beta < 1 for beta in betas) and eps >= 0 and weight_decay >= 0):
         raise ValueError(f"{op}: betas {betas}, eps {eps} or weight_decay {weight_decay} is out of range")
 
@@ -226,7 +226,7 @@ class AdamEma:
             self._launch(gradients, scalars.float().contiguous())
 
     def holds(self, *lists: list[Tensor]) -> bool:
-        """Whether it is over these very tensors: parameters, exp_avgs, exp_avg_sqs and, if there are any, averages."""
+        """Tell whether it is over these very tensors: parameters, exp_avgs, exp_avg_sqs and, if there are any, averages."""
         own = [tensors for _, tensors in self._lists()]
         return len(own) == len(lists) and all(
             len(a) == len(b) and all(map(operator.is_, a, b)) for a, b in zip(own, lists, strict=True)
@@ -296,7 +296,7 @@ class AdamEma:
         torch.autograd.graph.increment_version(self._parameters)
 
     def _table(self, gradients: Sequence[Tensor], addresses: list[int]) -> Tensor:
-        """The gradients' addresses, on the device."""
+        """Return the gradients' addresses, on the device."""
         capturing = self._capturing()
         if addresses == self._gradient_addresses and not capturing:
             return self._gradient_table

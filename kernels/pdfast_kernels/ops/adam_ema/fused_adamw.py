@@ -58,7 +58,7 @@ class FusedAdamW(torch.optim.Optimizer):
         _check_group(self.param_groups[-1])
 
     def state_dict(self) -> dict[str, Any]:
-        """That of torch.optim.AdamW: each parameter has a step of its own, which AdamW would count for itself."""
+        """Return the state of torch.optim.AdamW: each parameter has a step of its own, which AdamW would count for itself."""
         packed = super().state_dict()
         packed["state"] = {i: state | {"step": state["step"].clone()} for i, state in packed["state"].items()}
         return packed
@@ -84,12 +84,12 @@ class FusedAdamW(torch.optim.Optimizer):
             group.setdefault("ema_decay", self.defaults.get("ema_decay"))
 
     def ema(self) -> list[Tensor]:
-        """The averages, in the order of the parameters in the groups: a parameter itself where it has none (yet)."""
+        """Return the averages, in the order of the parameters in the groups: a parameter itself where it has none (yet)."""
         return [self.state.get(p, {}).get("ema", p) for group in self.param_groups for p in group["params"]]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of every parameter that has a gradient. closure: computes the loss again, which is returned."""
+        """Take one step for every parameter that has a gradient. closure: computes the loss again, which is returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -107,7 +107,8 @@ class FusedAdamW(torch.optim.Optimizer):
         return loss
 
     def _together(self, group: dict[str, Any]) -> Iterable[list[Tensor]]:
-        """The parameters with gradients, in lists of one device and one count of steps: new ones begin, and some may leave others."""
+        """Return the parameters with gradients, in lists of one device and one count of steps: new ones begin, and some may
+        leave others."""
         stepped: dict[int, list[Tensor]] = {}
         left: set[int] = set()
         fresh: dict[torch.device, Tensor] = {}
@@ -146,7 +147,8 @@ class FusedAdamW(torch.optim.Optimizer):
         return key, adam if adam is not None and adam.holds(*lists) else AdamEma(*lists)
 
     def _scalars(self, group: dict[str, Any], p: Tensor) -> Tensor:
-        """What `AdamEma` reads, in the order of `Scalar`, on the device; and the step is counted unless it is skipped."""
+        """Return what `AdamEma` reads, in the order of `Scalar`, on the device; and the step is counted unless it is
+        skipped."""
         skip, scale = self._skip(p.device), getattr(self, "grad_scale", None)
         step = self.state[p]["step"].add_(1 - skip)
         decay = 1.0 if group["ema_decay"] is None else group["ema_decay"]
@@ -164,7 +166,7 @@ class FusedAdamW(torch.optim.Optimizer):
 
 
 def _check_group(group: dict[str, Any]) -> None:
-    """ValueError for settings out of range, as soon as they are given."""
+    """Raise a ValueError for settings out of range, as soon as they are given."""
     lr, decay = group["lr"], group["ema_decay"]
     if not isinstance(lr, Tensor) and not lr >= 0:
         raise ValueError(f"FusedAdamW: lr {lr} is out of range")

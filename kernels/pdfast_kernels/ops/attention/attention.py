@@ -140,7 +140,8 @@ def _columns(q: Tensor) -> int:
 
 
 def _arguments(scale: float, q: Tensor, k: Tensor, v: Tensor, gradient: Tensor | None = None) -> dict:
-    """What all kernels but `row_products` take, of the tensors: strides in units of 8 elements where that is possible."""
+    """Return what all kernels but `row_products` take, of the tensors: strides in units of 8 elements where that is
+    possible."""
     strides: dict[str, int] = {}
     for name, tensor in (("q", q), ("k", k), ("v", v), ("d", gradient)):
         if tensor is not None:
@@ -332,7 +333,7 @@ def attention_packed(qkv: Tensor, scale: float | None = None) -> Tensor:
 
 
 def unsupported(scale: float, **tensors: Tensor) -> str | None:
-    """Why the kernels cannot take tensors [N, L, ..., D], or None."""
+    """Return why the kernels cannot take tensors [N, L, ..., D], or None."""
     if reason := unsupported_dtype(**tensors):
         return reason
     if not scale > 0:

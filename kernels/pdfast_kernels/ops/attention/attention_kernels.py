@@ -5,7 +5,7 @@ from pdfast_kernels.runtime.triton import jit, tl
 
 @jit
 def _pair(blocks, heads):
-    """The block, sample and head of a program; int64, since they are multiplied by strides."""
+    """Return the block, sample and head of a program; int64, since they are multiplied by strides."""
     block = tl.program_id(0) % blocks
     pair = tl.program_id(0) // blocks
     return block.to(tl.int64), (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)

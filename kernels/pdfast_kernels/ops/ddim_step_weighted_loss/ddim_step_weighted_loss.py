@@ -110,7 +110,8 @@ def _backward(
 
 
 def _run(tensors: tuple[Any, ...], grad_scale: float | None) -> tuple[Tensor, Tensor]:
-    """The losses, and grad_scale d(sum of M losses)/d output, M = C H W: empty for None. tensors: the arguments, in order."""
+    """Return the losses, and grad_scale d(sum of M losses)/d output, M = C H W: empty for None. tensors: the arguments, in
+    order."""
     output, z, teacher, teacher_mid, target_z, target_output, target_output_mid, coefficient, weight, index = tensors
     run, reason = run_length(z, output=output, teacher_output=teacher, teacher_output_mid=teacher_mid)
     if reason:  # asked again: what was traced may come with other strides
@@ -162,7 +163,7 @@ def _loss(
     index: Tensor | None,
     differentiable: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The losses, and d(M loss)/d output: divided by M = C H W, little would be left of it in fp16."""
+    """Return the losses, and d(M loss)/d output: divided by M = C H W, little would be left of it in fp16."""
     teachers = teacher_output, teacher_output_mid, target_z, target_output, target_output_mid
     return _run((output, z, *teachers, output_coefficient, weight, index), 1.0 if differentiable else None)
 
@@ -281,7 +282,7 @@ def ddim_step_weighted_loss_and_grad(
     *,
     grad_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The losses [N], and grad_scale d(sum of the losses)/d output, like output; neither is differentiable.
+    """Return the losses [N], and grad_scale d(sum of the losses)/d output, like output; neither is differentiable.
 
     For `torch.autograd.backward(output, grad)`: nothing of the loss is left for the backward to do. The arguments are
     those of `ddim_step_weighted_loss`.
@@ -296,7 +297,7 @@ def ddim_step_weighted_loss_and_grad(
 
 
 def _checked(op: str, tensors: _Images, columns: _Columns, index: Tensor | None) -> tuple[Tensor | None, _Columns]:
-    """The index, and the columns in the dtype that is computed in. ValueError where something does not fit."""
+    """Return the index, and the columns in the dtype that is computed in. ValueError where something does not fit."""
     _check(op, *tensors, *columns, index)
     if index is not None:
         index = in_range(op, "index", index, 0, len(columns[0]))
@@ -306,7 +307,7 @@ def _checked(op: str, tensors: _Images, columns: _Columns, index: Tensor | None)
 
 
 def _dense(index: Tensor | None, *columns: Tensor) -> list[Tensor | None]:
-    """The columns, then the index."""
+    """Return the columns, then the index."""
     return [*(column.contiguous() for column in columns), None if index is None else index.contiguous()]
 
 

@@ -109,7 +109,7 @@ def _normal_pair(radius_word, angle_word):
 
 @jit
 def _normals(group, sample, key0, key1, word2, word3):
-    """The four normals of each counter of `group`, uint32."""
+    """Return the four normals of each counter of `group`, uint32."""
     zero = group & 0
     w0, w1, w2, w3 = philox4x32(group, zero + sample, zero + word2, zero + word3, key0, key1)
     n0, n1 = _normal_pair(w0, w1)
@@ -236,7 +236,7 @@ def diffuse(
 def noise_key(
     seed: int, stream: int = 0, round_index: int = 0, update: int = 0, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """What `diffuse` draws its noise by: int64 [4], the words of `philox.key_words` on `device`.
+    """Return what `diffuse` draws its noise by: int64 [4], the words of `philox.key_words` on `device`.
 
     ValueError for a field out of range: seed in [0, 2**64), update in [0, 2**32), stream and round in [0, 2**16).
     """

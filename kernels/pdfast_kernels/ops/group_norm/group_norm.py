@@ -86,7 +86,7 @@ class _Shape(NamedTuple):
 
 
 def _resident(shape: _Shape, tiles: Tiles) -> dict[str, int] | None:
-    """The constants of a resident launch; None where no tile holds whole groups.
+    """Return the constants of a resident launch; None where no tile holds whole groups.
 
     The narrowest tile of enough elements (else the widest), whose rows are of whole groups and, where the channels allow, of
     whole 16-byte words; before that the one that leaves fewest lanes idle. Of so few groups that their table stays small.
@@ -118,7 +118,7 @@ def _resident(shape: _Shape, tiles: Tiles) -> dict[str, int] | None:
 
 
 def _stream(shape: _Shape, tiles: Tiles) -> tuple[int, tuple[int], dict[str, int]]:
-    """The row chunks of a sample, and the grid and the constants of the launches that read all of x."""
+    """Return the row chunks of a sample, and the grid and the constants of the launches that read all of x."""
     block_c = min(STREAM_CHANNELS, key=lambda width: cdiv(shape.channels, width) * width)
     block_r = tiles.stream // block_c
     chunks = cdiv(shape.rows, block_r * tiles.tiles)

@@ -49,7 +49,7 @@ def _part(rows, C: tl.constexpr, TILES: tl.constexpr, BLOCK_R: tl.constexpr, BLO
 
 @jit
 def _part_from_the_end(rows, C: tl.constexpr, TILES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The same, but the last sample first: what was read last is still in the L2 cache."""
+    """Return the same, but the last sample first: what was read last is still in the L2 cache."""
     BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     n, block, chunk, chunks = _part(rows, C, TILES, BLOCK_R, BLOCK_C)
     return tl.num_programs(0) // (chunks * BLOCKS) - 1 - n, block, chunk

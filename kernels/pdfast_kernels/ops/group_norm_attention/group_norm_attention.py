@@ -39,7 +39,7 @@ from pdfast_kernels.runtime.layout import is_channels_last, with_layout
 
 
 def _as_given(function: Callable) -> Callable:
-    """Its matrix products are of the dtypes of its tensors, whatever autocast says where it is called."""
+    """Compute the matrix products in the dtypes of the tensors, whatever autocast says where it is called."""
 
     @wraps(function)
     def as_it_is(x: Tensor, *arguments: Any) -> Any:
@@ -116,7 +116,7 @@ def _group_norm_attention_backward(
     num_groups: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x and of the six parameters."""
+    """Return the gradients of x and of the six parameters."""
     c = x.shape[1]
     dy = with_layout(dy, True)
     dy_rows = _rows(dy)

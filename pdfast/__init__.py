@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pdfast.cli import stop_while_importing
 from pdfast.io.process import let_threads_sleep
+from pdfast.io.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from pdfast.diffusion import (
@@ -49,8 +50,6 @@ if TYPE_CHECKING:
     from pdfast.loss import distillation_loss
     from pdfast.own_code import Teacher
     from pdfast.pretrained import adapt
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AlphaBars",

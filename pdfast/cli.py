@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
-from pdfast.engine import interrupt
+from pdfast.io import interrupt
 from pdfast.io.errors import INTERRUPTED, NO_COMPILER, Interrupted, RunError, UsageError
 from pdfast.io.process import is_rank0
 

@@ -16,7 +16,6 @@ from pdfast.checks import check_evaluation, check_job, check_plan
 from pdfast.cli import run_command
 from pdfast.config import DistillConfig
 from pdfast.data import ImageSource
-from pdfast.engine import interrupt
 from pdfast.engine.device import open_device
 from pdfast.engine.log import RunLog
 from pdfast.engine.loop import Stage, Trainer
@@ -24,6 +23,7 @@ from pdfast.engine.machine import Machine, open_machine
 from pdfast.engine.run import open_run
 from pdfast.evaluation.evaluator import Evaluator
 from pdfast.evaluation.stored import read_reference
+from pdfast.io import interrupt
 from pdfast.io.errors import UsageError
 from pdfast.io.reading import read_json
 from pdfast.io.text import clock

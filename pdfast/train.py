@@ -8,11 +8,11 @@ The same command run again resumes. The result, runs/my-teacher/teacher, is what
 from pdfast.arguments import train_arguments
 from pdfast.checks import check_evaluation, check_job, check_plan
 from pdfast.cli import run_command
-from pdfast.engine import interrupt
 from pdfast.engine.device import open_device
 from pdfast.engine.log import RunLog
 from pdfast.engine.machine import open_machine
 from pdfast.engine.run import open_run
+from pdfast.io import interrupt
 from pdfast.io.names import shell_word
 from pdfast.plan.dry_run import print_training_plan
 from pdfast.stages import open_data, open_evaluator, say_what_begins, train_teacher, write_teacher

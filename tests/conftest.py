@@ -10,8 +10,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before pdfast_kernels is imported: see tests/kernels
 
-from pdfast.engine import interrupt
 from pdfast.evaluation import features
+from pdfast.io import interrupt
 from tests.commands import TINY_DISTILL, call
 
 torch.set_num_threads(1)

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from pdfast.config import DistillConfig
-from pdfast.engine import interrupt, parallelize
+from pdfast.engine import parallelize
+from pdfast.io import interrupt
 from pdfast.io.plain import structure
 from pdfast.io.reading import load_yaml
 from pdfast.methods import Progressive

@@ -12,7 +12,7 @@ from torch import Tensor
 from pdfast.config import DistillConfig, EngineConfig, RunConfig
 from pdfast.diffusion import noise
 from pdfast.diffusion.noise import Stream
-from pdfast.engine import interrupt, parallelize
+from pdfast.engine import parallelize
 from pdfast.engine.cost import UpdateCost, parameters_and_flops
 from pdfast.engine.device import describe
 from pdfast.engine.graph import CUDAGraphed
@@ -20,6 +20,7 @@ from pdfast.engine.optimizer import Optimizer
 from pdfast.engine.throughput import Losses, Speed, peak_flops
 from pdfast.engine.watchdog import Watchdog
 from pdfast.engine.world import World, open_world
+from pdfast.io import interrupt
 from pdfast.io.errors import RunError, UsageError
 from pdfast.loss import identity
 from pdfast.networks import Network, NetworkConfig

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import pdfast
 from pdfast.config import EvaluationConfig
 from pdfast.data import ImageSource, codec_of
 from pdfast.diffusion import Prediction, Schedule, noise, sample
@@ -25,6 +24,7 @@ from pdfast.evaluation.metrics import channel_statistics, mean_squared_distance,
 from pdfast.evaluation.real import RealImages
 from pdfast.io.errors import RunError
 from pdfast.io.text import count_steps
+from pdfast.io.version import __version__
 from pdfast.networks import Network
 
 SHOWN = 16  # images kept for sample grids
@@ -170,7 +170,7 @@ class Evaluator:
             "clip": self._config.clip,
             "device": describe(self._world.device),
             "processes": self._world.size,
-            "versions": {"pdfast": pdfast.__version__, "torch": torch.__version__},
+            "versions": {"pdfast": __version__, "torch": torch.__version__},
             "commit": commit(),
             "data": {
                 "name": self._source.name,

@@ -9,9 +9,9 @@ import torch
 
 from pdfast.data import dali, load_source, loaders
 from pdfast.data.source import home_of, order_of
-from pdfast.engine import interrupt
 from pdfast.engine.log import read_log
 from pdfast.evaluation.metrics import split_real
+from pdfast.io import interrupt
 from tests.commands import TINY_RUN, call
 from tests.data.archives import write_tar
 from tests.data.errors import refusal

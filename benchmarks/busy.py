@@ -56,20 +56,18 @@ def run(processes: list[subprocess.Popen], updates: int) -> tuple[list[float], f
 
 def work() -> None:
     """What a process of a case does."""
-    from benchmarks.ours import Pdfast
-    from benchmarks.updates import open_setting
+    from benchmarks.updates import Pdfast, open_setting
 
     preset, device = PRESETS["digits"], torch.device("cpu")
-    with open_setting(preset, device, preset.batch_size, EngineConfig()) as (setting, machine):
-        of_all = machine("auto")
-        update = Pdfast(setting, of_all)
+    with open_setting(preset, device, preset.batch_size, EngineConfig()) as setting:
+        update = Pdfast(setting)
         for line in sys.stdin:
             elapsed: list[float] = []
             before = time.process_time()
             for _ in range(int(line)):
                 began = time.perf_counter()
                 update.step()
-                of_all.asked_to_stop("an update")
+                setting.machine.asked_to_stop("an update")
                 elapsed.append(1e3 * (time.perf_counter() - began))
             print(json.dumps([elapsed, 1e3 * (time.process_time() - before) / len(elapsed)]), flush=True)
 

@@ -1,16 +1,29 @@
-"""The operations at the shapes that the paper's networks and Stable Diffusion 1.5 have them at, or somebody names."""
+"""The operations as cases, at the shapes that the paper's networks and Stable Diffusion 1.5 have them at, or somebody names.
+
+A case makes the work of a number of samples, on a device, and says how wide its accesses are.
+"""
 
 import argparse
-import fnmatch
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from functools import partial
+from itertools import chain
+from math import gcd
+from typing import Any, NamedTuple
 
-from benchmarks import operations as op
+import torch
+from torch import Tensor
+
+import pdfast_kernels
 from benchmarks.command import Parser, count
-from benchmarks.operations import DTYPES, Size
-from benchmarks.work import Case
+from benchmarks.work import Case, Work
+from pdfast_kernels import reference
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+EPS = 1e-6
+GROUPS = 32
+STEPS = 128
+"""Rows of a step table: few beside the smallest image, which is what tells it from a main tensor (the gate)."""
 STATES = ("ddim_step", "ddim_step_weighted_loss", "ddim_step_weighted_loss_and_grad")
 PARAMETERS = {
     "whole vectors": (256 * 256 * 3, 256, 1024 * 64),
@@ -57,13 +70,167 @@ SMALL_BATCH = "small batch"
 SHAPES_OF = {name.replace(" ", "-"): name for name in (*NETWORKS, SMALL_BATCH)}
 
 
+class Images(NamedTuple):
+    """n images of that many channels and size (height, width)."""
+
+    network: str
+    """Whose shape it is, "" for nobody's."""
+    n: int
+    channels: int
+    size: tuple[int, int]
+
+    def __str__(self) -> str:
+        return f"{self.n}x{self.channels}x{self.size[0]}" + ("" if self.network else f"x{self.size[1]}")
+
+    @property
+    def elements(self) -> int:
+        return self.channels * self.size[0] * self.size[1]
+
+
+def _case(
+    op: str, network: str, name: str, n: int, make: Callable[[int, str], Work], run: int, dtype: str, **gated: Any
+) -> Case:
+    """run: how many elements lie together, which says how wide accesses can be."""
+    return Case(op, network, f"{network} {name} {dtype}".strip(), n, make, 128 if run % 8 == 0 else 0, **gated)
+
+
+def _both(op: str, *arguments: Any, **options: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """The operation by our kernels and in plain PyTorch."""
+    ours, plain = (partial(getattr(of, op), *arguments, **options) for of in (pdfast_kernels, reference))
+    return ours, plain
+
+
+def _image(n: int, channels: int, size: tuple[int, int], dtype: str, device: str, channels_last: bool = True) -> Tensor:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.zeros(n, channels, *size, dtype=DTYPES[dtype], device=device).contiguous(memory_format=layout)
+
+
+def diffuse_case(at: Images, dtype: str, flip: bool = False) -> Case:
+    def make(n: int, device: str) -> Work:
+        images = torch.zeros(n, *at.size, at.channels, dtype=torch.uint8, device=device)
+        phi = torch.zeros(n, device=device)
+        key, index = (torch.zeros(k, dtype=torch.int64, device=device) for k in (4, n))
+        flips = torch.zeros(n, dtype=torch.bool, device=device) if flip else None
+
+        def plain() -> Tensor:  # with PyTorch's own noise: eager Philox in int64 would flatter us
+            noise = torch.randn(images.shape, device=device).permute(0, 3, 1, 2)
+            return reference.mix(images, phi, noise, flips).to(DTYPES[dtype])
+
+        given = images, phi, key, index, flips
+        return Work(
+            kernels=lambda: pdfast_kernels.diffuse(*given, DTYPES[dtype]),
+            plain=plain,
+            reads=[tensor for tensor in given if tensor is not None],
+            same_numbers=lambda: reference.diffuse(*given, torch.float64),
+        )
+
+    # Wide are accesses of z; of the images, a byte an element, a thread has 4 or 8 bytes.
+    name = f"{at}{' flip' if flip else ''}"
+    return _case("diffuse", at.network, name, at.n, make, at.elements, dtype, narrow=("images_ptr",))
+
+
+def state_case(op: str, at: Images, dtype: str, parts: int, channels_last: bool = True) -> Case:
+    """op: ddim_step; ddim_step_weighted_loss, of which nothing need be read again, one pass over the tensors gives both; or
+    ddim_step_weighted_loss_and_grad, which returns the loss and its gradient at once."""
+
+    def make(n: int, device: str) -> Work:
+        def image(channels: int, dtype: str) -> Tensor:
+            return _image(n, channels, at.size, dtype, device, channels_last)
+
+        def column(*shape: int) -> Tensor:
+            return torch.full((STEPS, *shape), 0.5, device=device)
+
+        index, output = torch.zeros(n, dtype=torch.int64, device=device), image(parts * at.channels, dtype)
+        if op == "ddim_step":
+            both = [image(at.channels, dtype).requires_grad_(), output.requires_grad_()]
+            return Work(*_both(op, *both, column(), column(parts), index), [*both, index], [], both, [index])
+        at_once = op.endswith("_and_grad")
+        tensors = [output, image(at.channels, "fp32"), *(image(parts * at.channels, dtype) for _ in range(2))]
+        columns = column(), *(column(parts) for _ in range(3)), column()
+        calls = _both(op, *tensors, *columns, index, **({"grad_scale": 1.0} if at_once else {}))
+        return Work(*calls, [*tensors, index], [], [] if at_once else [output.requires_grad_()])
+
+    run = at.channels if channels_last and parts > 1 else at.elements
+    name, narrow = f"{at} P={parts} {'NHWC' if channels_last else 'NCHW'}", ("a_ptr", "b_ptr")
+    return _case(op, at.network, name, at.n, make, run, dtype, narrow=narrow if op == "ddim_step" else ())
+
+
+def group_norm_case(at: Images, dtype: str, kind: str, groups: int | None = None) -> Case:
+    """kind: film+silu, silu or plain."""
+    film, silu, groups = kind == "film+silu", kind != "plain", groups or gcd(at.channels, GROUPS)
+
+    def make(n: int, device: str) -> Work:
+        x = _image(n, at.channels, at.size, dtype, device).requires_grad_()
+        weight, bias = (torch.zeros(at.channels, device=device, requires_grad=True) for _ in range(2))
+        both = torch.zeros(n, 2 * at.channels, dtype=DTYPES[dtype], device=device)  # of one linear layer
+        scale, shift = (half.requires_grad_() for half in both.chunk(2, dim=1)) if film else (None, None)
+        inputs = [x, weight, bias, *([scale, shift] if film else [])]
+        calls = _both("group_norm", x, groups, weight, bias, EPS, scale=scale, shift=shift, silu=silu)
+        return Work(*calls, inputs, [], inputs, inputs if silu else [x, weight])
+
+    return _case("group_norm", at.network, f"{at} {kind}", at.n, make, at.channels, dtype)
+
+
+def attention_case(
+    network: str, n: int, positions: int, heads: int, head_dim: int, dtype: str, packed: bool = True
+) -> Case:
+    def make(n: int, device: str) -> Work:
+        shape = (n, positions, *((3,) if packed else ()), heads, head_dim)
+        options = {"dtype": DTYPES[dtype], "device": device, "requires_grad": True}
+        inputs = [torch.zeros(shape, **options) for _ in range(1 if packed else 3)]
+        return Work(*_both("attention_packed" if packed else "attention", *inputs), inputs, [], inputs, inputs)
+
+    name, cores = f"{n}x{positions}x{heads}x{head_dim}{' packed' * packed}", dtype != "fp32" and positions >= 64
+    return _case("attention", network, name, n, make, head_dim, dtype, tensor_cores=cores)
+
+
+def attention_block_case(at: Images, dtype: str, heads: int) -> Case:
+    def make(n: int, device: str) -> Work:
+        c = at.channels
+        shapes = ((c,), (c,), (3 * c, c), (3 * c,), (c, c), (c,))
+        parameters = [torch.zeros(shape, device=device, requires_grad=True) for shape in shapes]
+        tensors = [_image(n, c, at.size, dtype, device).requires_grad_(), *parameters]
+        calls = _both("group_norm_attention", tensors[0], gcd(c, GROUPS), *parameters, heads)
+        return Work(*calls, tensors, [], tensors, tensors)
+
+    cores = dtype != "fp32" and at.size[0] * at.size[1] >= 64
+    name = f"{at} heads={heads}"
+    return _case("group_norm_attention", at.network, name, at.n, make, at.channels, dtype, tensor_cores=cores)
+
+
+def adam_ema_case(name: str, sizes: tuple[int, ...], dtype: str) -> Case:
+    """One step on parameters of these sizes, with gradients of that dtype; there are no samples."""
+
+    def make(n: int, device: str) -> Work:
+        states = [[torch.zeros(size, device=device) for size in sizes] for _ in range(4)]
+        gradients = [torch.zeros(size, dtype=DTYPES[dtype], device=device) for size in sizes]
+        scalars = torch.tensor([1e-4, 1.0, 1.0, 1e-4, 0.0], device="cpu" if device == "meta" else device)
+        settings = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+        optimizer = None if device == "meta" else pdfast_kernels.AdamEma(*states, **settings)
+        return Work(
+            kernels=lambda: optimizer.step(gradients, scalars),
+            plain=lambda: reference.adam_ema(*states, gradients, scalars, **settings),
+            reads=[*chain(*states), *gradients],
+            writes=[*chain(*states)],
+        )
+
+    # A thread has 4 elements of everything; where not all sizes are multiples of 4, the kernel decides for each.
+    width = (128 if dtype == "fp32" else 64) if all(size % 4 == 0 for size in sizes) else 0
+    return Case("adam_ema", "", f"{name}, {dtype} gradients", 1, make, width)
+
+
 def sizes(text: str) -> Iterator[tuple[int, ...]]:
     """'256x32 512x8' -> (256, 32), (512, 8)."""
     return (tuple(map(int, size.split("x"))) for size in text.split())
 
 
+def _square(network: str, n: int, text: str) -> Iterator[Images]:
+    """Images of the sizes CxS."""
+    return (Images(network, n, channels, (size, size)) for channels, size in sizes(text))
+
+
 def all_cases() -> list[Case]:
-    adam_ema = [op.adam_ema_case(name, elements, dtype) for dtype in DTYPES for name, elements in PARAMETERS.items()]
+    adam_ema = [adam_ema_case(name, elements, dtype) for dtype in DTYPES for name, elements in PARAMETERS.items()]
     return [*_states(), *_norms(), *_attention(), *adam_ema]
 
 
@@ -71,57 +238,52 @@ def cases_at(shape: tuple[int, int, int, int], head_dim: int) -> Iterator[Case]:
     """All that there can be of images [N, C, H, W], in every dtype: attention over their positions with C / head_dim heads,
     and without it where that is no number; the operations on states with one output a channel. No adam_ema."""
     n, channels, *size = shape
-    at = "", n, channels, tuple(size)
+    at, heads = Images("", n, channels, tuple(size)), channels // head_dim
     for dtype in DTYPES:
-        yield op.diffuse_case(*at, dtype)
-        yield from (op.state_case(name, *at, dtype, 1) for name in STATES)
-        yield from (op.group_norm_case(*at, dtype, kind) for kind in ("film+silu", "silu", "plain"))
+        yield diffuse_case(at, dtype)
+        yield from (state_case(name, at, dtype, 1) for name in STATES)
+        yield from (group_norm_case(at, dtype, kind) for kind in ("film+silu", "silu", "plain"))
         if channels % head_dim == 0:
-            yield op.attention_case("", n, size[0] * size[1], channels // head_dim, head_dim, dtype)
-            yield op.attention_block_case(*at, dtype, channels // head_dim)
+            yield attention_case("", n, size[0] * size[1], heads, head_dim, dtype)
+            yield attention_block_case(at, dtype, heads)
 
 
 def _states() -> Iterator[Case]:
-    shapes: list[tuple[int, tuple[str, int, int, Size]]] = []  # outputs a channel; network, samples, channels, size
-    for name, network in NETWORKS.items():
-        [(channels, size)] = sizes(network.image)
-        shapes.append((network.parts, (name, network.samples, channels, (size, size))))
+    shapes = [(net.parts, at) for name, net in NETWORKS.items() for at in _square(name, net.samples, net.image)]
     for _, at in shapes:
-        yield from (op.diffuse_case(*at, "fp32"), op.diffuse_case(*at, "fp32", flip=True), op.diffuse_case(*at, "bf16"))
-    yield op.diffuse_case(SMALL_BATCH, 1, 3, (32, 32), "fp16", flip=True)
+        yield from (diffuse_case(at, "fp32"), diffuse_case(at, "fp32", flip=True), diffuse_case(at, "bf16"))
+    yield diffuse_case(Images(SMALL_BATCH, 1, 3, (32, 32)), "fp16", flip=True)
     for parts, at in shapes:
-        yield from (op.state_case("ddim_step", *at, dtype, parts) for dtype in DTYPES)
-        yield op.state_case("ddim_step", *at, "fp32", parts, channels_last=False)
-        yield op.state_case("ddim_step", at[0], 1, *at[2:], "fp32", parts)
-    yield op.state_case("ddim_step", "latents", 16, 8, (32, 32), "bf16", 2)
+        yield from (state_case("ddim_step", at, dtype, parts) for dtype in DTYPES)
+        yield state_case("ddim_step", at, "fp32", parts, channels_last=False)
+        yield state_case("ddim_step", at._replace(n=1), "fp32", parts)
+    yield state_case("ddim_step", Images("latents", 16, 8, (32, 32)), "bf16", 2)
     for name in STATES[1:]:
         for parts, at in shapes:
-            yield from (op.state_case(name, *at, dtype, parts) for dtype in ("fp32", "bf16"))
-            yield op.state_case(name, *at, "fp16", parts, channels_last=False)
+            yield from (state_case(name, at, dtype, parts) for dtype in ("fp32", "bf16"))
+            yield state_case(name, at, "fp16", parts, channels_last=False)
 
 
 def _norms() -> Iterator[Case]:
-    for name, network in NETWORKS.items():
-        for channels, size in sizes(network.norms):
-            kind = "film+silu" if channels in network.widths else "silu"
-            yield op.group_norm_case(name, network.samples, channels, (size, size), network.dtype, kind)
-        for channels, size in sizes(network.plain):
-            yield op.group_norm_case(name, network.samples, channels, (size, size), network.dtype, "plain")
+    for name, net in NETWORKS.items():
+        for at in _square(name, net.samples, net.norms):
+            yield group_norm_case(at, net.dtype, "film+silu" if at.channels in net.widths else "silu")
+        yield from (group_norm_case(at, net.dtype, "plain") for at in _square(name, net.samples, net.plain))
     for dtype in DTYPES:
-        for channels, size in sizes("256x32 192x64 1280x8"):
-            yield op.group_norm_case(SMALL_BATCH, 1, channels, (size, size), dtype, "film+silu")
+        for at in _square(SMALL_BATCH, 1, "256x32 192x64 1280x8"):
+            yield group_norm_case(at, dtype, "film+silu")
 
 
 def _attention() -> Iterator[Case]:
     """The attention block at a small batch: its matrix products are computed, here too. Stable Diffusion has another."""
-    for name, network in NETWORKS.items():
-        for shape in sizes(network.attention):
-            yield op.attention_case(name, network.samples, *shape, network.dtype, packed=name != "sd15")
+    for name, net in NETWORKS.items():
+        for shape in sizes(net.attention):
+            yield attention_case(name, net.samples, *shape, net.dtype, packed=name != "sd15")
     for dtype in DTYPES:
-        yield from (op.attention_case(SMALL_BATCH, 1, *shape, dtype) for shape in sizes("16x2x64 64x4x64 1024x2x128"))
-    for name, network in [*NETWORKS.items()][:3]:
-        for (channels, size), (_, heads, _) in zip(sizes(network.plain), sizes(network.attention), strict=True):
-            yield op.attention_block_case(name, 2, channels, (size, size), network.dtype, heads)
+        yield from (attention_case(SMALL_BATCH, 1, *shape, dtype) for shape in sizes("16x2x64 64x4x64 1024x2x128"))
+    for name, net in [*NETWORKS.items()][:3]:
+        for at, (_, heads, _) in zip(_square(name, 2, net.plain), sizes(net.attention), strict=True):
+            yield attention_block_case(at, net.dtype, heads)
 
 
 def _named_shape(text: str) -> str | tuple[int, ...]:
@@ -149,7 +311,7 @@ def add_choice_of_cases(parser: Parser) -> None:
 
 
 def chosen_cases(parser: Parser, options: argparse.Namespace) -> list[Case]:
-    """An error where there are none."""
+    """An error where there are none; with --list they are printed, and none is left."""
     cases, shapes = all_cases(), options.shapes or []
     for named in shapes:
         if not isinstance(named, str):
@@ -158,11 +320,15 @@ def chosen_cases(parser: Parser, options: argparse.Namespace) -> list[Case]:
         replace(case, samples=options.samples or case.samples)
         for case in cases
         if ("all" in options.op or case.op in options.op)
-        and any(fnmatch.fnmatch(case.full_name, pattern) for pattern in options.case)
+        and case.matches(options.case)
         and (not options.dtype or any(dtype in case.name for dtype in options.dtype))
         and (case.quick or not options.quick)
         and (not shapes or case.network in (*shapes, ""))
     ]
     if not cases:
         parser.error("no such cases; --list names them")
-    return cases if "all" in options.op else sorted(cases, key=lambda case: options.op.index(case.op))
+    if "all" not in options.op:
+        cases.sort(key=lambda case: options.op.index(case.op))
+    if options.list:
+        print("\n".join(case.full_name for case in cases))
+    return [] if options.list else cases

@@ -1,12 +1,14 @@
 """What the commands here have in common: their arguments, errors of one line, a result's header and its rows."""
 
 import argparse
+import contextlib
 import datetime
 import json
 import math
 import platform
+import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +16,7 @@ import torch
 
 from pdfast.engine.device import commit, describe, open_device
 from pdfast.io.errors import UsageError
+from pdfast_kernels.runtime import dispatch
 from pdfast_kernels.runtime.triton import triton
 
 ROOT = Path(__file__).parent.parent
@@ -26,9 +29,29 @@ class Unavailable(Exception):
 
 def reason(failure: Exception) -> str:
     """What failed, in one line."""
+    if isinstance(failure, torch.cuda.OutOfMemoryError):
+        return "out of memory"
     if isinstance(failure, (Unavailable, UsageError)):
         return str(failure)
     return f"{type(failure).__name__}: {(str(failure).strip().splitlines() or [''])[0][:200]}"
+
+
+@contextlib.contextmanager
+def trying(row: Row) -> Iterator[None]:
+    """Part of a measurement: where it fails, of whatever kind, the row's `unavailable` says why; where something else ran than was
+    asked for, and a warning said so, `fell_back` is that warning."""
+    dispatch._warned.clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield
+        except Exception as failure:
+            # Why none of its backends runs PyTorch's attention has warned before.
+            warned = "No available kernel" in str(failure) and caught
+            row["unavailable"] = str(caught[-1].message).partition(" (Triggered")[0] if warned else reason(failure)
+    for said in (str(warning.message) for warning in reversed(caught)):
+        if "runs in PyTorch" in said or "without a CUDA graph" in said or "fall" in said.lower():
+            row["fell_back"] = said
 
 
 def count(text: str) -> int:
@@ -48,19 +71,21 @@ def seconds(text: str) -> float:
 class Parser(argparse.ArgumentParser):
     """Exit code 2 and one line for a bad argument."""
 
+    def add_json(self) -> None:
+        self.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
+
     def add_measuring(self, time: float) -> None:
-        """--device, a torch.device once parsed, and --seconds."""
+        """--device, a torch.device once parsed, --seconds and --json."""
         self.add_argument("--device", choices=["cuda", "cpu"], help="a GPU where there is one, unless said")
         self.add_argument("--seconds", type=seconds, default=time, metavar="S", help="for each row")
+        self.add_json()
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
 
     def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
-        return self.checked(self.parse_args(arguments))
-
-    def checked(self, options: argparse.Namespace) -> argparse.Namespace:
         """Files that can be written and a device that is there: an error now, not after the measurements."""
+        options = self.parse_args(arguments)
         for file in vars(options).values():
             if isinstance(file, Path) and (file.is_dir() or not file.parent.is_dir()):
                 self.error(f"{file} is no file that could be written")
@@ -91,9 +116,8 @@ class Report:
         """start, numbers: formats of what a row is about, and of what was measured."""
         self.said, self.rows = said, list[Row]()
         self._file, self._start, self._numbers = file, start, numbers
-        print(
-            ", ".join(f"{key} {f'{value:.4g}' if isinstance(value, float) else value}" for key, value in said.items())
-        )
+        shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in said.items()}
+        print(", ".join(f"{key} {value}" for key, value in shown.items()))
 
     def add(self, row: Row) -> None:
         """A row; one that has `unavailable` has that reason in place of numbers."""

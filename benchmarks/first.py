@@ -12,7 +12,6 @@ from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import distributions
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -20,9 +19,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.command import Parser, Report, Row, count, header
-from benchmarks.ours import Pdfast
 from benchmarks.timing import Call, ceilings, measure
-from benchmarks.updates import WARM_UP, open_setting
+from benchmarks.updates import WARM_UP, Pdfast, open_setting
 from pdfast.config import EngineConfig
 from pdfast.diffusion import outputs_per_channel
 from pdfast.recipes import PRESETS
@@ -39,7 +37,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=count, default=128, metavar="N", help="of the update")
     parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto")
     parser.add_measuring(0.2)
-    parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse(arguments)
     said = header(options.device) | installed() | ceilings(options.device, options.seconds)
     numbers = "TF32 {tf32:<3} {ms:9.3f} ms, {of_bytes:6.1%} of the copy's rate"
@@ -93,8 +90,8 @@ def _calls(batch: int, inputs: int, outputs: int, size: int, device: torch.devic
 def profiled_update(options: Namespace) -> Row:
     """The kernels of an update by the time that they take, and how long it takes without a profiler."""
     on_gpu = options.device.type == "cuda"
-    with open_setting(PRESETS[options.preset], options.device, options.batch, EngineConfig()) as (setting, machine):
-        update, began = Pdfast(setting, machine(options.compile)), time.perf_counter()
+    with open_setting(PRESETS[options.preset], options.device, options.batch, EngineConfig()) as setting:
+        update, began = Pdfast(setting, options.compile), time.perf_counter()
         for _ in range(WARM_UP):
             update.step()
         row: Row = {"preset": options.preset, "batch": options.batch}

@@ -49,7 +49,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--loaders", nargs="+", choices=[*OURS, *OTHERS], default=[*OURS, *OTHERS])
     parser.add_argument("--workers", type=int, metavar="N", help="processes of webdataset and dataloader")
     parser.add_measuring(10.0)
-    parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse(arguments)
     options.workers = max(spare_cores(), 0) if options.workers is None else options.workers
     try:

@@ -3,43 +3,36 @@
 A row is a provider and a variant (`--list`) at a preset and a batch. `ms` is of an update from its images to the new
 weights; `TFLOP/s` is of five forwards (two of the teacher, three for the student's forward and backward), `MFU` of a large
 matrix product in bf16 or fp32, whichever is faster, measured in the same run; `MiB` is the most memory of an update, with
-the weights and the optimizer's state (on a CPU of tensors alone); `error` is the largest difference of a sample's loss from
-float64 in the first update, of the largest loss, and tells a provider that computes something else. The breakdown is of the networks
-by themselves, measured after, and of the rest. On a CPU the variants take turns; on a GPU each has the device to itself.
+the weights and the optimizer's state (on a CPU of tensors alone). The breakdown is of the networks by themselves, measured after,
+and of the rest. On a CPU the variants take turns; on a GPU each has the device to itself.
 """
 
 import gc
 import sys
 import time
-import warnings
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
-from benchmarks import rivals
-from benchmarks.command import Parser, Report, Row, count, header, reason
-from benchmarks.ours import Pdfast
+from benchmarks.command import Parser, Report, Row, count, header, reason, trying
 from benchmarks.timing import captured, ceilings, measure, peak_mib, quantiles
-from benchmarks.updates import WARM_UP, Setting, distillation_losses, open_setting, reference
+from benchmarks.updates import WARM_UP, Pdfast, Rival, Setting, open_setting
 from pdfast.config import EngineConfig
-from pdfast.engine.cost import parameters_and_flops
+from pdfast.diffusion import sample
+from pdfast.engine.cost import inputs, parameters_and_flops
 from pdfast.io.errors import UsageError
 from pdfast.methods import Progressive
 from pdfast.recipes import PRESETS
 
 PROVIDERS = ("eager", "pdfast", "compile", "diffusers")
 MODES = {"cuda": ("default", "reduce-overhead", "max-autotune-no-cudagraphs"), "cpu": ("default",)}
-DIFFUSERS = {"eager": None, "compile": "default"}
 TURNS = {"cuda": 1, "cpu": 5}
-CHECKED = 8  # samples
 SAMPLING_STEPS = (1, 4)
-OUT_OF_MEMORY = "out of memory"
 
 
 @dataclass
@@ -47,7 +40,7 @@ class Variant:
     """A way to make an update, and its row."""
 
     row: Row
-    build: Callable[[], Any]
+    build: Callable[[Setting], Any]
     update: Any = None
     elapsed: list[float] = field(default_factory=list)
 
@@ -63,17 +56,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="bf16 on a GPU unless said")
     ways = ["auto", "on", "off"]
     parser.add_argument("--compile", nargs="+", choices=ways, default=["auto"], help="pdfast: a row each")
-    parser.add_measuring(10.0)
-    parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--list", action="store_true", help="print providers and variants, and nothing else")
+    parser.add_measuring(10.0)
     options = parser.parse(arguments)
     if options.list:
-        print("\n".join(_title(variant.row) for variant in _variants(options, None, None)))
+        print("\n".join("{provider} {variant}".format(**variant.row).strip() for variant in _variants(options)))
         return 0
-    said = header(options.device) | ceilings(options.device, min(options.seconds, 0.5))
     numbers = "{images_per_second:9.1f} images/s {median_ms:9.2f} ms ({p20_ms:.2f} .. {p80_ms:.2f}) {dtype:<13} "
-    numbers += "{tflop_s:8.3f} TFLOP/s MFU {mfu:6.1%} {peak_mib:9.1f} MiB error {error:.1e}; {breakdown_ms}"
+    numbers += "{tflop_s:8.3f} TFLOP/s MFU {mfu:6.1%} {peak_mib:9.1f} MiB; {breakdown_ms}"
     numbers += "; images/s by steps {sampled_images_per_second}" if options.sampling else ""
+    said = header(options.device) | ceilings(options.device, min(options.seconds, 0.5))
     report = Report(options.json, said, "{preset:<12} {batch:>5} {provider:<9} {variant:<26}", numbers)
     try:
         for name in options.preset or ["imagenet64" if options.device.type == "cuda" else "digits"]:
@@ -85,14 +77,15 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _variants(options: Namespace, setting: Setting | None, machine: Any) -> list[Variant]:
-    """machine: a function that gives that of a value of --compile."""
+def _variants(options: Namespace) -> list[Variant]:
     modes = options.modes or MODES[options.device.type]
-    ways: dict[str, dict[str, Callable[[], Any]]] = {
-        "eager": {"": partial(rivals.eager, setting)},
-        "pdfast": {f"compile {c}": lambda c=c: Pdfast(setting, machine(c)) for c in options.compile},
-        "compile": {mode: partial(rivals.compiled, setting, mode) for mode in modes},
-        "diffusers": {name: partial(rivals.diffusers, setting, mode) for name, mode in DIFFUSERS.items()},
+    ways: dict[str, dict[str, Callable[[Setting], Any]]] = {
+        "eager": {"": partial(Rival, mode=None)},
+        "pdfast": {f"compile {value}": partial(Pdfast, compile=value) for value in options.compile},
+        "compile": {mode: partial(Rival, mode=mode) for mode in modes},
+        "diffusers": {
+            name: partial(Rival, mode=mode, diffusers=True) for name, mode in (("eager", None), ("compile", "default"))
+        },
     }
     chosen = PROVIDERS if "all" in options.providers else options.providers
     return [Variant({"provider": p, "variant": way}, build) for p in chosen for way, build in ways[p].items()]
@@ -102,72 +95,41 @@ def _lacks_memory(options: Namespace, name: str, batch: int, report: Report) -> 
     """Measure all variants at a batch, their rows added to `report` as they are done; with --halve no more of them, and true,
     once one lacks memory."""
     device, turns = options.device, TURNS[options.device.type]
-    seconds = options.seconds / turns
-    with open_setting(PRESETS[name], device, batch, EngineConfig(dtype=options.dtype)) as (setting, machine):
-        variants = _variants(options, setting, machine)
-        for variant in variants:
-            variant.row |= {"preset": name, "batch": batch}
+    with open_setting(PRESETS[name], device, batch, EngineConfig(dtype=options.dtype)) as setting:
+        variants = _variants(options)
+        parts = [partial(_prepare, setting), *[partial(_time, device, options.seconds / turns)] * turns]
         for group in [[v] for v in variants] if device.type == "cuda" else [variants]:
-            for variant in group:
-                _trying(variant, lambda v: _prepare(v, setting))
-            for _ in range(turns):
+            for part in (*parts, partial(_conclude, setting, options, report.said)):
                 for variant in group:
-                    _trying(variant, lambda v: v.elapsed.extend(measure(v.update.step, device, seconds)))
+                    if "unavailable" not in variant.row:
+                        with trying(variant.row):
+                            part(variant)
             for variant in group:
-                _trying(variant, lambda v: _conclude(v, setting, options, report.said))
-                variant.update = variant.build = None
-                report.add(variant.row)
+                variant.update = None
+                report.add({"preset": name, "batch": batch, **variant.row})
             torch._dynamo.reset()
             _free(device)
-            if options.halve and any(OUT_OF_MEMORY in variant.row.get("unavailable", "") for variant in group):
+            if options.halve and any(variant.row.get("unavailable") == "out of memory" for variant in group):
                 return True
     return False
 
 
-def _trying(variant: Variant, part: Callable[[Variant], object]) -> None:
-    """A part of the measurement; where it fails, the row says why and the update is let go."""
-    if "unavailable" in variant.row:
-        return
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            part(variant)
-        said = [str(warning.message) for warning in caught]
-        fallen = [line for line in said if "without a CUDA graph" in line or "runs in PyTorch" in line]
-        variant.row |= {"fell_back": fallen[0]} if fallen else {}
-        return
-    except UsageError:
-        raise
-    except torch.cuda.OutOfMemoryError:
-        variant.row["unavailable"] = f"{OUT_OF_MEMORY} at batch {variant.row['batch']}"
-    except Exception as failure:  # of another provider, of whatever kind
-        variant.row["unavailable"] = reason(failure)
-    variant.update = None
-
-
-def _prepare(variant: Variant, setting: Setting) -> None:
-    """Build it, run every graph, measure its memory, compare its losses."""
+def _prepare(setting: Setting, variant: Variant) -> None:
+    """Build it, run every graph, measure its memory."""
     device, began = setting.device, time.perf_counter()
-    variant.update = update = variant.build()
+    variant.update = update = variant.build(setting)
     update.step()
-    error = _error(update, setting) if update.has_weights_of_setting else None
     peak = peak_mib(lambda: [update.step() for _ in range(WARM_UP - 1)], device, update.tensors())
-    variant.row |= {"device": device.type, "dtype": update.dtype, "peak_mib": peak, "error": error}
-    variant.row["start_s"] = time.perf_counter() - began
-    print(f"{_title(variant.row)}: ready after {variant.row['start_s']:.1f} s", flush=True)
+    start = time.perf_counter() - began
+    variant.row |= {"device": device.type, "dtype": update.dtype, "peak_mib": peak, "start_s": start}
+    print("{provider} {variant}: ready after {start_s:.1f} s".format(**variant.row), flush=True)
 
 
-def _error(update: Any, setting: Setting) -> float:
-    """Of the update just made, the first, which has changed weights after its losses were there."""
-    batch, losses = update.drawn().first(CHECKED), update.losses[:CHECKED].double()
-    on_device = ({name: w.to(setting.device) for name, w in weights.items()} for weights in setting.weights)
-    teacher, student = (reference(setting.config.network, weights) for weights in on_device)
-    with torch.no_grad():
-        expected = distillation_losses(teacher, student, batch, setting, torch.float64)
-    return float((losses - expected).abs().max() / expected.abs().max())
+def _time(device: torch.device, seconds: float, variant: Variant) -> None:
+    variant.elapsed += measure(variant.update.step, device, seconds)
 
 
-def _conclude(variant: Variant, setting: Setting, options: Namespace, said: Row) -> None:
+def _conclude(setting: Setting, options: Namespace, said: Row, variant: Variant) -> None:
     """The rates, then what changes the update: its stages, and sampling from it."""
     row, update, batch = variant.row, variant.update, setting.config.batch_size
     row |= quantiles(variant.elapsed)
@@ -180,21 +142,21 @@ def _conclude(variant: Variant, setting: Setting, options: Namespace, said: Row)
     except Exception as failure:  # such as no memory for a graph of the backward alone: the rest of the row stands
         row["breakdown_ms"] = reason(failure)
     for steps in SAMPLING_STEPS if options.sampling else ():
-        times = measure(partial(update.sample, steps), setting.device, options.seconds / 8)
+        times = measure(partial(_draw, update, setting, steps), setting.device, options.seconds / 8)
         row.setdefault("sampled_images_per_second", {})[str(steps)] = 1e3 * batch / median(times)
 
 
 def _breakdown(update: Any, setting: Setting, seconds: float, whole: float) -> dict[str, float]:
     """Milliseconds of an update's two forwards of the teacher, the student's forward and backward, and all the rest. Called as
     in the update, with and without gradient, or what is compiled would be compiled again."""
-    drawn, (teacher, student) = update.drawn(), update.networks()
+    z, phi, cond = inputs(setting.config.network, setting.config.batch_size, setting.device)
+    z, (teacher, student) = z.normal_(), update.networks()
     _free(setting.device)
-    z, phi = drawn.x.float(), torch.ones(len(drawn.x), device=setting.device)
 
     def timed(network: Any, backward: bool) -> float:
         def call() -> None:
             with update.running(), torch.set_grad_enabled(backward):
-                output = network(z, phi, drawn.labels)
+                output = network(z, phi, cond)
                 if backward:
                     output.square().mean().backward()
 
@@ -205,14 +167,21 @@ def _breakdown(update: Any, setting: Setting, seconds: float, whole: float) -> d
     return {"teacher": round(twice, 3), "student": round(both, 3), "rest": round(whole - twice - both, 3)}
 
 
+@torch.no_grad()
+def _draw(update: Any, setting: Setting, steps: int) -> None:
+    """A batch of images, down to uint8 on the host."""
+    config = setting.config
+    z, _, cond = inputs(config.network, config.batch_size, setting.device)
+    with update.running():
+        schedule, prediction = config.schedule.build(), config.network.prediction
+        x = sample(update.networks()[0], z.normal_(), schedule, steps, cond=cond, prediction=prediction)
+    ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+
+
 def _free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def _title(row: Row) -> str:
-    return f"{row['provider']} {row['variant']}".strip()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.command import Unavailable
+
 Call = Callable[[], object]
 LEAST = 3  # calls
 CEILING_BYTES = {"cuda": 1 << 30, "cpu": 64 << 20}
@@ -41,6 +43,8 @@ def quantiles(elapsed: Iterable[float]) -> dict[str, float]:
 
 def captured(call: Call) -> Callable[[], None]:
     """The call as a CUDA graph."""
+    if not torch.cuda.is_available():
+        raise Unavailable("CUDA graphs need a GPU")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

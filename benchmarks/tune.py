@@ -14,19 +14,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from operator import itemgetter
-from pathlib import Path
-from statistics import fmean
+from statistics import geometric_mean
 from typing import Any
 
 import torch
 
-from benchmarks import accuracy, static
+from benchmarks import static
 from benchmarks.cases import add_choice_of_cases, chosen_cases
-from benchmarks.command import Parser, Report, Row, header, reason, seconds
+from benchmarks.command import Parser, Report, Row, header, seconds, trying
 from benchmarks.static import launches
 from benchmarks.timing import captured, measure, quantiles
-from benchmarks.work import Case, fill, in_mode
+from benchmarks.work import Case, fill, in_mode, largest_error
 from pdfast_kernels import use
 from pdfast_kernels.ops.attention import attention_kernels as attention
 from pdfast_kernels.runtime.configs import UNBOUNDED, Lookup, looked_up
@@ -44,11 +42,8 @@ GROUP_NORM: tuple[Grid, ...] = (
 )
 GRIDS: dict[str, tuple[Grid, ...]] = {
     "diffuse": ({"block": (512, 1024, 2048), "tiles": (1, 2, 4), "num_warps": (2, 4, 8)},),
-    "ddim_step": (BLOCKS,),
-    "ddim_step_weighted_loss": (BLOCKS,),
-    "adam_ema": (BLOCKS,),
-    "group_norm forward": GROUP_NORM,
-    "group_norm backward": GROUP_NORM,
+    **dict.fromkeys(("ddim_step", "ddim_step_weighted_loss", "adam_ema"), (BLOCKS,)),
+    **dict.fromkeys(("group_norm forward", "group_norm backward"), GROUP_NORM),
 }
 DEVICE = torch.device("cuda")
 FASTER = 0.98
@@ -63,11 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="compile the candidates, and time nothing")
     parser.add_argument("--arch", type=int, choices=static.COMPILED_FOR, help="for --dry-run; 90 unless said")
     parser.add_argument("--seconds", type=seconds, default=0.05, metavar="S", help="for each candidate")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every candidate, and why it was rejected")
+    parser.add_json()
     options = parser.parse(arguments)
-    cases = chosen_cases(parser, options)
-    if options.list:
-        print("\n".join(case.full_name for case in cases))
+    if not (cases := chosen_cases(parser, options)):
         return 0
     arch = _arch(parser, options)
     start = "{case:<55} {table:<24} {row:<60} {registers} registers, {stack} bytes spilled, {shared} shared"
@@ -160,19 +153,17 @@ def _constants(passes: dict[str, list[Launch]]) -> list[Launch]:
 
 
 def _timed(case: Case, options: Namespace, shipped: Row | None) -> Row:
-    try:
-        with use("triton"):
-            work = case.make(case.samples, DEVICE.type)
-            fill(work)
-            mode = "full" if work.differentiated else "fwd"
-            error = accuracy.error(work.kernels, work, mode)
-            most = MOST_ERROR * shipped["error"] if shipped and "error" in shipped else math.inf
-            if not error <= most:
-                return {"error": error, "rejected": f"its error is {error:.1e}, more than {most:.1e}"}
-            call = captured(in_mode(work.kernels, work, mode))
-            return {"error": error, **quantiles(measure(call, DEVICE, options.seconds))}
-    except Exception as failure:  # of whatever a candidate asks too much of: the others are still tried
-        return {"rejected": reason(failure)}
+    row: Row = {}
+    with trying(row), use("triton"):
+        work = case.make(case.samples, DEVICE.type)
+        fill(work)
+        mode = "full" if work.differentiated else "fwd"
+        row["error"] = error = largest_error(work.kernels, work, mode)
+        most = MOST_ERROR * shipped["error"] if shipped and "error" in shipped else math.inf
+        if not error <= most:
+            return row | {"rejected": f"its error is {error:.1e}, more than {most:.1e}"}
+        row |= quantiles(measure(captured(in_mode(work.kernels, work, mode)), DEVICE, options.seconds))
+    return row | ({"rejected": row.pop("unavailable")} if "unavailable" in row else {})
 
 
 def replacements(tried: list[Row]) -> list[str]:
@@ -184,15 +175,13 @@ def replacements(tried: list[Row]) -> list[str]:
     lines = []
     for (table, arch, _), rows in sorted(times.items()):
         shipped = {case: time for case, time in rows.pop("shipped").items() if time < math.inf}
-        if not shipped:  # nothing to be faster than
-            continue
-        logs = {
-            row: [math.log(own.get(case, math.inf) / time) for case, time in shipped.items()]
+        ratios = {
+            geometric_mean(own.get(case, math.inf) / time for case, time in shipped.items()): row
             for row, own in rows.items()
+            if shipped  # else there is nothing to be faster than
         }
-        row, ratio = min(((row, math.exp(fmean(own))) for row, own in logs.items()), key=itemgetter(1), default=("", 1))
-        if ratio < FASTER:
-            lines.append(f"{table}, sm_{arch}: {row},  # {ratio:.0%} of the shipped row's time")
+        if (ratio := min(ratios, default=1)) < FASTER:
+            lines.append(f"{table}, sm_{arch}: {ratios[ratio]},  # {ratio:.0%} of the shipped row's time")
     return lines
 
 

@@ -4,24 +4,28 @@ The kernels are compiled for each architecture, at the shapes of benchmarks.case
 the bytes that each operation moves are counted. Exit code 1 if a kernel does not pass the gate (benchmarks.static.gate),
 each with its shape and the reason; 2, in one line, for a bad argument.
 
+In the first table `main`, `C % 8` and `others` are the widths in bits of the accesses of main tensors, of main tensors where 16
+bytes of a row do not lie together, and of statistics, parameters and partial sums; over a kernel's shapes a range, or the worst.
+
 From elsewhere: `read(case, launches, arch)`, a row for each launch; `Code`, what there is to know of one.
 """
 
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.cases import all_cases
+from benchmarks.cases import add_choice_of_cases, chosen_cases
 from benchmarks.command import Parser, Row, header, reason
 from benchmarks.static import traffic
 from benchmarks.static.code import Code, compiled, launches, name_of, versions
-from benchmarks.static.gate import SHARED_MEMORY, failures, main_arguments
-from benchmarks.static.tables import markdown, of_bytes, of_kernels
+from benchmarks.static.gate import SHARED_MEMORY, failures, is_main, main_arguments
 from benchmarks.work import Case
 from pdfast_kernels.runtime.launch import Launch
 from pdfast_kernels.runtime.triton import INTERPRETED
@@ -33,27 +37,21 @@ REFUSED = "TRITON_INTERPRET=1 is set, and Triton would interpret the kernels, no
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser("benchmarks.static", description="The machine code of every kernel, and the bytes it moves.")
-    cases = all_cases()
-    ops = list(dict.fromkeys(case.op for case in cases))
+    add_choice_of_cases(parser)
     parser.add_argument("--arch", type=int, nargs="+", choices=COMPILED_FOR, default=COMPILED_FOR, help="capabilities")
-    parser.add_argument("--op", nargs="+", choices=ops, default=ops, help="the operations; all of them unless said")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
-    parser.add_argument("--quick", action="store_true", help="a few shapes of each operation")
+    parser.add_json()
     options = parser.parse(arguments)
     if INTERPRETED:
         parser.error(REFUSED)
-
-    cases = [case for case in cases if case.op in options.op and (case.quick or not options.quick)]
+    if not (cases := chosen_cases(parser, options)):
+        return 0
     kernels: list[Row] = []
     for arch, case in tqdm([(arch, case) for arch in options.arch for case in cases], leave=False, disable=None):
         kernels += read(case, launches(partial(case.make, case.samples, "cpu"), arch), arch)
-    moved = traffic.count(cases)
-    said = header() | versions()
+    moved, said = traffic.count(cases), header() | versions()
     failed = [
-        f"{row['kernel']} sm_{row['arch']}, {row['op']} {row['case']}: {why}"
-        for row in kernels
-        for why in row["failures"]
+        "{kernel} sm_{arch}, {op} {case}: {why}".format(why=why, **row) for row in kernels for why in row["failures"]
     ]
     first = ", ".join(f"{name} {version}" for name, version in said.items())
     tables = f"## Machine code\n\n{markdown(of_kernels(kernels))}\n\n## KiB moved\n\n{markdown(of_bytes(moved))}\n"
@@ -70,18 +68,60 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def read(case: Case, passes: dict[str, list[Launch]], arch: int) -> list[Row]:
     """A row for each of the case's launches, with the reasons for which it does not pass the gate."""
-    everything = [launch for listed in passes.values() for launch in listed]
-    rows = []
-    for direction, listed in passes.items():
-        for launch in listed:
-            row = {"op": case.op, "case": case.name, "pass": direction, "grid": launch.grid, "width": case.width}
-            try:
-                code = compiled(launch, arch)
-            except Exception as error:  # whatever the compiler says is a finding, and the other kernels are still read
-                row |= {"kernel": name_of(launch), "arch": arch}
-                rows.append(row | {"failures": [f"does not compile: {reason(error)}"]})
-                continue
+    everything, rows = [launch for listed in passes.values() for launch in listed], []
+    for direction, launch in [(name, launch) for name, listed in passes.items() for launch in listed]:
+        row = {"op": case.op, "case": case.name, "pass": direction, "grid": launch.grid, "width": case.width}
+        try:
+            code = compiled(launch, arch)
             large = main_arguments(launch, everything) - set(case.narrow)
-            reasons = failures(code, large, case.width, case.tensor_cores)
-            rows.append(row | asdict(code) | {"main": sorted(large), "failures": reasons})
+            wrong = failures(code, large, case.width, case.tensor_cores)
+            rows.append(row | asdict(code) | {"main": sorted(large), "failures": wrong})
+        except Exception as error:  # whatever the compiler says is a finding, and the other kernels are still read
+            wrong = [f"does not compile: {reason(error)}"]
+            rows.append(row | {"kernel": name_of(launch), "arch": arch, "failures": wrong})
     return rows
+
+
+def of_kernels(rows: list[Row]) -> list[Row]:
+    """A line for each kernel and architecture."""
+    groups, lines = defaultdict(list), []
+    for row in rows:
+        groups[row["kernel"], row["arch"]].append(row)
+    for (kernel, arch), group in groups.items():
+        failed, code = sum(bool(row["failures"]) for row in group), [row for row in group if "registers" in row]
+        widths: dict[str, set[int]] = {"main": set(), "C % 8": set(), "others": set()}
+        for row in code:
+            for access in row["accesses"]:
+                main = is_main(access["argument"], row["main"])
+                widths["others" if not main else "main" if row["width"] else "C % 8"].add(access["bits"])
+        values = {name: [row[name] for row in code] for name in ("registers", "stack", "shared", "instructions")}
+        most = {name: max((sum(row[name].values()) for row in code), default="-") for name in ("float64", "atomics")}
+        ranges = {name: "-".join(str(n) for n in sorted({min(v), max(v)})) if v else "-" for name, v in values.items()}
+        line = {"kernel": kernel, "sm": arch, "shapes": len(group), "regs": ranges["registers"]}
+        line |= {"spills": max(values["stack"], default="-"), "shared": max(values["shared"], default="-")}
+        line |= {name: " ".join("bulk" if b > 256 else f"{b}" for b in sorted(w)) for name, w in widths.items()}
+        line |= {"matrix": " ".join(sorted({name for row in code for name in row["matrix"]})), "fp64": most["float64"]}
+        line |= {"atomics": most["atomics"], "code": ranges["instructions"]}
+        lines.append(line | {"gate": f"{failed} of {len(group)} FAIL" if failed else "pass"})
+    return lines
+
+
+def of_bytes(rows: list[Row]) -> list[Row]:
+    """A line for each case and pass."""
+    lines, moved = [], ("ours", "eager", "touched")
+    for row in rows:
+        line = {"operation": row["op"], **{name: row[name] for name in ("case", "pass", "samples")}}
+        line |= {k: "-" if row[k] is None else f"{row[k] / 1024:.0f}" for k in ("must", *moved)}
+        line |= {f"{k}/must": "-" if row[k] is None else f"{row[k] / row['must']:.2f}" for k in moved}
+        lines.append(line | {"": row.get("unavailable", "")})
+    return lines
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """In Markdown, aligned."""
+    if not rows:
+        return "none"
+    lines = [[*rows[0]], *([f"{value}" or "-" for value in row.values()] for row in rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    texts = [f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines]
+    return "\n".join([texts[0], f"|{'|'.join('-' * (width + 2) for width in widths)}|", *texts[1:]])

@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest import mock
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
@@ -30,6 +30,31 @@ from pdfast_kernels.runtime.launch import Launch, recorded
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)")
 _LINE = re.compile(r'^\s*//## File "(.*)", line (\d+)')
 LOADS, STORES = r"LDG|LDGSTS|UBLKCP|UTMALDG", r"STG|UTMASTG"
+
+
+def _opcode(mnemonic: str) -> str:
+    return mnemonic.partition(".")[0]
+
+
+def _bits(mnemonic: str) -> int:
+    """LDG.E.128 -> 128, LDG.E.U16 -> 16, LDG.E -> 32."""
+    widths = re.findall(r"\.[US]?(8|16|64|128|256)(?=\.|$)", mnemonic)
+    return BULK if mnemonic.startswith("U") else int(widths[0]) if widths else 32
+
+
+def _by_width(mnemonic: str) -> str:
+    return _opcode(mnemonic) + ("" if (bits := _bits(mnemonic)) == BULK else f".{bits}")
+
+
+COUNTED = {
+    "spills": ("LDL|STL", str),
+    "loads": (LOADS, _by_width),
+    "stores": (STORES, _by_width),
+    "matrix": (r"[HIQBO]G?MMA|UTC\w*MMA", _opcode),
+    "float64": (r"D(ADD|MUL|FMA|SETP|MNMX|MMA)|.*\.F64|.*64H", str),
+    "atomics": ("ATOM|ATOMG|RED|REDG|UTMAREDG", str),
+}
+"""Instructions, and what they are counted as."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +98,9 @@ def kernels_wanted() -> Iterator[None]:
 
 def launches(make: Callable[[], Work], arch: int) -> dict[str, list[Launch]]:
     """What the forward and the backward of the work launch, configured for sm_`arch`. Nothing is computed."""
-    with kernels_wanted():
-        with recorded(arch) as forward:
-            work = make()
-            result = work.kernels()
-        if not work.differentiated:
-            return {"forward": forward}
-        with recorded(arch) as backward:
-            work.gradients(result, torch.empty_like(result))
-    return {"forward": forward, "backward": backward}
+    with kernels_wanted(), recorded(arch):
+        work = make()
+        return work.passes(work.kernels, partial(recorded, arch))[0]
 
 
 def name_of(launch: Launch) -> str:
@@ -121,43 +140,25 @@ def _code(name: str, arch: int, num_warps: int, made: Any, parameters: list[str 
     registers, stack = (int(re.search(rf"\b{field}:(\d+)", usage)[1]) for field in ("REG", "STACK"))
     counts, narrowest = _instructions(sass)
     accesses, lines = accesses_of(made.asm["ptx"], parameters)
-    narrowed = {
-        argument: f"{bits} bits instead of {least} in line {place[1]} of {place[0]}"
-        for place, bits in sorted(narrowest.items(), reverse=True)
-        for argument, least in lines.get(place, {}).items()
-        if bits < least
-    }
-
-    def counted(opcodes: str, named=lambda mnemonic: mnemonic) -> dict[str, int]:
-        total = Counter()
-        for mnemonic, n in counts.items():
-            if re.fullmatch(opcodes, mnemonic.partition(".")[0]):
-                total[named(mnemonic)] += n
-        return dict(sorted(total.items()))
-
-    def by_width(mnemonic: str) -> str:
-        bits, opcode = _bits(mnemonic), mnemonic.partition(".")[0]
-        return opcode if bits == BULK else f"{opcode}.{bits}"
-
-    float64 = {m: n for m, n in counts.items() if re.match(r"D(ADD|MUL|FMA|SETP|MNMX|MMA)\b|.*\.F64\b|.*64H\b", m)}
+    counted: dict[str, Counter[str]] = {kind: Counter() for kind in COUNTED}
+    for mnemonic, n in sorted(counts.items()):
+        for kind, (pattern, named) in COUNTED.items():
+            if re.match(rf"(?:{pattern})\b", mnemonic):
+                counted[kind][named(mnemonic)] += n
     return Code(
-        kernel=name,
-        arch=arch,
-        num_warps=num_warps,
-        registers=registers,
-        stack=stack,
-        spills=counted("LDL|STL"),
+        *(name, arch, num_warps, registers, stack),
         shared=made.metadata.shared,
         tensor_memory=getattr(made.metadata, "tmem_size", None) or 0,
         instructions=counts.total(),
-        loads=counted(LOADS, by_width),
-        stores=counted(STORES, by_width),
-        matrix=counted(r"[HIQBO]G?MMA|UTC\w*MMA", lambda mnemonic: mnemonic.partition(".")[0]),
-        float64=dict(sorted(float64.items())),
-        atomics=counted("ATOM|ATOMG|RED|REDG|UTMAREDG"),
+        **{kind: dict(of_kind) for kind, of_kind in counted.items()},
         multiplies="tt.dot" in made.asm["ttir"],
         accesses=accesses,
-        narrowed=narrowed,
+        narrowed={
+            argument: f"{bits} bits instead of {least} in line {place[1]} of {place[0]}"
+            for place, bits in sorted(narrowest.items(), reverse=True)
+            for argument, least in lines.get(place, {}).items()
+            if bits < least
+        },
     )
 
 
@@ -174,12 +175,6 @@ def _instructions(sass: str) -> tuple[Counter[str], dict[Place, int]]:
         elif instruction := _INSTRUCTION.match(line):
             mnemonic = instruction[1]
             counts[mnemonic] += 1
-            if re.fullmatch(f"{LOADS}|{STORES}", mnemonic.partition(".")[0]):
+            if re.fullmatch(f"{LOADS}|{STORES}", _opcode(mnemonic)):
                 narrowest[place] = min(narrowest.get(place, BULK), _bits(mnemonic))
     return counts, narrowest
-
-
-def _bits(mnemonic: str) -> int:
-    """LDG.E.128 -> 128, LDG.E.U16 -> 16, LDG.E -> 32."""
-    widths = re.findall(r"\.[US]?(8|16|64|128|256)(?=\.|$)", mnemonic)
-    return BULK if mnemonic.startswith("U") else int(widths[0]) if widths else 32

@@ -11,12 +11,11 @@ At a few samples (see the case): all are proportional to them, but for the param
 """
 
 import inspect
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import get_context
 from unittest import mock
 
 import numpy as np
@@ -28,7 +27,7 @@ from triton.runtime.errors import InterpreterError
 from benchmarks.cases import all_cases
 from benchmarks.command import Row
 from benchmarks.static.code import kernels_wanted
-from benchmarks.work import Case, Work, bytes_of, plain_passes, tensors_in
+from benchmarks.work import Case, bytes_of, must_move, tensors_in
 
 SECTOR = 32
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
@@ -53,17 +52,15 @@ def count(cases: list[Case]) -> list[Row]:
     """A row for each case and pass: {"op", "case", "pass", "samples", "must", "ours", "eager", "touched"}, in bytes;
     where the interpreter failed, "ours" and "touched" are None and "unavailable" is the reason."""
     rows, cases = [], [case for case in cases if samples_of(case)]
-    for case, ours in zip(cases, _in_the_interpreter(cases), strict=True):
-        for direction, (must, eager) in must_and_eager(case.make(samples_of(case), "meta")).items():
-            row = {"op": case.op, "case": case.name, "pass": direction, "samples": samples_of(case)}
-            measured = ours.get(direction) or {"ours": None, "touched": None, **ours}
-            rows.append(row | {"must": must, "eager": eager, **measured})
+    process = ProcessPoolExecutor(1, mp_context=get_context("spawn"))  # of its own: there Triton interprets
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"), process:
+        all_ours = process.map(_interpreted, [case.full_name for case in cases])
+        for case, ours in zip(cases, all_ours, strict=True):
+            for direction, (must, eager) in must_move(case.make(samples_of(case), "meta"), AtenBytes).items():
+                row = {"op": case.op, "case": case.name, "pass": direction, "samples": samples_of(case)}
+                measured = ours.get(direction) or {"ours": None, "touched": None, **ours}
+                rows.append(row | {"must": must, "eager": eager.bytes, **measured})
     return rows
-
-
-def must_and_eager(work: Work) -> dict[str, tuple[int, int]]:
-    """Bytes that must move and those that eager PyTorch moves, in the forward and, if there is one, the backward."""
-    return {name: (bytes_of(must), eager.bytes) for name, eager, must in plain_passes(work, AtenBytes)}
 
 
 class AtenBytes(TorchDispatchMode):
@@ -88,28 +85,14 @@ class AtenBytes(TorchDispatchMode):
         return result
 
 
-def _in_the_interpreter(cases: list[Case]) -> list[Row]:
-    """{pass: {"ours", "touched"}} of each case, or {"unavailable": reason}: from a process where Triton interprets."""
-    if not cases:
-        return []
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    wanted = json.dumps([case.full_name for case in cases])
-    command = [sys.executable, "-c", "from benchmarks.static.traffic import main; main()"]
-    done = subprocess.run(command, input=wanted, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout)
-
-
-def _interpreted(work: Work) -> Row:
+def _interpreted(full_name: str) -> Row:
+    """{pass: {"ours", "touched"}} of the case, or {"unavailable": reason}."""
+    torch.set_num_threads(1)
+    [case] = [case for case in all_cases() if case.full_name == full_name]
+    work = case.make(samples_of(case), "cpu")
     try:
         with kernels_wanted():
-            with _counted() as forward:
-                result = work.kernels()
-            if not work.differentiated:
-                return {"forward": forward}
-            gradient = torch.zeros_like(result)
-            with _counted() as backward:
-                work.gradients(result, gradient)
-        return {"forward": forward, "backward": backward}
+            return work.passes(work.kernels, _counted)[0]
     except InterpreterError as error:  # triton 3.6.0 does not loop over a kernel's argument under numpy 2.4
         return {"unavailable": f"{error}"}
 
@@ -154,10 +137,3 @@ def _counted() -> Iterator[dict[str, int]]:
         yield moved
     for what in moved:
         moved[what] += aten.bytes
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    by_name = {case.full_name: case for case in all_cases()}
-    asked = [by_name[name] for name in json.load(sys.stdin)]
-    print(json.dumps([_interpreted(case.make(samples_of(case), "cpu")) for case in asked]))

@@ -115,7 +115,7 @@ def fail() -> int:
     """The command itself, with one case that does not pass."""
     case = Case("strided", "", "65536 elements", 1, make=lambda samples, device: None, width=128)
     launches = {"forward": [_launches()["strided"]]}
-    with mock.patch.multiple(static, all_cases=lambda: [case], launches=lambda *_: launches):
+    with mock.patch.multiple(static, chosen_cases=lambda *_: [case], launches=lambda *_: launches):
         return static.main(["--arch", "90"])
 
 

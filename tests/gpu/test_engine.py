@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks.updates import open_setting
 from pdfast.config import EngineConfig
 from pdfast.data import ResidentImages
 from pdfast.diffusion import Cosine, build_step_table
@@ -14,7 +15,9 @@ from pdfast.engine.world import World
 from pdfast.loss import identity
 from pdfast.methods import Progressive, RoundTable
 from pdfast.networks import UNet
+from pdfast.recipes import PRESETS
 from pdfast_kernels import use
+from tests.benchmarks.test_step import error, of_ours
 from tests.commands import TINY_DISTILL, call
 from tests.engine.test_parallelize import CONFIG
 
@@ -179,3 +182,9 @@ def test_the_weights_are_bit_equal_after_a_stop(tmp_path):
 def test_the_reference_path_runs_too():
     with use("reference"):
         course(False, updates=2)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_benchmarks_update_is_the_published_one(dtype):
+    with open_setting(PRESETS["digits"], torch.device("cuda"), 16, EngineConfig(dtype=dtype)) as setting:
+        assert error(*of_ours(setting), setting) < {"fp32": 1e-3, "bf16": 0.1}[dtype]

@@ -17,8 +17,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from benchmarks import static
-from benchmarks.cases import all_cases
-from benchmarks.operations import attention_case, group_norm_case
+from benchmarks.cases import Images, all_cases, attention_case, group_norm_case
 from benchmarks.static import launches
 from pdfast_kernels.runtime.launch import Launch
 
@@ -31,7 +30,9 @@ def works() -> Iterator[partial]:
         if case.quick:
             yield partial(case.make, 1, "cpu")
     for n, channels, size, groups in FEW_ROWS:
-        yield partial(group_norm_case("", n, channels, (size, size), "bf16", "film+silu", groups).make, n, "cpu")
+        yield partial(
+            group_norm_case(Images("", n, channels, (size, size)), "bf16", "film+silu", groups).make, n, "cpu"
+        )
     for positions, head_dim in ((256, 64), (1024, 64), (1024, 256)):
         yield partial(attention_case("", 1, positions, 1, head_dim, "bf16").make, 1, "cpu")
 
@@ -82,7 +83,9 @@ def norms(shapes: list[str]) -> list[dict]:
     rows = []
     for shape in shapes:
         n, channels, size, groups = map(int, shape.split(","))
-        make = partial(group_norm_case("", n, channels, (size, size), "bf16", "film+silu", groups).make, n, "cpu")
+        make = partial(
+            group_norm_case(Images("", n, channels, (size, size)), "bf16", "film+silu", groups).make, n, "cpu"
+        )
         for listed in launches(make, ARCH).values():
             for launch in listed:
                 start = time.process_time()

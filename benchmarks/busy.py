@@ -7,13 +7,13 @@ on all cores together, which says what spins; `load` is the machine's, the least
 unless the case says otherwise.
 """
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -46,23 +46,23 @@ def start(processes: int, threads: int, told: dict[str, str]) -> list[subprocess
     return [subprocess.Popen(command, env=environment | {"RANK": str(r)}, **pipes) for r in range(processes)]
 
 
-def run(processes: list[subprocess.Popen], updates: int) -> tuple[list[float], float]:
-    """The ms of each of so many updates, and those that one had on all cores together."""
+def run(processes: list[subprocess.Popen], updates: int) -> tuple[list[float], float, float]:
+    """The ms of each of so many updates, those that one had on all cores together, and the machine's load."""
     for process in processes:
         print(updates, file=process.stdin, flush=True)
     said = [json.loads(process.stdout.readline()) for process in processes]
-    return said[0][0], sum(on_cores for _, on_cores in said)
+    return said[0][0], sum(on_cores for _, on_cores in said), os.getloadavg()[0]
 
 
-def work() -> None:
+def work() -> int:
     """What a process of a case does."""
     from benchmarks.updates import Pdfast, open_setting
 
-    preset, device = PRESETS["digits"], torch.device("cpu")
-    with open_setting(preset, device, preset.batch_size, EngineConfig()) as setting:
+    preset, elapsed = PRESETS["digits"], list[float]()
+    with open_setting(preset, torch.device("cpu"), preset.batch_size, EngineConfig()) as setting:
         update = Pdfast(setting)
         for line in sys.stdin:
-            elapsed: list[float] = []
+            elapsed.clear()
             before = time.process_time()
             for _ in range(int(line)):
                 began = time.perf_counter()
@@ -70,6 +70,7 @@ def work() -> None:
                 setting.machine.asked_to_stop("an update")
                 elapsed.append(1e3 * (time.perf_counter() - began))
             print(json.dumps([elapsed, 1e3 * (time.process_time() - before) / len(elapsed)]), flush=True)
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -79,12 +80,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--turns", type=count, default=5, help="of each case")
     parser.add_argument("--updates", type=count, default=15, help="in a turn")
     parser.add_argument("--list", action="store_true", help="print the cases, and nothing else")
-    parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--worker", action="store_true", help="a process of a case: for this command itself")
+    parser.add_json()
     options = parser.parse(arguments)
     if options.worker:
-        work()
-        return 0
+        return work()
     if options.list:
         print("\n".join(options.cases))
         return 0
@@ -94,26 +94,20 @@ def main(arguments: list[str] | None = None) -> int:
     for processes in cases.values():
         run(processes, 3)
     for busy in options.busy:
-        beside = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
-        try:
-            turns = {name: [] for name in cases}
-            loads = []
-            for _ in range(options.turns):
-                for name, processes in cases.items():
-                    turns[name].append(run(processes, options.updates))
-                    loads.append(os.getloadavg()[0])
-        finally:
-            for process in beside:
-                process.kill()
-                process.wait()
-        for name, seen in turns.items():
-            elapsed = [ms for times, _ in seen for ms in times]
-            row = {"ms": median(elapsed), "least_ms": min(elapsed), "on_cores_ms": median(ms for _, ms in seen)}
-            row = {what: round(value, 1) for what, value in row.items()}
-            report.add({"busy": busy, "case": name, "load": min(loads), **row})
-    for processes in cases.values():
-        for process in reversed(processes):  # the first keeps the store
-            process.communicate()  # the end of what it is told
+        with contextlib.ExitStack() as beside:
+            for _ in range(busy):
+                process = beside.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+                beside.callback(process.kill)
+            turns = [{name: run(cases[name], options.updates) for name in cases} for _ in range(options.turns)]
+        load = min(load for turn in turns for *_, load in turn.values())
+        for name in cases:
+            elapsed = [ms for turn in turns for ms in turn[name][0]]
+            row = {"ms": median(elapsed), "least_ms": min(elapsed), "on_cores_ms": median(t[name][1] for t in turns)}
+            report.add({"busy": busy, "case": name, "load": load} | {what: round(ms, 1) for what, ms in row.items()})
+    for process in (
+        process for processes in cases.values() for process in reversed(processes)
+    ):  # the first keeps the store
+        process.communicate()  # the end of what it is told
     return 0
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from math import gcd
+from math import gcd, prod
 from typing import Any, NamedTuple
 
 import torch
@@ -40,30 +40,29 @@ class Network(NamedTuple):
     dtype: str
     image: str  # the states, CxS for S x S pixels
     parts: int  # outputs a channel of the image
+    head_dim: int | None  # None where there are 8 heads
     widths: tuple[int, ...]  # channels of the residual blocks: what a FiLM follows, and attention
-    plain: str  # what is normalised without an activation, before attention: CxS
-    attention: str  # (positions)x(heads)x(channels of a head)
+    attention: str  # what is normalised without an activation, and attended to: CxS
     norms: str  # what is normalised, CxS
 
 
 NETWORKS = {
     "cifar10": Network(
-        *(128, "bf16", "3x32", 1, (256,), "256x16 256x8", "256x1x256 64x1x256"),
-        norms="256x32 512x32 256x16 512x16 256x8 512x8",
+        *(128, "bf16", "3x32", 1, 256, (256,), "256x16 256x8"), "256x32 512x32 256x16 512x16 256x8 512x8"
     ),
     "imagenet64": Network(
-        *(16, "bf16", "3x64", 2, (192, 384, 576, 768), "384x32 576x16 768x8", "1024x6x64 256x9x64 64x12x64"),
-        norms="192x64 384x64 576x64 192x32 384x32 576x32 768x32 960x32 384x16 576x16 768x16 960x16 1152x16 1344x16 "
-        "576x8 768x8 1344x8 1536x8",
+        *(16, "bf16", "3x64", 2, 64, (192, 384, 576, 768), "384x32 576x16 768x8"),
+        "192x64 384x64 576x64 192x32 384x32 576x32 768x32 960x32 384x16 576x16 768x16 960x16 1152x16 1344x16 576x8 768x8 "
+        "1344x8 1536x8",
     ),
     "lsun128": Network(
-        *(16, "bf16", "3x128", 2, (64, 128, 256, 384, 512), "256x32 384x16 512x8", "1024x4x64 256x6x64 64x8x64"),
-        norms="64x128 128x128 192x128 64x64 128x64 192x64 256x64 384x64 128x32 256x32 384x32 512x32 640x32 256x16 "
-        "384x16 512x16 640x16 768x16 896x16 384x8 512x8 896x8 1024x8",
+        *(16, "bf16", "3x128", 2, 64, (64, 128, 256, 384, 512), "256x32 384x16 512x8"),
+        "64x128 128x128 192x128 64x64 128x64 192x64 256x64 384x64 128x32 256x32 384x32 512x32 640x32 256x16 384x16 512x16 "
+        "640x16 768x16 896x16 384x8 512x8 896x8 1024x8",
     ),
     "sd15": Network(  # no FiLM: the embedding is added before
-        *(4, "fp16", "4x64", 1, (), "320x64 640x32 1280x16 1280x8", "4096x8x40 1024x8x80 256x8x160 64x8x160"),
-        norms="320x64 640x64 960x64 320x32 640x32 960x32 1280x32 1920x32 640x16 1280x16 1920x16 2560x16 1280x8 2560x8",
+        *(4, "fp16", "4x64", 1, None, (), "320x64 640x32 1280x16 1280x8"),
+        "320x64 640x64 960x64 320x32 640x32 960x32 1280x32 1920x32 640x16 1280x16 1920x16 2560x16 1280x8 2560x8",
     ),
 }
 SMALL_BATCH = "small batch"
@@ -81,10 +80,6 @@ class Images(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.n}x{self.channels}x{self.size[0]}" + ("" if self.network else f"x{self.size[1]}")
-
-    @property
-    def elements(self) -> int:
-        return self.channels * self.size[0] * self.size[1]
 
 
 def _case(
@@ -126,7 +121,7 @@ def diffuse_case(at: Images, dtype: str, flip: bool = False) -> Case:
 
     # Wide are accesses of z; of the images, a byte an element, a thread has 4 or 8 bytes.
     name = f"{at}{' flip' if flip else ''}"
-    return _case("diffuse", at.network, name, at.n, make, at.elements, dtype, narrow=("images_ptr",))
+    return _case("diffuse", at.network, name, at.n, make, at.channels * prod(at.size), dtype, narrow=("images_ptr",))
 
 
 def state_case(op: str, at: Images, dtype: str, parts: int, channels_last: bool = True) -> Case:
@@ -150,7 +145,7 @@ def state_case(op: str, at: Images, dtype: str, parts: int, channels_last: bool 
         calls = _both(op, *tensors, *columns, index, **({"grad_scale": 1.0} if at_once else {}))
         return Work(*calls, [*tensors, index], [], [] if at_once else [output.requires_grad_()])
 
-    run = at.channels if channels_last and parts > 1 else at.elements
+    run = at.channels if channels_last and parts > 1 else at.channels * prod(at.size)
     name, narrow = f"{at} P={parts} {'NHWC' if channels_last else 'NCHW'}", ("a_ptr", "b_ptr")
     return _case(op, at.network, name, at.n, make, run, dtype, narrow=narrow if op == "ddim_step" else ())
 
@@ -193,7 +188,7 @@ def attention_block_case(at: Images, dtype: str, heads: int) -> Case:
         calls = _both("group_norm_attention", tensors[0], gcd(c, GROUPS), *parameters, heads)
         return Work(*calls, tensors, [], tensors, tensors)
 
-    cores = dtype != "fp32" and at.size[0] * at.size[1] >= 64
+    cores = dtype != "fp32" and prod(at.size) >= 64
     name = f"{at} heads={heads}"
     return _case("group_norm_attention", at.network, name, at.n, make, at.channels, dtype, tensor_cores=cores)
 
@@ -268,7 +263,7 @@ def _norms() -> Iterator[Case]:
     for name, net in NETWORKS.items():
         for at in _square(name, net.samples, net.norms):
             yield group_norm_case(at, net.dtype, "film+silu" if at.channels in net.widths else "silu")
-        yield from (group_norm_case(at, net.dtype, "plain") for at in _square(name, net.samples, net.plain))
+        yield from (group_norm_case(at, net.dtype, "plain") for at in _square(name, net.samples, net.attention))
     for dtype in DTYPES:
         for at in _square(SMALL_BATCH, 1, "256x32 192x64 1280x8"):
             yield group_norm_case(at, dtype, "film+silu")
@@ -276,14 +271,16 @@ def _norms() -> Iterator[Case]:
 
 def _attention() -> Iterator[Case]:
     """The attention block at a small batch: its matrix products are computed, here too. Stable Diffusion has another."""
-    for name, net in NETWORKS.items():
-        for shape in sizes(net.attention):
-            yield attention_case(name, net.samples, *shape, net.dtype, packed=name != "sd15")
+    networks = [(name, net, at) for name, net in NETWORKS.items() for at in _square(name, net.samples, net.attention)]
+    for name, net, at in networks:
+        heads = at.channels // net.head_dim if net.head_dim else 8
+        shape = prod(at.size), heads, at.channels // heads
+        yield attention_case(name, net.samples, *shape, net.dtype, packed=name != "sd15")
     for dtype in DTYPES:
         yield from (attention_case(SMALL_BATCH, 1, *shape, dtype) for shape in sizes("16x2x64 64x4x64 1024x2x128"))
-    for name, net in [*NETWORKS.items()][:3]:
-        for at, (_, heads, _) in zip(_square(name, 2, net.plain), sizes(net.attention), strict=True):
-            yield attention_block_case(at, net.dtype, heads)
+    for _, net, at in networks:
+        if net.head_dim:
+            yield attention_block_case(at._replace(n=2), net.dtype, at.channels // net.head_dim)
 
 
 def _named_shape(text: str) -> str | tuple[int, ...]:

@@ -15,17 +15,16 @@ from importlib.metadata import distributions
 from statistics import median
 
 import torch
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType, grad
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.command import Parser, Report, Row, count, header
-from benchmarks.timing import Call, ceilings, measure
+from benchmarks.timing import ceilings, measure
 from benchmarks.updates import WARM_UP, Pdfast, open_setting
 from pdfast.config import EngineConfig
 from pdfast.diffusion import outputs_per_channel
 from pdfast.recipes import PRESETS
 
-PACKAGES = "numpy safetensors tensorboard torchmetrics tyro diffusers nvidia-dali-cuda130 pytest pytest-xdist".split()
 TOOLS = ("compute-sanitizer", "ncu", "nvidia-smi")
 ENDS = {"cifar10": 128, "imagenet64": 256}  # networks, and images at once
 SHOWN = 40  # kernels
@@ -38,7 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto")
     parser.add_measuring(0.2)
     options = parser.parse(arguments)
-    said = header(options.device) | installed() | ceilings(options.device, options.seconds)
+    installed = {found.name: found.version for found in distributions()}
+    installed |= {name: shutil.which(name) or "missing" for name in TOOLS}
+    said = installed | header(options.device) | ceilings(options.device, options.seconds)
     numbers = "TF32 {tf32:<3} {ms:9.3f} ms, {of_bytes:6.1%} of the copy's rate"
     report = Report(options.json, said, "{network:<10} {end:<8} {of:<15}", numbers)
     for row in convolutions(options.device, options.seconds, said["copy_gb_s"]):
@@ -47,54 +48,37 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def installed() -> Row:
-    """Versions of what the parts of the queue use, and where tools are; `missing` for what is not there."""
-    versions = {found.name: found.version for found in distributions()}
-    tools = {name: shutil.which(name) or "missing" for name in TOOLS}
-    return tools | {name: versions.get(name, "missing") for name in PACKAGES}
-
-
 def convolutions(device: torch.device, seconds: float, copy_gb_s: float) -> Iterator[Row]:
     """The first and the last layer of each network, float32 and channels-last, under the flags of a run."""
     for name, batch in ENDS.items():
-        network = PRESETS[name].network
-        pixels, inner = network.image_channels, network.channels
-        ends = {"conv_in": (pixels, inner), "conv_out": (inner, pixels * outputs_per_channel(network.prediction))}
-        for end, channels in ends.items():
-            calls, moved = _calls(batch if device.type == "cuda" else 2, *channels, network.image_size, device)
-            if end == "conv_in":
-                del calls["input gradient"]  # nobody asks for it
+        net, n = PRESETS[name].network, batch if device.type == "cuda" else 2
+        outputs = net.image_channels * outputs_per_channel(net.prediction)
+        for end, (i, o) in {"conv_in": (net.image_channels, net.channels), "conv_out": (net.channels, outputs)}.items():
+            shapes = (n, i, net.image_size, net.image_size), (o, i, 3, 3)
+            x, w = (torch.randn(s, device=device).to(memory_format=torch.channels_last) for s in shapes)
+            x.requires_grad_(end == "conv_out")  # nobody asks for the images' gradient
+            forward = partial(torch.conv2d, x, w.requires_grad_(), torch.zeros(o, device=device), padding=1)
+            y = forward()
+            calls = {"forward": torch.no_grad()(forward)}
+            for of, tensor in (("input gradient", x), ("weight gradient", w)):
+                if tensor.requires_grad:
+                    calls[of] = partial(grad, y, tensor, torch.ones_like(y), retain_graph=True)
+            moved = (x.nbytes + y.nbytes + w.nbytes) / 1e6
             for of, call in calls.items():
                 for tf32 in (False, True):
                     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=tf32):
                         ms = median(measure(call, device, seconds))
                     row = {"network": name, "batch": batch, "end": end, "of": of, "tf32": "on" if tf32 else "off"}
-                    yield row | {"ms": ms, "mb": moved / 1e6, "of_bytes": moved / 1e6 / ms / copy_gb_s}
-
-
-def _calls(batch: int, inputs: int, outputs: int, size: int, device: torch.device) -> tuple[dict[str, Call], int]:
-    """What is timed, and the bytes that each must move."""
-    shapes = (batch, inputs, size, size), (batch, outputs, size, size), (outputs, inputs, 3, 3)
-    x, y, w = (torch.empty(s, device=device, memory_format=torch.channels_last).normal_() for s in shapes)
-    ones, fixed = [1, 1], (False, [0, 0], 1)
-    gradient = partial(torch.ops.aten.convolution_backward, y, x, w, [outputs], ones, ones, ones, *fixed)
-    bias = torch.zeros(outputs, device=device)
-    calls: dict[str, Call] = {
-        "forward": lambda: torch.conv2d(x, w, bias, padding=1),
-        "input gradient": lambda: gradient([True, False, False]),
-        "weight gradient": lambda: gradient([False, True, True]),
-    }
-    return calls, x.nbytes + y.nbytes + w.nbytes
+                    yield row | {"ms": ms, "mb": moved, "of_bytes": moved / ms / copy_gb_s}
 
 
 def profiled_update(options: Namespace) -> Row:
     """The kernels of an update by the time that they take, and how long it takes without a profiler."""
-    on_gpu = options.device.type == "cuda"
+    on_gpu, row = options.device.type == "cuda", {"preset": options.preset, "batch": options.batch}
     with open_setting(PRESETS[options.preset], options.device, options.batch, EngineConfig()) as setting:
         update, began = Pdfast(setting, options.compile), time.perf_counter()
         for _ in range(WARM_UP):
             update.step()
-        row: Row = {"preset": options.preset, "batch": options.batch}
         row["median_ms"] = median(measure(update.step, options.device, 10 * options.seconds))
         row["start_s"] = time.perf_counter() - began
         with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
@@ -104,8 +88,7 @@ def profiled_update(options: Namespace) -> Row:
     kind, of = (DeviceType.CUDA, "self_device_time_total") if on_gpu else (DeviceType.CPU, "self_cpu_time_total")
     events = [event for event in profiler.key_averages() if event.device_type == kind]
     kernels = [{"name": event.key, "calls": event.count, "ms": getattr(event, of) / 1e3} for event in events]
-    row["kernels"] = sorted(kernels, key=lambda kernel: -kernel["ms"])
-    row["kernels_ms"] = sum(kernel["ms"] for kernel in kernels)
+    row |= {"kernels": sorted(kernels, key=lambda kernel: -kernel["ms"]), "kernels_ms": sum(k["ms"] for k in kernels)}
     print("{preset}, {batch} images: ready after {start_s:.1f} s, {median_ms:.2f} ms an update; ".format(**row), end="")
     print(f"{sum(kernel['calls'] for kernel in kernels)} kernels of {row['kernels_ms']:.2f} ms in all")
     for kernel in row["kernels"][:SHOWN]:

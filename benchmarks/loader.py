@@ -1,19 +1,19 @@
 """`python -m benchmarks.loader --data PATH`: how fast images in files become batches, next to other loaders.
 
 A row is a loader on the same files: pdfast's three, webdataset (which reads tars), and a plain DataLoader, as it stands in
-most training scripts: a Dataset that opens each file with Pillow, shuffled, collated. `images/s` is of the wall clock;
+most training scripts: each file opened with Pillow, shuffled, collated. `images/s` is of the wall clock;
 `CPU us` is the processor time an image took, of this process and its children, and `images/s a core` its inverse: what to
 compare where cores are few. `first s` is the time to the first batch; for `resident` all is decoded before it. Then a real
 training step, of a small U-Net at the images' size, with each of pdfast's loaders: the share of its time that is spent
 waiting for data, and its rate as a share of that of a loop whose data are already there.
 """
 
-import dataclasses
 import os
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain, repeat
 from pathlib import Path
 from statistics import median
@@ -21,9 +21,9 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from benchmarks.command import Parser, Report, Row, Unavailable, count, header
+from benchmarks.command import Parser, Report, Row, Unavailable, count, header, trying
 from pdfast.data import ImageSource, LoaderName, load_source
 from pdfast.data.encoded import EncodedImages
 from pdfast.data.files import spare_cores
@@ -66,12 +66,10 @@ def main(arguments: list[str] | None = None) -> int:
     report = Report(options.json, said, "{loader:<12}", numbers)
     for name in options.loaders:
         row: Row = {"loader": name}
-        try:
+        with trying(row):
             row |= _drawing(name, encoded, options)
             if name in OURS:
                 row |= _training(_source(name, options), options)
-        except (Unavailable, UsageError) as failure:
-            row["unavailable"] = str(failure)
         report.add(row)
     return 0
 
@@ -81,25 +79,21 @@ def _source(name: str, options: Namespace) -> ImageSource:
 
 
 def _batches(name: str, encoded: EncodedImages, options: Namespace) -> Iterator[object]:
+    """The loader's batches, without an end."""
     if name in OURS:
         return _source(name, options).stream(torch.arange(options.batch), options.batch, 0, SEED)
     if name == "webdataset":
         return _webdataset(encoded, options)
+
+    def images(indices: list[int]) -> torch.Tensor:
+        return torch.stack([_tensor(encoded.read(i), options.image_size) for i in indices])
+
     loading = {"shuffle": True, "num_workers": options.workers, "batch_size": options.batch, "drop_last": True}
-    return chain.from_iterable(repeat(DataLoader(_Plain(encoded, options.image_size), **loading)))
+    return chain.from_iterable(repeat(DataLoader(range(len(encoded)), collate_fn=images, **loading)))
 
 
-class _Plain(Dataset):
-    """A data set as it stands in most training scripts."""
-
-    def __init__(self, encoded: EncodedImages, size: int) -> None:
-        self._encoded, self._size = encoded, size
-
-    def __len__(self) -> int:
-        return len(self._encoded)
-
-    def __getitem__(self, i: int) -> torch.Tensor:
-        return torch.from_numpy(np.array(decode(self._encoded.read(i), self._size, 3)))
+def _tensor(content: bytes, size: int) -> torch.Tensor:
+    return torch.from_numpy(np.array(decode(content, size, 3)))
 
 
 def _webdataset(encoded: EncodedImages, options: Namespace) -> Iterator[object]:
@@ -111,8 +105,7 @@ def _webdataset(encoded: EncodedImages, options: Namespace) -> Iterator[object]:
         raise Unavailable(f"webdataset reads tar shards, these are {encoded.kind}")
 
     def image(sample: dict[str, Any]) -> torch.Tensor:
-        content = next(value for key, value in sample.items() if key in ("jpg", "jpeg", "png", "webp"))
-        return torch.from_numpy(np.array(decode(content, options.image_size, 3)))
+        return _tensor(next(sample[key] for key in ("jpg", "jpeg", "png", "webp") if key in sample), options.image_size)
 
     shards = webdataset.WebDataset([str(f) for f in encoded.files], shardshuffle=False, empty_check=False)
     samples = shards.shuffle(1000).map(image).batched(options.batch, partial=False, collation_fn=torch.stack)
@@ -137,14 +130,13 @@ def _drawing(name: str, encoded: EncodedImages, options: Namespace) -> Row:
     began = time.perf_counter()
     stream = _batches(name, encoded, options)
     next(stream)
-    first = time.perf_counter() - began
-    images, start, cpu = 0, time.perf_counter(), _cpu_seconds()
+    first, start, batches, cpu = time.perf_counter() - began, time.perf_counter(), 0, _cpu_seconds()
     while time.perf_counter() < start + options.seconds:
         next(stream)
-        images += options.batch
-    seconds, cpu = time.perf_counter() - start, (_cpu_seconds() - cpu) / images
-    rates = {"images_per_second": images / seconds, "a_core": 1 / cpu if cpu else None, "cpu_us": 1e6 * cpu}
-    return {"first_s": first, **rates}
+        batches += 1
+    images = batches * options.batch
+    rate, cpu = images / (time.perf_counter() - start), (_cpu_seconds() - cpu) / images
+    return {"first_s": first, "images_per_second": rate, "a_core": 1 / cpu if cpu else None, "cpu_us": 1e6 * cpu}
 
 
 def _training(source: ImageSource, options: Namespace) -> Row:
@@ -152,26 +144,22 @@ def _training(source: ImageSource, options: Namespace) -> Row:
     same loop whose batch stays."""
     levels = (1,) * max(options.image_size.bit_length() - 3, 1)
     shape = {"image_size": options.image_size, "image_channels": 3, "channels": 8, "channel_mult": levels}
-    few = {"num_res_blocks": 1, "attention_resolutions": (), "head_dim": 8, "emb_channels": 32, "num_groups": 2}
-    network = dataclasses.replace(PRESETS["digits"].network, **shape, **few)
+    network = replace(PRESETS["digits"].network, **shape, head_dim=8, emb_channels=32)
     method = Denoise(network.build().to(options.device), Cosine(), "truncated_snr")
     batch = TrainingBatch(source, World(options.device), network, seed=SEED, batch_size=options.batch, flip=True)
-    batch.load(0, 0)
-    shares, rates, update = [], {True: [], False: []}, 0
+    shares, times, update = [], {True: [], False: []}, 0
     end = time.perf_counter() + options.seconds
+    batch.load(0, update)
     while time.perf_counter() < end or len(shares) < 3:
         for loading in (True, False):  # by turns, for what else the machine does
             waited, began = batch.waited, time.perf_counter()
-            if loading:
-                update += 1
-                batch.load(0, update)
+            update += loading
+            batch.load(0, update)
             float(method.gradient(batch)[0].mean())
-            seconds = time.perf_counter() - began
-            rates[loading].append(options.batch / seconds)
-            if loading:
-                shares.append((batch.waited - waited) / seconds)
-    fed, still = median(rates[True]), median(rates[False])
-    return {"data_wait": median(shares), "trained_images_per_second": fed, "of_no_data": fed / still}
+            times[loading].append(time.perf_counter() - began)
+            shares += [(batch.waited - waited) / times[True][-1]] if loading else []
+    fed, still = median(times[True]), median(times[False])
+    return {"data_wait": median(shares), "trained_images_per_second": options.batch / fed, "of_no_data": still / fed}
 
 
 if __name__ == "__main__":

@@ -65,23 +65,18 @@ class Code:
     arch: int
     num_warps: int
     registers: int
-    stack: int
-    """Bytes of local memory a thread: spilled registers, and arrays that could not be kept in registers."""
-    spills: dict[str, int]
-    shared: int
-    """Bytes a block."""
-    tensor_memory: int
-    """Columns a block, of the 512 that sm_100 has."""
+    stack: int  # bytes of local memory a thread: spilled registers, and arrays that could not be kept in registers
+    shared: int  # bytes a block
+    tensor_memory: int  # columns a block, of the 512 that sm_100 has
     instructions: int
+    spills: dict[str, int]
     loads: dict[str, int]
     stores: dict[str, int]
     matrix: dict[str, int]
     float64: dict[str, int]
     atomics: dict[str, int]
-    multiplies: bool
-    """Whether the source asks for a matrix product (tl.dot)."""
-    accesses: tuple[Access, ...]
-    """The loads and stores of global memory in the PTX, each with the argument that its address comes from."""
+    multiplies: bool  # whether the source asks for a matrix product (tl.dot)
+    accesses: tuple[Access, ...]  # of global memory in the PTX, each with the argument that its address comes from
     narrowed: dict[str, str]
     """Arguments of which the machine code has narrower accesses than the PTX, and where: ptxas loads what is used."""
 
@@ -139,25 +134,25 @@ def _code(name: str, arch: int, num_warps: int, made: Any, parameters: list[str 
         sass = _run(triton.knobs.nvidia.nvdisasm.path, "-c", "-g", "-ndf", file.name)
     registers, stack = (int(re.search(rf"\b{field}:(\d+)", usage)[1]) for field in ("REG", "STACK"))
     counts, narrowest = _instructions(sass)
-    accesses, lines = accesses_of(made.asm["ptx"], parameters)
+    accesses = accesses_of(made.asm["ptx"], parameters)
+    least: dict[Place, int] = {}  # bits in PTX
+    for place, _, _, bits in accesses:
+        least[place] = min(bits, least.get(place, BULK))
     counted: dict[str, Counter[str]] = {kind: Counter() for kind in COUNTED}
     for mnemonic, n in sorted(counts.items()):
         for kind, (pattern, named) in COUNTED.items():
             if re.match(rf"(?:{pattern})\b", mnemonic):
                 counted[kind][named(mnemonic)] += n
+    tensor_memory = getattr(made.metadata, "tmem_size", None) or 0
     return Code(
-        *(name, arch, num_warps, registers, stack),
-        shared=made.metadata.shared,
-        tensor_memory=getattr(made.metadata, "tmem_size", None) or 0,
-        instructions=counts.total(),
+        *(name, arch, num_warps, registers, stack, made.metadata.shared, tensor_memory, counts.total()),
         **{kind: dict(of_kind) for kind, of_kind in counted.items()},
         multiplies="tt.dot" in made.asm["ttir"],
-        accesses=accesses,
+        accesses=tuple(Access(*what, n) for what, n in sorted(Counter(access[1:] for access in accesses).items())),
         narrowed={
-            argument: f"{bits} bits instead of {least} in line {place[1]} of {place[0]}"
-            for place, bits in sorted(narrowest.items(), reverse=True)
-            for argument, least in lines.get(place, {}).items()
-            if bits < least
+            argument: f"{narrowest[place]} bits instead of {least[place]} in line {place[1]} of {place[0]}"
+            for place, argument, *_ in sorted(accesses, reverse=True)
+            if narrowest.get(place, BULK) < least[place]
         },
     )
 

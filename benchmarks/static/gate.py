@@ -39,22 +39,22 @@ def main_arguments(launch: Launch, launches: list[Launch]) -> set[str]:
 
 def failures(code: Code, main: set[str], width: int, tensor_cores: bool) -> list[str]:
     """Why the kernel does not pass, one line each. `width`: of the accesses of main tensors, in bits, or 0 for any."""
-    arch, cores = f"sm_{code.arch}", TENSOR_CORES[code.arch]
+    arch, cores, shared = f"sm_{code.arch}", TENSOR_CORES[code.arch], SHARED_MEMORY[code.arch]
     narrow = [str(access) for access in code.accesses if access.bits < width and is_main(access.argument, main)]
     narrowed = [f"{name}, {where}" for name, where in code.narrowed.items() if width and is_main(name, main)]
     used = any(re.fullmatch(cores, mnemonic) for mnemonic in code.matrix)
-    instead = _list(code.matrix) or "no matrix instruction at all"
+    too_much = code.shared > shared, code.tensor_memory > TENSOR_MEMORY
     wrong = {
         f"spills: {code.stack} bytes of local memory a thread {_list(code.spills)}".rstrip(): code.stack or code.spills,
-        f"shared memory: {code.shared} bytes a block, {arch} has {SHARED_MEMORY[code.arch]}": code.shared
-        > SHARED_MEMORY[code.arch],
-        f"tensor memory: {code.tensor_memory} columns a block, {arch} has {TENSOR_MEMORY}": code.tensor_memory
-        > TENSOR_MEMORY,
+        f"shared memory: {code.shared} bytes a block, {arch} has {shared}": too_much[0],
+        f"tensor memory: {code.tensor_memory} columns a block, {arch} has {TENSOR_MEMORY}": too_much[1],
         f"float64: {_list(code.float64)}": code.float64,
         f"atomics: {_list(code.atomics)}": code.atomics,
         f"narrow: {', '.join(narrow)}": narrow,
         **{f"narrowed: {line}": True for line in narrowed},
-        f"tensor cores: no {cores} but {instead}": tensor_cores and code.multiplies and not used,
+        f"tensor cores: no {cores} but {_list(code.matrix) or 'no matrix instruction at all'}": tensor_cores
+        and code.multiplies
+        and not used,
     }
     return [reason for reason, applies in wrong.items() if applies]
 

@@ -5,7 +5,6 @@ made of. An address that itself came out of memory (a table of pointers) leads t
 """
 
 import re
-from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 
@@ -41,11 +40,8 @@ _GLOBAL = re.compile(r"(ld|st)\.(\w+\.)*global\b")
 _WIDTH = re.compile(r"\.(?:v(\d+)\.)?[bfus](8|16|32|64|128)$")
 
 
-def accesses_of(ptx: str, parameters: list[str | None]) -> tuple[tuple[Access, ...], dict[Place, dict[str, int]]]:
-    """The accesses in all, and of each source line its arguments, with the narrowest access's bits.
-
-    parameters: the kernel's in order, the pointers by name.
-    """
+def accesses_of(ptx: str, parameters: list[str | None]) -> list[tuple[Place, str, str, int]]:
+    """The place, the argument, the kind and the bits of each access. parameters: the kernel's in order, the pointers by name."""
     if (pointers := ptx.count(".ptr .global")) != (expected := len(parameters) - parameters.count(None) + len(SCRATCH)):
         raise ValueError(f"the kernel has {pointers} pointers in PTX and {expected} in its signature")
     made_of: dict[str, list[str]] = {}
@@ -71,12 +67,7 @@ def accesses_of(ptx: str, parameters: list[str | None]) -> tuple[tuple[Access, .
     def origin(address: str) -> str:
         return " or ".join(names[n] for n in _origins(made_of, address) if n in names) or IN_MEMORY
 
-    counts = Counter((origin(address), kind, bits) for _, kind, bits, address in found)
-    narrowest = {place: min(bits for at, _, bits, _ in found if at == place) for place, *_ in found}
-    lines: dict[Place, dict[str, int]] = {}
-    for place, _, _, address in found:
-        lines.setdefault(place, {})[origin(address)] = narrowest[place]
-    return tuple(Access(*what, count) for what, count in sorted(counts.items())), lines
+    return [(place, origin(address), kind, bits) for place, kind, bits, address in found]
 
 
 def _access(opcode: str, operands: str) -> tuple[str, int, str] | None:

@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import create_function_from_signature
 
 from benchmarks.static.ptx import BULK, Access, Place, accesses_of
 from benchmarks.work import Work
@@ -81,7 +80,7 @@ class Code:
     """Arguments of which the machine code has narrower accesses than the PTX, and where: ptxas loads what is used."""
 
 
-_codes: dict[Any, Code] = {}
+_codes: dict[str, Code] = {}
 
 
 @contextmanager
@@ -105,20 +104,16 @@ def name_of(launch: Launch) -> str:
 
 def compiled(launch: Launch, arch: int) -> Code:
     """The launch compiled for sm_`arch`; once for all launches that come to the same compilation."""
+    given = {**launch.arguments, "num_warps": launch.num_warps, "num_stages": launch.num_stages}
     target = GPUTarget("cuda", arch, 32)
-    backend, kernel = make_backend(target), launch.kernel
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    keywords = {**launch.arguments, "num_warps": launch.num_warps, "num_stages": launch.num_stages, "debug": False}
-    bound, specialization, options = bind(**keywords)
-    key = kernel.cache_key, arch, str(specialization), str(sorted(options.items()))
-    if key not in _codes:
-        options, signature, constants, attributes = kernel._pack_args(backend, keywords, bound, specialization, options)
-        source = ASTSource(kernel, signature, constants, attributes)
-        made = triton.compile(source, target=target, options=options.__dict__)
-        passed = {name: type_ for name, type_ in signature.items() if type_ != "constexpr"}
-        parameters = [name if type_.startswith("*") else None for name, type_ in passed.items()]
-        _codes[key] = _code(name_of(launch), arch, launch.num_warps, made, parameters)
-    return _codes[key]
+    without_gpu = SimpleNamespace(
+        get_current_device=lambda: f"sm_{arch}", get_current_stream=lambda _: 0, get_current_target=lambda: target
+    )
+    with mock.patch.object(triton.runtime.driver, "_active", without_gpu):
+        made = launch.kernel.warmup(grid=launch.grid, **given)
+    if made.hash not in _codes:
+        _codes[made.hash] = _read(made, name_of(launch), arch, launch.num_warps)
+    return _codes[made.hash]
 
 
 def versions() -> dict[str, str]:
@@ -126,14 +121,21 @@ def versions() -> dict[str, str]:
     return {"triton": triton.__version__, "ptxas": get_ptxas(90).version, "ptxas for sm_100": get_ptxas(100).version}
 
 
-def _code(name: str, arch: int, num_warps: int, made: Any, parameters: list[str | None]) -> Code:
+def _read(made: Any, name: str, arch: int, num_warps: int) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
-        usage = _run(triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
-        sass = _run(triton.knobs.nvidia.nvdisasm.path, "-c", "-g", "-ndf", file.name)
+        tools = (
+            [triton.knobs.nvidia.cuobjdump.path, "-res-usage"],
+            [triton.knobs.nvidia.nvdisasm.path, "-c", "-g", "-ndf"],
+        )
+        usage, sass = (
+            subprocess.check_output([*tool, file.name], stderr=subprocess.DEVNULL, text=True) for tool in tools
+        )
     registers, stack = (int(re.search(rf"\b{field}:(\d+)", usage)[1]) for field in ("REG", "STACK"))
     counts, narrowest = _instructions(sass)
+    passed = {name: type_ for name, type_ in made.src.signature.items() if type_ != "constexpr"}
+    parameters = [name if type_.startswith("*") else None for name, type_ in passed.items()]
     accesses = accesses_of(made.asm["ptx"], parameters)
     least: dict[Place, int] = {}  # bits in PTX
     for place, _, _, bits in accesses:
@@ -155,10 +157,6 @@ def _code(name: str, arch: int, num_warps: int, made: Any, parameters: list[str 
             if narrowest.get(place, BULK) < least[place]
         },
     )
-
-
-def _run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _instructions(sass: str) -> tuple[Counter[str], dict[Place, int]]:

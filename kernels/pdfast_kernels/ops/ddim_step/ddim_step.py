@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pdfast_kernels.ops.columns import coefficient, element, part_of
 from pdfast_kernels.ops.ddim_step import reference
 from pdfast_kernels.runtime.configs import ANY, UNBOUNDED, Blocks, Table
 from pdfast_kernels.runtime.dispatch import (
@@ -53,18 +54,13 @@ def _forward(
     INDEXED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    blocks = tl.cdiv(M, BLOCK)
-    n = (tl.program_id(0) // blocks).to(tl.int64)
-    e = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = e < M
-    row = tl.load(index_ptr + n) if INDEXED else n
-    there = (row >= 0) & (row < R)
+    n, e, inside, row, there = element(index_ptr, M, R, INDEXED, BLOCK)
     z = tl.load(z_ptr + n * M + e, mask=inside).to(tl.float32)
-    result = tl.load(a_ptr + row, mask=there, other=float("nan")) * z
+    result = coefficient(a_ptr + row, there) * z
     for p in tl.static_range(P):
-        place = e if P == 1 else (e // RUN) * (P * RUN) + p * RUN + e % RUN
+        place = part_of(e, p, RUN, P)
         output = tl.load(output_ptr + n * M * P + place, mask=inside).to(tl.float32)
-        result += tl.load(b_ptr + row * P + p, mask=there, other=float("nan")) * output
+        result += coefficient(b_ptr + row * P + p, there) * output
     tl.store(result_ptr + n * M + e, result.to(result_ptr.dtype.element_ty), mask=inside)
 
 
@@ -83,18 +79,13 @@ def _backward(
     INDEXED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    blocks = tl.cdiv(M, BLOCK)
-    n = (tl.program_id(0) // blocks).to(tl.int64)
-    e = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = e < M
-    row = tl.load(index_ptr + n) if INDEXED else n
-    there = (row >= 0) & (row < R)
+    n, e, inside, row, there = element(index_ptr, M, R, INDEXED, BLOCK)
     grad = tl.load(grad_ptr + n * M + e, mask=inside).to(tl.float32)
-    grad_z = tl.load(a_ptr + row, mask=there, other=float("nan")) * grad
+    grad_z = coefficient(a_ptr + row, there) * grad
     tl.store(grad_z_ptr + n * M + e, grad_z.to(grad_z_ptr.dtype.element_ty), mask=inside)
     for p in tl.static_range(P):
-        place = e if P == 1 else (e // RUN) * (P * RUN) + p * RUN + e % RUN
-        grad_output = tl.load(b_ptr + row * P + p, mask=there, other=float("nan")) * grad
+        place = part_of(e, p, RUN, P)
+        grad_output = coefficient(b_ptr + row * P + p, there) * grad
         tl.store(grad_output_ptr + n * M * P + place, grad_output.to(grad_output_ptr.dtype.element_ty), mask=inside)
 
 

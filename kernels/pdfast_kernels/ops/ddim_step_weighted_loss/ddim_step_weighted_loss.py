@@ -14,11 +14,13 @@ wanted; what needs another gradient runs in PyTorch. Sums in two stages, without
 Other layouts and dtypes run in PyTorch.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pdfast_kernels.ops.columns import coefficient, element, part_of
 from pdfast_kernels.ops.ddim_step_weighted_loss import reference
 from pdfast_kernels.runtime.configs import ANY, UNBOUNDED, Blocks, Table
 from pdfast_kernels.runtime.dispatch import (
@@ -65,30 +67,23 @@ def _forward(
     INDEXED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    blocks = tl.cdiv(M, BLOCK)
-    n = (tl.program_id(0) // blocks).to(tl.int64)
-    e = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = e < M
-    row = tl.load(index_ptr + n) if INDEXED else n
-    there = (row >= 0) & (row < R)
-    error = -tl.load(target_z_ptr + row, mask=there, other=float("nan")) * tl.load(
-        z_ptr + n * M + e, mask=inside, other=0.0
-    ).to(tl.float32)
+    n, e, inside, row, there = element(index_ptr, M, R, INDEXED, BLOCK)
+    error = -coefficient(target_z_ptr + row, there) * tl.load(z_ptr + n * M + e, mask=inside, other=0.0).to(tl.float32)
     for p in tl.static_range(P):
-        place = n * M * P + (e if P == 1 else (e // RUN) * (P * RUN) + p * RUN + e % RUN)
+        place = n * M * P + part_of(e, p, RUN, P)
         output = tl.load(output_ptr + place, mask=inside, other=0.0).to(tl.float32)
         teacher = tl.load(teacher_ptr + place, mask=inside, other=0.0).to(tl.float32)
         teacher_mid = tl.load(teacher_mid_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        error += tl.load(output_coefficient_ptr + row * P + p, mask=there, other=float("nan")) * output
-        error -= tl.load(target_output_ptr + row * P + p, mask=there, other=float("nan")) * teacher
-        error -= tl.load(target_output_mid_ptr + row * P + p, mask=there, other=float("nan")) * teacher_mid
-    weight = tl.load(weight_ptr + row, mask=there, other=float("nan"))
+        error += coefficient(output_coefficient_ptr + row * P + p, there) * output
+        error -= coefficient(target_output_ptr + row * P + p, there) * teacher
+        error -= coefficient(target_output_mid_ptr + row * P + p, there) * teacher_mid
+    weight = coefficient(weight_ptr + row, there)
     tl.store(partial_ptr + tl.program_id(0), weight / M * tl.sum(error * error, axis=0))
     if grad_ptr is not None:
         grad = 2.0 * grad_scale * weight * error
         for p in tl.static_range(P):
-            place = n * M * P + (e if P == 1 else (e // RUN) * (P * RUN) + p * RUN + e % RUN)
-            grad_p = tl.load(output_coefficient_ptr + row * P + p, mask=there, other=float("nan")) * grad
+            place = n * M * P + part_of(e, p, RUN, P)
+            grad_p = coefficient(output_coefficient_ptr + row * P + p, there) * grad
             tl.store(grad_ptr + place, grad_p.to(grad_ptr.dtype.element_ty), mask=inside)
 
 
@@ -109,14 +104,14 @@ def _backward(
     tl.store(grad_ptr + n * M + e, grad.to(grad_ptr.dtype.element_ty), mask=e < M)
 
 
-def _run(tensors: tuple[Any, ...], grad_scale: float | None) -> tuple[Tensor, Tensor]:
+def _run(tensors: Sequence[Any], grad_scale: float | None) -> tuple[Tensor, Tensor]:
     """Return the losses, and grad_scale d(sum of M losses)/d output, M = C H W: empty for None. tensors: the arguments, in
     order."""
-    output, z, teacher, teacher_mid, target_z, target_output, target_output_mid, coefficient, weight, index = tensors
+    output, z, teacher, teacher_mid, target_z, target_output, target_output_mid, coefficients, weight, index = tensors
     run, reason = run_length(z, output=output, teacher_output=teacher, teacher_output_mid=teacher_mid)
     if reason:  # asked again: what was traced may come with other strides
         raise ValueError(f"{OP}: {reason}")
-    parts, elements = coefficient.shape[1], z.numel() // max(len(z), 1)
+    parts, elements = coefficients.shape[1], z.numel() // max(len(z), 1)
     _, block, warps = TABLE.row(arch_of(z.device), elements)
     blocks = cdiv(elements, block)
     partial = torch.empty((len(z), blocks), dtype=torch.float32, device=z.device)
@@ -132,7 +127,7 @@ def _run(tensors: tuple[Any, ...], grad_scale: float | None) -> tuple[Tensor, Te
         target_z_ptr=target_z,
         target_output_ptr=target_output,
         target_output_mid_ptr=target_output_mid,
-        output_coefficient_ptr=coefficient,
+        output_coefficient_ptr=coefficients,
         weight_ptr=weight,
         index_ptr=index,
         partial_ptr=partial,
@@ -149,23 +144,17 @@ def _run(tensors: tuple[Any, ...], grad_scale: float | None) -> tuple[Tensor, Te
     return loss, output.new_empty(0) if grad is None else grad
 
 
-@torch.library.custom_op("pdfast_kernels::ddim_step_weighted_loss", mutates_args=())
-def _loss(
-    output: Tensor,
-    z: Tensor,
-    teacher_output: Tensor,
-    teacher_output_mid: Tensor,
-    target_z: Tensor,
-    target_output: Tensor,
-    target_output_mid: Tensor,
-    output_coefficient: Tensor,
-    weight: Tensor,
-    index: Tensor | None,
-    differentiable: bool,
-) -> tuple[Tensor, Tensor]:
+_SCHEMA = """(Tensor output, Tensor z, Tensor teacher_output, Tensor teacher_output_mid, Tensor target_z, Tensor target_output,
+Tensor target_output_mid, Tensor output_coefficient, Tensor weight, Tensor? index, {}) -> (Tensor, Tensor)"""
+
+
+@torch.library.custom_op(
+    "pdfast_kernels::ddim_step_weighted_loss", mutates_args=(), schema=_SCHEMA.format("bool differentiable")
+)
+def _loss(*given):
     """Return the losses, and d(M loss)/d output: divided by M = C H W, little would be left of it in fp16."""
-    teachers = teacher_output, teacher_output_mid, target_z, target_output, target_output_mid
-    return _run((output, z, *teachers, output_coefficient, weight, index), 1.0 if differentiable else None)
+    *tensors, differentiable = given
+    return _run(tensors, 1.0 if differentiable else None)
 
 
 @_loss.register_fake
@@ -214,23 +203,12 @@ def _autograd(ctx, grad_loss, _):
 _loss.register_autograd(_autograd, setup_context=_setup_context)
 
 
-@torch.library.custom_op("pdfast_kernels::ddim_step_weighted_loss_and_grad", mutates_args=())
-def _loss_and_grad(
-    output: Tensor,
-    z: Tensor,
-    teacher_output: Tensor,
-    teacher_output_mid: Tensor,
-    target_z: Tensor,
-    target_output: Tensor,
-    target_output_mid: Tensor,
-    output_coefficient: Tensor,
-    weight: Tensor,
-    index: Tensor | None,
-    grad_scale: float,
-) -> tuple[Tensor, Tensor]:
-    teachers = teacher_output, teacher_output_mid, target_z, target_output, target_output_mid
-    scale = grad_scale / max(z[:1].numel(), 1)
-    return _run((output, z, *teachers, output_coefficient, weight, index), scale)
+@torch.library.custom_op(
+    "pdfast_kernels::ddim_step_weighted_loss_and_grad", mutates_args=(), schema=_SCHEMA.format("float grad_scale")
+)
+def _loss_and_grad(*given):
+    *tensors, grad_scale = given
+    return _run(tensors, grad_scale / max(tensors[1][:1].numel(), 1))
 
 
 @_loss_and_grad.register_fake
@@ -298,7 +276,7 @@ def ddim_step_weighted_loss_and_grad(
 
 def _checked(op: str, tensors: _Images, columns: _Columns, index: Tensor | None) -> tuple[Tensor | None, _Columns]:
     """Return the index, and the columns in the dtype that is computed in. ValueError where something does not fit."""
-    _check(op, *tensors, *columns, index)
+    _check(op, tensors, columns, index)
     if index is not None:
         index = in_range(op, "index", index, 0, len(columns[0]))
     inside = compute_dtype(*tensors)
@@ -320,19 +298,9 @@ def _unsupported(output: Tensor, z: Tensor, teacher_output: Tensor, teacher_outp
     return unsupported_dtype(z=z, **outputs) or run_length(z, **outputs)[1]
 
 
-def _check(
-    op: str,
-    output: Tensor,
-    z: Tensor,
-    teacher_output: Tensor,
-    teacher_output_mid: Tensor,
-    target_z: Tensor,
-    target_output: Tensor,
-    target_output_mid: Tensor,
-    c: Tensor,
-    weight: Tensor,
-    index: Tensor | None,
-) -> None:
+def _check(op: str, tensors: _Images, columns: _Columns, index: Tensor | None) -> None:
+    output, z, teacher_output, teacher_output_mid = tensors
+    target_z, target_output, target_output_mid, c, weight = columns
     if z.dim() < 2:
         raise ValueError(f"{op}: z has shape {tuple(z.shape)}, expected [N, C, ...]")
     if c.dim() != 2 or c.shape[1] not in (1, 2):
@@ -341,12 +309,12 @@ def _check(
     outputs = {"output": output, "teacher_output": teacher_output, "teacher_output_mid": teacher_output_mid}
     vectors = {"target_z": target_z, "weight": weight}
     matrices = {"target_output": target_output, "target_output_mid": target_output_mid, "output_coefficient": c}
-    for tensors, shape in [
+    for named, shape in [
         (outputs, (z.shape[0], parts * z.shape[1], *z.shape[2:])),
         (vectors, (rows,)),
         (matrices, (rows, parts)),
     ]:
-        for name, tensor in tensors.items():
+        for name, tensor in named.items():
             check_shape(op, name, tensor, shape)
     check_floating(op, z=z, **outputs, **vectors, **matrices)
     check_index(op, index, z.shape[0])

@@ -158,8 +158,7 @@ def _arguments(scale: float, q: Tensor, k: Tensor, v: Tensor, gradient: Tensor |
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """out and lse."""
     n, length, heads, _ = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(n, heads, length, dtype=torch.float32, device=q.device)
+    out, lse = _empty_outputs(q)
     config = _config(False, q)
     blocks = cdiv(length, config.block)
     constants = {"BLOCK": config.block, "STEP": config.step}
@@ -212,9 +211,7 @@ def backward(
     )
 
 
-@torch.library.custom_op("pdfast_kernels::attention", mutates_args=())
-def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return forward(q, k, v, scale)
+_attention = torch.library.custom_op("pdfast_kernels::attention", forward, mutates_args=())
 
 
 @_attention.register_fake

@@ -264,18 +264,7 @@ def backward(
     return dx, gradients
 
 
-@torch.library.custom_op("pdfast_kernels::group_norm", mutates_args=())
-def _group_norm(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    eps: float,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return forward(x, num_groups, weight, bias, scale, shift, eps, silu)
+_group_norm = torch.library.custom_op("pdfast_kernels::group_norm", forward, mutates_args=())
 
 
 @_group_norm.register_fake
@@ -284,22 +273,15 @@ def _(x, num_groups, weight, bias, scale, shift, eps, silu):
     return torch.empty_like(x), statistic, torch.empty_like(statistic)
 
 
-@torch.library.custom_op("pdfast_kernels::group_norm_backward", mutates_args=())
-def _group_norm_backward(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    silu: bool,
-    of_parameters: bool,
-) -> list[Tensor]:
+@torch.library.custom_op(
+    "pdfast_kernels::group_norm_backward",
+    mutates_args=(),
+    schema="""(Tensor dy, Tensor x, Tensor mean, Tensor rstd, SymInt num_groups, Tensor? weight, Tensor? bias, Tensor? scale,
+    Tensor? shift, bool silu, bool of_parameters) -> Tensor[]""",
+)
+def _group_norm_backward(*given):
     """dx, then the gradients of the parameters there are."""
-    dx, gradients = backward(dy, x, mean, rstd, num_groups, weight, bias, scale, shift, silu, of_parameters)
+    dx, gradients = backward(*given)
     return [dx, *(g for g in gradients if g is not None)]
 
 
@@ -352,15 +334,10 @@ def group_norm(
         raise ValueError(
             f"group_norm: {channels} channels of x {tuple(x.shape)} do not divide into num_groups = {num_groups}"
         )
-    for name, parameter, shape in (
-        ("weight", weight, (channels,)),
-        ("bias", bias, (channels,)),
-        ("scale", scale, (n, channels)),
-        ("shift", shift, (n, channels)),
-    ):
-        if parameter is not None:
-            check_shape("group_norm", name, parameter, shape)
     parameters = {"weight": weight, "bias": bias, "scale": scale, "shift": shift}
+    for name, parameter in parameters.items():
+        if parameter is not None:
+            check_shape("group_norm", name, parameter, (channels,) if name in ("weight", "bias") else (n, channels))
     check_floating("group_norm", x=x, **parameters)
     check_device("group_norm", x.device, **parameters)
     unsupported = unsupported_dtype(x=x, **parameters) or _unsupported_layout(x, **parameters)

@@ -158,10 +158,9 @@ def main() -> None:
     device = open_device(arguments.device)
     saved = find_model(arguments.model, arguments.steps, device)
     saved.check_start()
-    if arguments.out.suffix == ".png" and saved.config.image_channels not in (1, 3):
-        raise UsageError(
-            f"--out {arguments.out}: images of {saved.config.image_channels} channels are no picture, end it in .npz"
-        )
+    channels = codec_of(saved.config).data_shape(saved.config.image_shape)[2]
+    if arguments.out.suffix == ".png" and channels not in (1, 3):
+        raise UsageError(f"--out {arguments.out}: images of {channels} channels are no picture, end it in .npz")
     parallelize.for_sampling(saved.network, device, arguments.dtype, arguments.compile)
     began = time.perf_counter()
     images, labels, steps = draw(arguments, saved, device)

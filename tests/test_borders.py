@@ -1,4 +1,4 @@
-"""What the engine hands on without looking into it: conditions that are trees, images that are not square, z of any shape."""
+"""What the engine hands on without looking into it: conditions that are trees, images that are not square, codecs, z of any shape."""
 
 import json
 from typing import NamedTuple
@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
+from pdfast.data.codec import Pixels
 from pdfast.data.pictures import decode
 from pdfast.diffusion import Cosine, ancestral, angles, build_step_table, map_condition, noise, sample, tensors_of
 from pdfast.diffusion.condition import check_cond
@@ -103,6 +105,36 @@ def test_images_that_are_not_square(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "8x16 images" in (tmp_path / "out/README.md").read_text()
     assert json.loads((tmp_path / "out/unet/config.json").read_text())["sample_size"] == [8, 16], said
+
+
+class Unshuffled(Pixels):
+    """z is [n, 4 C, H/2, W/2]: four neighbouring pixels are channels of one place."""
+
+    def data_shape(self, z_shape):
+        channels, height, width = z_shape
+        return 2 * height, 2 * width, channels // 4
+
+    def diffuse(self, *of_batch):
+        return pixel_unshuffle(super().diffuse(*of_batch), 2)
+
+    def encode(self, x):
+        return pixel_unshuffle(super().encode(x), 2)
+
+    def decode(self, z):
+        return super().decode(pixel_shuffle(z, 2))
+
+
+def test_a_codec_stands_between_images_and_z(tmp_path, monkeypatch, capsys):
+    """Networks of [4, 4, 4] train on digits of [8, 8, 1], which is what is measured and shown."""
+    monkeypatch.setattr("pdfast.data.codec.PIXELS", Unshuffled())
+    flags = [*TINY_DISTILL, "--network.image-size", "4", "--network.image-channels", "4"]
+    run = tmp_path / "run"
+    assert call("distill", *flags, "--run", str(run)) == 0
+    assert np.load(run / "students/0001/samples.npy").shape[1:] == (8, 8, 1)
+    assert json.loads((run / "students/0001/metrics.json").read_text())["data"]["shape"] == [8, 8, 1]
+    out = tmp_path / "a.png"
+    assert call("sample", str(run), "--count", "1", "--out", str(out), "--device", "cpu") == 0, capsys.readouterr().err
+    assert out.exists()
 
 
 @pytest.mark.parametrize("loader", LOADERS)

@@ -288,7 +288,7 @@ def test_links_and_the_index():
         for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
             if not target.startswith("http"):
                 path, _, heading = target.partition("#")
-                file = (page.parent / path).resolve()
+                file = (page.parent / path).resolve() if path else page
                 assert file.exists(), f"{name_of(page)}: nothing is at {target}"
                 headings = re.findall("^#+ (.*)", file.read_text(), re.MULTILINE) if heading else []
                 names = [re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings]

@@ -60,6 +60,17 @@ def x_hat(prediction, output, z, alpha, sigma):
     return sigma**2 * x + alpha * (z - sigma * eps)  # = sigma^2 x~ + alpha^2 (z - sigma eps~) / alpha
 
 
+def output(prediction, x, eps, alpha, sigma):
+    """What a network of that prediction says that knows x and eps, tensors; `both` says the two."""
+    return {
+        "x": x,
+        "eps": eps,
+        "v": alpha * eps - sigma * x,
+        "both": (x, eps),
+        "flow": eps - x,
+    }[prediction]
+
+
 def weight(weighting, alpha, sigma):
     """w(lambda), the weight of |x - x_hat|^2."""
     snr = alpha**2 / sigma**2

@@ -20,6 +20,8 @@ from pdfast.diffusion import (
 )
 from pdfast.loss import distillation_loss
 
+from . import paper
+
 MEAN, STD = 0.3, 0.5
 
 
@@ -34,8 +36,8 @@ class Gaussian:
         variance = cos**2 * STD**2 + sin**2
         x = MEAN + cos * STD**2 / variance * (z - cos * MEAN)
         eps = sin / variance * (z - cos * MEAN)
-        said = {"x": x, "eps": eps, "v": cos * eps - sin * x, "both": torch.cat([x, eps], 1), "flow": eps - x}
-        return said[self.prediction]
+        said = paper.output(self.prediction, x, eps, cos, sin)
+        return torch.cat(said, 1) if self.prediction == "both" else said
 
 
 def draw(n=64):

@@ -1,8 +1,11 @@
 """What stands beside the code for those who carry it on: pages, citation, changelog, workflow."""
 
 import re
+import subprocess
+import sys
 import tomllib
 
+import pytest
 import yaml
 
 import pdfast
@@ -19,8 +22,21 @@ def pages(nav):
 
 
 def test_every_page_is_in_the_site():
+    """Those of docs/, and some that `.ci/site.py` brings: README.md as the first."""
     nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
-    assert sorted(pages(nav)) == sorted(str(f.relative_to(ROOT / "docs")) for f in (ROOT / "docs").rglob("*.md"))
+    in_docs = {str(f.relative_to(ROOT / "docs")) for f in (ROOT / "docs").rglob("*.md")}
+    assert sorted(pages(nav)) == sorted(in_docs | {"index.md", "kernels/README.md", "CONTRIBUTING.md", "CHANGELOG.md"})
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    """A link to what is not there is one, and so is a name of the reference that does not exist."""
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+    assert (tmp_path / "index.html").exists() and (tmp_path / "benchmarks/results/step-cpu.json").exists()
 
 
 def test_the_reference_has_every_public_name():

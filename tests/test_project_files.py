@@ -1,5 +1,6 @@
 """What stands beside the code for those who carry it on: pages, citation, changelog, workflow."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -61,6 +62,24 @@ def test_the_workflow_runs_what_ci_does_for_each_python():
     listed = {c.rpartition(" ")[2] for c in project["classifiers"] if re.search(r"Python :: 3\.\d+$", c)}
     assert set(job["strategy"]["matrix"]["python"]) == listed
     assert ".ci/run" in [step.get("run") for step in job["steps"]]
+
+
+def imported(package):
+    """The packages outside the standard library that its modules import, anywhere in them, as PyPI names them."""
+    nodes = [node for file in (ROOT / package).rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    packages = {name.partition(".")[0] for name in names} - sys.stdlib_module_names
+    return {{"PIL": "pillow", "yaml": "pyyaml"}.get(name, name) for name in packages}
+
+
+def test_what_is_imported_is_what_is_required():
+    """Others are used where they are installed, or for types alone; the kernels stand by themselves."""
+    optional = {"amp_C", "apex", "diffusers", "gradio", "jaxtyping", "nvidia"}
+    requirements = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    required = {re.match(r"[\w-]+", requirement)[0] for requirement in requirements}
+    assert imported("pdfast") - optional - {"pdfast", "pdfast_kernels"} == required
+    assert imported("kernels") == {"pdfast_kernels", "torch", "triton"}
 
 
 def test_one_version_which_the_changelog_has():

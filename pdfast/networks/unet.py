@@ -37,7 +37,7 @@ class NetworkConfig(ModelConfig):
     num_groups: int
     """Groups of each group normalisation."""
     prediction: Prediction
-    """What the network predicts: x, eps, v, or both (x and eps)."""
+    """What the network predicts: x, eps, v, both (x and eps together) or flow (eps - x)."""
     num_classes: int = 0
     """Classes for conditioning; 0 for an unconditional model."""
     image_width: int | None = None

@@ -193,25 +193,27 @@ def attention_block_case(at: Images, dtype: str, heads: int) -> Case:
     return _case("group_norm_attention", at.network, name, at.n, make, at.channels, dtype, tensor_cores=cores)
 
 
-def adam_ema_case(name: str, sizes: tuple[int, ...], dtype: str) -> Case:
-    """One step on parameters of these sizes, with gradients of that dtype; there are no samples."""
+def adam_ema_case(name: str, sizes: tuple[int, ...], dtype: str, averages: int = 1) -> Case:
+    """One step on parameters of these sizes, with gradients of that dtype and one or two averages; there are no samples."""
 
     def make(n: int, device: str) -> Work:
-        states = [[torch.zeros(size, device=device) for size in sizes] for _ in range(4)]
+        states = [[torch.zeros(size, device=device) for size in sizes] for _ in range(3 + averages)]
         gradients = [torch.zeros(size, dtype=DTYPES[dtype], device=device) for size in sizes]
-        scalars = torch.tensor([1e-4, 1.0, 1.0, 1e-4, 0.0], device="cpu" if device == "meta" else device)
-        settings = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
-        optimizer = None if device == "meta" else pdfast_kernels.AdamEma(*states, **settings)
+        scalars = torch.tensor([1e-4, 1.0, 1.0, 1e-4, 0.0, 1e-2], device="cpu" if device == "meta" else device)
+        second = states[4] if averages == 2 else None
+        settings = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "second_averages": second}
+        optimizer = None if device == "meta" else pdfast_kernels.AdamEma(*states[:4], **settings)
         return Work(
             kernels=lambda: optimizer.step(gradients, scalars),
-            plain=lambda: reference.adam_ema(*states, gradients, scalars, **settings),
+            plain=lambda: reference.adam_ema(*states[:4], gradients, scalars, **settings),
             reads=[*chain(*states), *gradients],
             writes=[*chain(*states)],
         )
 
     # A thread has 4 elements of everything; where not all sizes are multiples of 4, the kernel decides for each.
     width = (128 if dtype == "fp32" else 64) if all(size % 4 == 0 for size in sizes) else 0
-    return Case("adam_ema", "", f"{name}, {dtype} gradients", 1, make, width)
+    said = f"{name}, {dtype} gradients{', 2 averages' if averages == 2 else ''}"
+    return Case("adam_ema", "", said, 1, make, width)
 
 
 def sizes(text: str) -> Iterator[tuple[int, ...]]:
@@ -226,7 +228,8 @@ def _square(network: str, n: int, text: str) -> Iterator[Images]:
 
 def all_cases() -> list[Case]:
     adam_ema = [adam_ema_case(name, elements, dtype) for dtype in DTYPES for name, elements in PARAMETERS.items()]
-    return [*_states(), *_norms(), *_attention(), *adam_ema]
+    twice = [adam_ema_case(name, elements, "fp32", averages=2) for name, elements in PARAMETERS.items()]
+    return [*_states(), *_norms(), *_attention(), *adam_ema, *twice]
 
 
 def cases_at(shape: tuple[int, int, int, int], head_dim: int) -> Iterator[Case]:

@@ -100,9 +100,25 @@ class Machine:
             parallelize.shard(network, self.world)
         return network
 
-    def optimizer(self, network: Network, *, clip: float, ema: float, weight_decay: float = 0.0) -> Optimizer:
+    def optimizer(
+        self,
+        network: Network,
+        *,
+        clip: float,
+        ema: float,
+        fast_ema: float = 0.0,
+        fast: Network | None = None,
+        weight_decay: float = 0.0,
+    ) -> Optimizer:
         return Optimizer(
-            network, self.world, clip=clip, ema=ema, weight_decay=weight_decay, backend=self.settings.optimizer
+            network,
+            self.world,
+            clip=clip,
+            ema=ema,
+            fast_ema=fast_ema,
+            fast=fast,
+            weight_decay=weight_decay,
+            backend=self.settings.optimizer,
         )
 
     def cuda_graphed(self, update: Callable[[], None]) -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""Adam with gradient clipping and an optional EMA of the weights, on this process's shards of the parameters.
+"""Adam with gradient clipping and up to two EMAs of the weights, on this process's shards of the parameters.
 
 What changes between updates is in tensors on the device (learning rate, step, clip factor, whether to skip), so that a
 CUDA graph replays with what is written there and the host need not wait. An update whose loss or gradient is not finite,
@@ -25,13 +25,22 @@ BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 
 class Adam(Protocol):
     def step(self, gradients: Sequence[Tensor], scalars: Tensor) -> None:
-        """Adam in place, with decoupled weight decay, then the average; nothing where the skip flag is not 0."""
+        """Adam in place, with decoupled weight decay, then the averages; nothing where the skip flag is not 0."""
+
+
+def _lerp(averages: Sequence[list[Tensor] | None], parameters: list[Tensor], values: Tensor, skip: Tensor) -> None:
+    """Move the first and the second average towards the parameters, each by its rate."""
+    for tensors, place in zip(averages, (Scalar.AVERAGE_RATE, Scalar.SECOND_AVERAGE_RATE), strict=True):
+        if tensors:
+            rate = torch.where(skip, 0, values[place])
+            for average, parameter in zip(tensors, parameters, strict=True):
+                average.lerp_(parameter, rate)
 
 
 class _TorchAdam:
-    """PyTorch's fused Adam, and a foreach average after it."""
+    """PyTorch's fused Adam, and the averages after it."""
 
-    def __init__(self, parameters, exp_avgs, exp_avg_sqs, averages, weight_decay: float) -> None:
+    def __init__(self, parameters, exp_avgs, exp_avg_sqs, *averages, weight_decay: float) -> None:
         self._tensors = parameters, exp_avgs, exp_avg_sqs
         self._averages, self._weight_decay = averages, weight_decay
 
@@ -60,10 +69,7 @@ class _TorchAdam:
             eps=EPS,
             maximize=False,
         )
-        if self._averages:
-            rate = torch.where(skip, 0, values[Scalar.AVERAGE_RATE])
-            for average, parameter in zip(self._averages, parameters, strict=True):
-                average.lerp_(parameter, rate)
+        _lerp(self._averages, parameters, values, skip)
 
 
 def check_backend(backend: OptimizerName) -> None:
@@ -85,9 +91,9 @@ def _apex() -> tuple[Any, Any]:
 
 
 class _ApexAdam:
-    """NVIDIA apex's multi-tensor Adam, and a foreach average after it."""
+    """NVIDIA apex's multi-tensor Adam, and the averages after it."""
 
-    def __init__(self, parameters, exp_avgs, exp_avg_sqs, averages, weight_decay: float) -> None:
+    def __init__(self, parameters, exp_avgs, exp_avg_sqs, *averages, weight_decay: float) -> None:
         self._apply, self._adam = _apex()
         self._tensors = [list(parameters), exp_avgs, exp_avg_sqs]
         self._averages, self._weight_decay = averages, weight_decay
@@ -109,14 +115,12 @@ class _ApexAdam:
             self._weight_decay,
             values[Scalar.CLIP].view(1),
         )
-        if self._averages:
-            rate = torch.where(skip, 0, values[Scalar.AVERAGE_RATE])
-            for average, parameter in zip(self._averages, self._tensors[0], strict=True):
-                average.lerp_(parameter, rate)
+        _lerp(self._averages, self._tensors[0], values, skip)
 
 
 class Optimizer:
-    """Adam over this process's shards of the parameters; with `ema` > 0 it also keeps an EMA of the weights."""
+    """Adam over this process's shards of the parameters; with `ema` > 0 it also keeps an EMA of the weights, and where there is a
+    network `fast`, another one in that."""
 
     def __init__(
         self,
@@ -125,12 +129,15 @@ class Optimizer:
         *,
         clip: float,
         ema: float = 0.0,
+        fast_ema: float = 0.0,
+        fast: nn.Module | None = None,
         weight_decay: float = 0.0,
         backend: OptimizerName = "pdfast",
     ) -> None:
-        """UsageError for a backend that is not installed."""
+        """fast: a network as `model`, on the same device and sharded as that. Its weights become the EMA of decay `fast_ema`, in place,
+        so that it can be evaluated between updates. UsageError for a backend that is not installed."""
         self._model, self._world = model, world
-        self._clip, self._decay = clip, ema
+        self._clip, self._decays = clip, (ema, fast_ema)
         self._names = [name for name, _ in model.named_parameters()]
         self._parameters = [local(p).detach() for p in model.parameters()]
         self._sharded = world.shards > 1
@@ -139,15 +146,20 @@ class Optimizer:
         self._exp_avgs = [torch.zeros_like(p) for p in self._parameters]
         self._exp_avg_sqs = [torch.zeros_like(p) for p in self._parameters]
         self._averages = [p.clone() for p in self._parameters] if ema else None
+        self._fast = None if fast is None else [local(p).detach() for p in fast.parameters()]
+        if self._fast:
+            torch._foreach_copy_(self._fast, self._parameters)
         states = self._parameters, self._exp_avgs, self._exp_avg_sqs, self._averages
         self._adam: Adam
         if backend == "pdfast":
-            self._adam = AdamEma(*states, betas=(BETA1, BETA2), eps=EPS, weight_decay=weight_decay)
+            self._adam = AdamEma(
+                *states, betas=(BETA1, BETA2), eps=EPS, weight_decay=weight_decay, second_averages=self._fast
+            )
         else:
             kind = _TorchAdam if backend == "torch" else _ApexAdam
-            self._adam = kind(*states, weight_decay)
+            self._adam = kind(*states, self._fast, weight_decay=weight_decay)
         device = world.device
-        self._rates = torch.zeros(2, dtype=torch.float64, device=device)  # learning rate, 1 - decay of the average
+        self._rates = torch.zeros(3, dtype=torch.float64, device=device)  # learning rate, 1 - decay of each average
         self.steps = torch.zeros((), dtype=torch.int64, device=device)
         """Steps that were taken: updates less those that were not finite."""
         self.norm = torch.zeros((), device=device)
@@ -158,12 +170,12 @@ class Optimizer:
     def set(self, update: int, learning_rate: float) -> None:
         """Set what the next `step` uses, without waiting for the device."""
         # The usual warm-up of an average: short memory while there is little to remember.
-        decay = min(self._decay, (update + 1) / (update + 10))
-        rates = torch.tensor([learning_rate, 1 - decay], dtype=torch.float64)
+        short = (update + 1) / (update + 10)
+        rates = torch.tensor([learning_rate, *(1 - min(decay, short) for decay in self._decays)], dtype=torch.float64)
         self._rates.copy_(rates if self._rates.device.type == "cpu" else rates.pin_memory(), non_blocking=True)
 
     def step(self, loss: Tensor) -> None:
-        """Clip, update by Adam and the EMA with the gradients in the parameters, and free them.
+        """Clip, update by Adam and the EMAs with the gradients in the parameters, and free them.
 
         loss: this process's, without gradient. Where it or the gradient is not finite, only `skipped` changes.
         """
@@ -184,6 +196,7 @@ class Optimizer:
                 (self._clip / (norm + 1e-6)).clamp(max=1.0).double(),
                 self._rates[1],
                 (~finite).double(),
+                self._rates[2],
             ]
         )
         self._adam.step(gradients, scalars)
@@ -200,7 +213,7 @@ class Optimizer:
         return totals[0].sqrt().float(), totals[1] == 0
 
     def copy_ema_to_model(self) -> None:
-        """Copy the EMA weights, if any, into the model."""
+        """Copy the EMA weights, if any, into the model: not those of `fast`."""
         if self._averages:
             torch._foreach_copy_(self._parameters, self._averages)
 
@@ -208,16 +221,19 @@ class Optimizer:
         """Reset to a new optimizer of the weights that the model has now."""
         for tensors in (self._exp_avgs, self._exp_avg_sqs):
             torch._foreach_zero_(tensors)
-        if self._averages:
-            torch._foreach_copy_(self._averages, self._parameters)
+        for averages in (self._averages, self._fast):
+            if averages:
+                torch._foreach_copy_(averages, self._parameters)
         for counter in (self.steps, self.skipped):
             counter.zero_()
 
     def state(self) -> dict[str, Tensor]:
-        """Return weights, EMA and Adam's state, this process's shards, by name: what a checkpoint holds."""
+        """Return weights, EMAs and Adam's state, this process's shards, by name: what a checkpoint holds."""
         lists = {"weight": self._parameters, "exp_avg": self._exp_avgs, "exp_avg_sq": self._exp_avg_sqs}
         if self._averages:
             lists["average"] = self._averages
+        if self._fast:
+            lists["fast"] = self._fast
         return {
             f"{key}.{name}": value
             for key, values in lists.items()

@@ -1,4 +1,4 @@
-"""Adam, clip and average against float64; what is not finite; state."""
+"""Adam, clip and averages against float64; what is not finite; state."""
 
 import math
 
@@ -30,11 +30,11 @@ def step(model, optimizer, update, scale=1.0, learning_rate=1e-2):
     return loss.detach()
 
 
-def in_float64(updates, clip, ema, weight_decay):
-    """The same by torch.optim.AdamW, one parameter after the other, in float64."""
+def in_float64(updates, clip, ema, weight_decay, fast_ema=0.0):
+    """The same by torch.optim.AdamW, one parameter after the other, in float64: weights, the average, the fast one."""
     model = network().double()
     adam = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=weight_decay, foreach=False)
-    averages = [p.detach().clone() for p in model.parameters()]
+    averages, fast = ([p.detach().clone() for p in model.parameters()] for _ in range(2))
     for update in range(updates):
         x = torch.randn(7, 3, generator=torch.Generator().manual_seed(update), dtype=torch.float64)
         adam.zero_grad()
@@ -43,10 +43,16 @@ def in_float64(updates, clip, ema, weight_decay):
         for p in model.parameters():
             p.grad *= min(clip / (norm + 1e-6), 1)
         adam.step()
-        decay = min(ema, (update + 1) / (update + 10))
-        for average, p in zip(averages, model.parameters(), strict=True):
-            average.mul_(decay).add_((1 - decay) * p.detach())
-    return [p.detach() for p in model.parameters()], averages
+        for tensors, asked in ((averages, ema), (fast, fast_ema)):
+            decay = min(asked, (update + 1) / (update + 10))
+            for average, p in zip(tensors, model.parameters(), strict=True):
+                average.mul_(decay).add_((1 - decay) * p.detach())
+    return [p.detach() for p in model.parameters()], averages, fast
+
+
+def assert_near(ours, theirs):
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.detach().double(), other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["pdfast", "torch"])
@@ -56,19 +62,57 @@ def test_as_in_float64(backend, clip):
     optimizer = Optimizer(model, ALONE, clip=clip, ema=0.9, weight_decay=0.1, backend=backend)
     for update in range(6):
         step(model, optimizer, update)
-    weights, averages = in_float64(6, clip, 0.9, 0.1)
-    for ours, theirs in zip(model.parameters(), weights, strict=True):
-        torch.testing.assert_close(ours.detach().double(), theirs, rtol=1e-5, atol=1e-6)
+    weights, averages, _ = in_float64(6, clip, 0.9, 0.1)
+    assert_near(model.parameters(), weights)
     optimizer.copy_ema_to_model()
-    for ours, theirs in zip(model.parameters(), averages, strict=True):
-        torch.testing.assert_close(ours.detach().double(), theirs, rtol=1e-5, atol=1e-6)
+    assert_near(model.parameters(), averages)
+
+
+@pytest.mark.parametrize("backend", ["pdfast", "torch"])
+@pytest.mark.parametrize("ema", [0.3, 0.0])
+@pytest.mark.parametrize("fast_ema", [0.2, 0.0])
+def test_the_average_in_a_network(backend, ema, fast_ema):
+    """Past the warm-up of the fast average, within that of the slow one; they begin with the model's weights."""
+    model, fast = network(), network(1)
+    addresses = [p.data_ptr() for p in fast.parameters()]
+    optimizer = Optimizer(
+        model, ALONE, clip=1.0, ema=ema, fast_ema=fast_ema, fast=fast, weight_decay=0.1, backend=backend
+    )
+    assert all(map(torch.equal, fast.parameters(), model.parameters()))
+    for update in range(4):
+        step(model, optimizer, update)
+        weights, averages, fasts = in_float64(update + 1, 1.0, ema, 0.1, fast_ema)
+        assert_near(model.parameters(), weights)
+        assert_near(fast.parameters(), fasts)
+    x = torch.ones(2, 3)
+    torch.testing.assert_close(fast(x), torch.func.functional_call(model, dict(fast.named_parameters()), x))
+    optimizer.copy_ema_to_model()
+    assert_near(model.parameters(), averages if ema else weights)
+    assert_near(fast.parameters(), fasts)
+    assert addresses == [p.data_ptr() for p in fast.parameters()]
+
+
+@pytest.mark.parametrize("backend", ["pdfast", "torch"])
+def test_the_rest_does_not_depend_on_the_average_in_a_network(backend):
+    models = network(), network()
+    optimizers = [
+        Optimizer(m, ALONE, clip=1.0, ema=0.9, fast_ema=0.5, fast=fast, backend=backend)
+        for m, fast in zip(models, (network(), None), strict=True)
+    ]
+    for update in range(3):
+        for m, optimizer in zip(models, optimizers, strict=True):
+            step(m, optimizer, update)
+    both, alone = (optimizer.state() for optimizer in optimizers)
+    assert both.keys() - alone.keys() == {f"fast.{name}" for name, _ in models[0].named_parameters()}
+    assert all(torch.equal(value, both[name]) for name, value in alone.items())
 
 
 @pytest.mark.parametrize("backend", ["pdfast", "torch"])
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
 def test_what_is_not_finite_changes_only_counts(backend, scale):
     model, spared = network(), network()
-    ours, others = (Optimizer(m, ALONE, clip=1.0, ema=0.9, backend=backend) for m in (model, spared))
+    settings = {"clip": 1.0, "ema": 0.9, "fast_ema": 0.5, "backend": backend}
+    ours, others = (Optimizer(m, ALONE, fast=network(), **settings) for m in (model, spared))
     for optimizer, m in ((ours, model), (others, spared)):
         step(m, optimizer, 0)
     before = {name: value.clone() for name, value in ours.state().items()}
@@ -81,16 +125,23 @@ def test_what_is_not_finite_changes_only_counts(backend, scale):
     assert all(torch.equal(a, b) for a, b in zip(ours.state().values(), others.state().values(), strict=True))
 
 
-def test_state_and_reset():
+@pytest.mark.parametrize("ema", [0.5, 0.0])
+@pytest.mark.parametrize("with_fast", [True, False])
+def test_state_and_reset(ema, with_fast):
     model, other = network(), network(1)
-    optimizer, again = (Optimizer(m, ALONE, clip=1.0, ema=0.5) for m in (model, other))
+
+    def make(model):
+        fast = network(2) if with_fast else None
+        return Optimizer(model, ALONE, clip=1.0, ema=ema, fast_ema=0.25, fast=fast)
+
+    optimizer, again = make(model), make(other)
     step(model, optimizer, 0)
     again.load_state({name: value.clone() for name, value in (optimizer.state() | optimizer.counters()).items()})
     for m, o in ((model, optimizer), (other, again)):
         step(m, o, 1)
     assert all(torch.equal(a, b) for a, b in zip(optimizer.state().values(), again.state().values(), strict=True))
     optimizer.reset()
-    fresh = Optimizer(other, ALONE, clip=1.0, ema=0.5)
+    fresh = make(other)
     assert all(torch.equal(a, b) for a, b in zip(optimizer.state().values(), fresh.state().values(), strict=True))
     with pytest.raises(KeyError):
         again.load_state({"weight.0.weight": torch.zeros(5, 3)})

@@ -4,6 +4,7 @@
 from tests.fake_gpu.cuda import Waits, pretend, to_fake  # before anything else: it goes before torch
 
 import contextlib
+import copy
 import importlib.util
 import json
 
@@ -51,7 +52,8 @@ def table(steps: int) -> StepTable:
 def waits(images: ResidentImages, method: Method, losses: Losses) -> list[str]:
     """Of the second update: the first fills what is kept."""
     batch = TrainingBatch(images, WORLD, CONFIG, seed=0, batch_size=BATCH, flip=True)
-    optimizer = Optimizer(method.student, WORLD, clip=1.0, ema=0.9, backend="torch")
+    fast = copy.deepcopy(method.student)
+    optimizer = Optimizer(method.student, WORLD, clip=1.0, ema=0.9, fast_ema=0.5, fast=fast, backend="torch")
     with Waits() as seen:
         for i in range(2):
             seen.found.clear()

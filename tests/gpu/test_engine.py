@@ -42,7 +42,8 @@ def course(graph, dtype=torch.float32, compiled=False, optimizer="pdfast", updat
     images = torch.randint(0, 256, (64, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     source = ResidentImages("noise", images, torch.arange(64) % 3, "cuda")
     batch = TrainingBatch(source, ALONE, config, seed=0, batch_size=16, flip=True)
-    adam = Optimizer(student, ALONE, clip=1.0, ema=0.9, backend=optimizer)
+    fast = config.build().cuda()
+    adam = Optimizer(student, ALONE, clip=1.0, ema=0.9, fast_ema=0.5, fast=fast, backend=optimizer)
     rows, losses = RoundTable(table(8)), torch.zeros(16, device="cuda")
     method = Progressive(student, teacher, rows, parallelize.compile_function if compiled else identity)
 
@@ -61,7 +62,7 @@ def course(graph, dtype=torch.float32, compiled=False, optimizer="pdfast", updat
             seen.append(losses.clone())
     if graph:
         assert run._graph is not None
-    return torch.stack(seen), [p.detach().clone() for p in student.parameters()]
+    return torch.stack(seen), [p.detach().clone() for network in (student, fast) for p in network.parameters()]
 
 
 @pytest.mark.parametrize("optimizer", ["pdfast", "torch"])

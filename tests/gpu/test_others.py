@@ -25,26 +25,31 @@ def test_diffuse_draws_the_cpus_noise(dtype, flipped):
 
 
 @pytest.mark.parametrize("averaged", [False, True])
-def test_adam_ema_is_adamw(draw, averaged):
+@pytest.mark.parametrize("twice", [False, True])
+def test_adam_ema_is_adamw(draw, averaged, twice):
+    """The second averages lie at addresses that 16 bytes do not divide."""
     sizes = [(256, 256), (3, 3, 64, 64), (7,), (1,), (4097,)]
     parameters = [draw(*size) for size in sizes]
     zeros = [[torch.zeros_like(p) for p in parameters] for _ in range(2)]
     averages = [p.clone() for p in parameters] if averaged else None
+    second_averages = [torch.cat([p.view(-1)[:1], p.view(-1)])[1:].view(p.shape) for p in parameters] if twice else None
     theirs = [p.double().requires_grad_() for p in parameters]
     adam = torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.1)
-    ours = AdamEma(parameters, *zeros, averages, weight_decay=0.1)
-    expected = [p.detach().clone() for p in theirs]
+    ours = AdamEma(parameters, *zeros, averages, weight_decay=0.1, second_averages=second_averages)
+    expected, second_expected = ([p.detach().clone() for p in theirs] for _ in range(2))
     for step in range(1, 6):
         gradients = [draw(*size) for size in sizes]
-        ours.step(gradients, torch.tensor([1e-2, step, 0.5, 0.1, 0.0], device="cuda"))
+        ours.step(gradients, torch.tensor([1e-2, step, 0.5, 0.1, 0.0, 0.5], device="cuda"))
         for p, g in zip(theirs, gradients, strict=True):
             p.grad = 0.5 * g.double()
         adam.step()
         torch._foreach_lerp_(expected, [p.detach() for p in theirs], 0.1)
+        torch._foreach_lerp_(second_expected, [p.detach() for p in theirs], 0.5)
     for one, other in zip(parameters, theirs, strict=True):
         torch.testing.assert_close(one.double(), other.detach(), rtol=1e-5, atol=1e-6)
-    for one, other in zip(averages or [], expected, strict=averaged):
-        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-6)
+    for ours_averaged, exact in ((averages, expected), (second_averages, second_expected)):
+        for one, other in zip(ours_averaged or [], exact, strict=ours_averaged is not None):
+            torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-6)
 
 
 def test_adam_ema_skips_on_the_device(draw):

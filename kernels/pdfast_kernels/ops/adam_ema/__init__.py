@@ -1,1 +1,1 @@
-"""Adam with clipping and an EMA of the weights in one launch."""
+"""Adam with clipping and up to two EMAs of the weights in one launch."""

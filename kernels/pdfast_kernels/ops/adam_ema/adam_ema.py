@@ -1,12 +1,15 @@
-"""`AdamEma`: Adam with decoupled weight decay, a clipped gradient and a moving average of the weights, in one launch.
+"""`AdamEma`: Adam with decoupled weight decay, a clipped gradient and up to two moving averages of the weights, in one
+launch.
 
     g = clip gradient               p = p - learning_rate weight_decay p - learning_rate m_hat / (sqrt(v_hat) + eps)
     m = beta1 m + (1 - beta1) g     m_hat = m / (1 - beta1^step)
     v = beta2 v + (1 - beta2) g^2   v_hat = v / (1 - beta2^step)         average = average + average_rate (p - average)
 
-p, m, v, average   float32 of any shapes, all four in one memory order (contiguous, or channels-last)
+p, m, v, average   float32 of any shapes, all in one memory order (contiguous, or channels-last)
+second average     as the first, with a rate of its own: p is read once for both. Either may be without the other
 gradients          bf16, fp16 or fp32, all of one dtype; those in another memory order are copied first. None is refused
-scalars            float32 or float64 [5] on the device, see `Scalar`: a CUDA graph replays with what is written there.
+scalars            float32 or float64 [6] on the device, see `Scalar`, or [5] where there is no second average: a CUDA
+                   graph replays with what is written there.
                    The kernel computes with them in float32, PyTorch with what they are. Where the skip flag is not 0 (NaN
                    is not), nothing changes at all
 
@@ -48,6 +51,7 @@ class Scalar(IntEnum):
     CLIP = 2  # the factor of the gradients
     AVERAGE_RATE = 3  # 1 - decay: a decay near 1 would lose it in float32
     SKIP = 4
+    SECOND_AVERAGE_RATE = 5  # read only where there is a second average
 
 
 @jit
@@ -72,6 +76,7 @@ def _update(
     exp_avg,
     exp_avg_sq,
     average,
+    second_average,
     gradient,
     first,
     remaining,
@@ -80,11 +85,13 @@ def _update(
     step_size,
     root_scale,
     average_rate,
+    second_average_rate,
     one_minus_beta1,
     one_minus_beta2,
     eps,
     GRADIENT: tl.constexpr,
     AVERAGED: tl.constexpr,
+    TWICE_AVERAGED: tl.constexpr,
     WIDE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -92,6 +99,7 @@ def _update(
     exp_avg_ptr = _pointer(exp_avg, first, tl.float32, WIDE)
     exp_avg_sq_ptr = _pointer(exp_avg_sq, first, tl.float32, WIDE)
     average_ptr = _pointer(average, first, tl.float32, WIDE)
+    second_average_ptr = _pointer(second_average, first, tl.float32, WIDE)
     gradient_ptr = _pointer(gradient, first, GRADIENT, WIDE)
     count = tl.minimum(remaining, CHUNK).to(tl.int32)
     if WIDE:
@@ -112,15 +120,18 @@ def _update(
     if AVERAGED:
         average = tl.load(average_ptr + e, mask=inside)
         tl.store(average_ptr + e, average + average_rate * (parameter - average), mask=inside)
+    if TWICE_AVERAGED:
+        average = tl.load(second_average_ptr + e, mask=inside)
+        tl.store(second_average_ptr + e, average + second_average_rate * (parameter - average), mask=inside)
 
 
 @jit
 def _step(
     chunks_ptr,  # [chunks, 2]: tensor, place in it
     sizes_ptr,  # [T]
-    addresses_ptr,  # [T, 4]: of parameter, exp_avg, exp_avg_sq, average
+    addresses_ptr,  # [T, 4]: of parameter, exp_avg, exp_avg_sq, average; [T, 5] with a second average
     gradients_ptr,  # [T]: addresses
-    scalars_ptr,  # [5]
+    scalars_ptr,  # see Scalar
     one_minus_beta1,  # floats, which a learning rate's schedule may change: nothing is compiled again
     one_minus_beta2,
     log_beta1,
@@ -129,6 +140,7 @@ def _step(
     weight_decay,
     GRADIENT: tl.constexpr,
     AVERAGED: tl.constexpr,
+    TWICE_AVERAGED: tl.constexpr,
     ALL_WIDE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -143,25 +155,31 @@ def _step(
     tensor = tl.load(chunks_ptr + 2 * tl.program_id(0))
     first = tl.load(chunks_ptr + 2 * tl.program_id(0) + 1).to(tl.int64) * CHUNK
     remaining = tl.load(sizes_ptr + tensor) - first
-    parameter, exp_avg = tl.load(addresses_ptr + 4 * tensor), tl.load(addresses_ptr + 4 * tensor + 1)
-    exp_avg_sq, average = tl.load(addresses_ptr + 4 * tensor + 2), tl.load(addresses_ptr + 4 * tensor + 3)
+    addresses_ptr += (5 if TWICE_AVERAGED else 4) * tensor
+    parameter, exp_avg = tl.load(addresses_ptr), tl.load(addresses_ptr + 1)
+    exp_avg_sq, average = tl.load(addresses_ptr + 2), tl.load(addresses_ptr + 3)
     gradient = tl.load(gradients_ptr + tensor)
+    second_average, second_average_rate = average, average_rate
+    if TWICE_AVERAGED:
+        second_average, second_average_rate = tl.load(addresses_ptr + 4), tl.load(scalars_ptr + 5)
 
     wide = True
     if not ALL_WIDE:
-        aligned = (parameter | exp_avg | exp_avg_sq | average | gradient) % 16 == 0
-        wide = aligned & (tl.minimum(remaining, CHUNK) % 4 == 0)
+        addresses = parameter | exp_avg | exp_avg_sq | average | gradient
+        if TWICE_AVERAGED:
+            addresses |= second_average
+        wide = (addresses % 16 == 0) & (tl.minimum(remaining, CHUNK) % 4 == 0)
     if wide:
         _update(
-            parameter, exp_avg, exp_avg_sq, average, gradient, first, remaining,
-            clip, decay, step_size, root_scale, average_rate, one_minus_beta1, one_minus_beta2, eps,
-            GRADIENT, AVERAGED, True, CHUNK,
+            parameter, exp_avg, exp_avg_sq, average, second_average, gradient, first, remaining,
+            clip, decay, step_size, root_scale, average_rate, second_average_rate, one_minus_beta1, one_minus_beta2, eps,
+            GRADIENT, AVERAGED, TWICE_AVERAGED, True, CHUNK,
         )  # fmt: skip
     else:
         _update(
-            parameter, exp_avg, exp_avg_sq, average, gradient, first, remaining,
-            clip, decay, step_size, root_scale, average_rate, one_minus_beta1, one_minus_beta2, eps,
-            GRADIENT, AVERAGED, False, CHUNK,
+            parameter, exp_avg, exp_avg_sq, average, second_average, gradient, first, remaining,
+            clip, decay, step_size, root_scale, average_rate, second_average_rate, one_minus_beta1, one_minus_beta2, eps,
+            GRADIENT, AVERAGED, TWICE_AVERAGED, False, CHUNK,
         )  # fmt: skip
 
 
@@ -174,8 +192,8 @@ def check_settings(op: str, betas: tuple[float, float], eps: float, weight_decay
 class AdamEma:
     """Adam over `parameters`, in place, with state tensors that the caller made and keeps.
 
-    parameters, exp_avgs, exp_avg_sqs, averages: tensors of the same shapes and dtypes on one device. Without averages there
-    is none. betas in [0, 1), eps and weight_decay at least 0. ValueError where something does not fit, in a step too: where
+    parameters, exp_avgs, exp_avg_sqs, averages, second_averages: tensors of the same shapes and dtypes on one device. Without
+    averages, or second averages, there is none. betas in [0, 1), eps and weight_decay at least 0. ValueError where something does not fit, in a step too: where
     one of the tensors has become another shape or has moved to another device than the others.
     """
 
@@ -192,9 +210,11 @@ class AdamEma:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        second_averages: Sequence[Tensor] | None = None,
     ) -> None:
         self._parameters, self._exp_avgs, self._exp_avg_sqs = list(parameters), list(exp_avgs), list(exp_avg_sqs)
         self._averages = None if averages is None else list(averages)
+        self._second_averages = None if second_averages is None else list(second_averages)
         self.configure(betas, eps, weight_decay)
         self._captured: list[tuple[Tensor, Tensor]] = []
         self._look()
@@ -205,10 +225,12 @@ class AdamEma:
         self._betas, self._eps, self._weight_decay = betas, eps, weight_decay
 
     def step(self, gradients: Sequence[Tensor], scalars: Tensor) -> None:
-        """One step. gradients: of the parameters' shapes; scalars: [5], in the order of `Scalar`."""
+        """One step. gradients: of the parameters' shapes; scalars: in the order of `Scalar`, the last needed for second averages
+        alone."""
         if self._seen() != self._addresses_seen:
             self._look()
-        check_shape(OP, "scalars", scalars, (len(Scalar),))
+        if scalars.shape != (len(Scalar),):
+            check_shape(OP, "scalars", scalars, (len(Scalar) - (self._second_averages is None),))
         check_device(OP, self._device, scalars=scalars)
         if scalars.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{OP}: scalars is {scalars.dtype}, expected torch.float32 or torch.float64")
@@ -221,12 +243,14 @@ class AdamEma:
         if not triton_runs(OP, self._device, self._unsupported or _why_not_gradients(gradients)):
             self._check("gradients", gradients)
             states = self._parameters, self._exp_avgs, self._exp_avg_sqs, self._averages
-            reference.adam_ema(*states, gradients, scalars, self._betas, self._eps, self._weight_decay)
+            settings = self._betas, self._eps, self._weight_decay
+            reference.adam_ema(*states, gradients, scalars, *settings, second_averages=self._second_averages)
         elif gradients:
             self._launch(gradients, scalars.float().contiguous())
 
     def holds(self, *lists: list[Tensor]) -> bool:
-        """Tell whether it is over these very tensors: parameters, exp_avgs, exp_avg_sqs and, if there are any, averages."""
+        """Tell whether it is over these very tensors: parameters, exp_avgs, exp_avg_sqs and, if there are any, averages and second
+        averages."""
         own = [tensors for _, tensors in self._lists()]
         return len(own) == len(lists) and all(
             len(a) == len(b) and all(map(operator.is_, a, b)) for a, b in zip(own, lists, strict=True)
@@ -234,7 +258,8 @@ class AdamEma:
 
     def _lists(self) -> list[tuple[str, list[Tensor]]]:
         names = [("parameters", self._parameters), ("exp_avgs", self._exp_avgs), ("exp_avg_sqs", self._exp_avg_sqs)]
-        return names if self._averages is None else [*names, ("averages", self._averages)]
+        averages = ("averages", self._averages), ("second_averages", self._second_averages)
+        return [*names, *((name, tensors) for name, tensors in averages if tensors is not None)]
 
     def _seen(self) -> tuple[list[int], list[torch.Size]]:
         return [t.data_ptr() for t in self._addressed], [p.shape for p in self._parameters]
@@ -290,6 +315,7 @@ class AdamEma:
             eps=float(self._eps),
             weight_decay=float(self._weight_decay),
             AVERAGED=self._averages is not None,
+            TWICE_AVERAGED=self._second_averages is not None,
             ALL_WIDE=self._wide and not any(a % WIDE_BYTES for a in addresses),
             CHUNK=self._config.block,
         )
@@ -323,13 +349,13 @@ class AdamEma:
         counts = -(-sizes // self._config.block)
         tensor = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), counts)
         place = torch.arange(len(tensor), device="cpu") - (counts.cumsum(0) - counts)[tensor]
-        averages: Sequence[Tensor | None] = self._averages or [None] * len(sizes)
-        lists = zip(self._parameters, self._exp_avgs, self._exp_avg_sqs, averages, strict=True)
-        addresses = [[0 if t is None else t.data_ptr() for t in tensors] for tensors in lists]
-        self._wide = not any(a % WIDE_BYTES for row in addresses for a in row) and not bool((sizes % 4).any())
+        columns = [[t.data_ptr() for t in tensors] for _, tensors in self._lists()]
+        if self._averages is None:
+            columns.insert(3, [0] * len(sizes))
+        self._wide = not any(a % WIDE_BYTES for column in columns for a in column) and not bool((sizes % 4).any())
         self._chunks = torch.stack([tensor, place], dim=1).int().to(self._device)
         self._sizes = sizes.to(self._device)
-        self._addresses = torch.tensor(addresses, dtype=torch.int64, device=self._device).view(-1, 4)
+        self._addresses = torch.tensor(columns, dtype=torch.int64, device=self._device).t().contiguous()
         self._page = self._new_page()
 
     def _check(self, name: str, tensors: Sequence[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Adam and the EMA in plain PyTorch: the path on a CPU, and what the kernels are compared with."""
+"""Adam and the EMAs in plain PyTorch: the path on a CPU, and what the kernels are compared with."""
 
 from collections.abc import Sequence
 
@@ -18,9 +18,11 @@ def adam_ema(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    second_averages: list[Tensor] | None = None,
 ) -> None:
-    """In place. scalars: learning rate, step, clip factor, average rate, skip flag."""
-    learning_rate, step, clip, average_rate, skip = scalars.tolist()
+    """In place. scalars: learning rate, step, clip factor, average rate, skip flag, and where there are second averages their
+    rate."""
+    learning_rate, step, clip, average_rate, skip, *second_average_rate = scalars.tolist()
     if skip != 0 or not parameters:
         return
     gradients = [g.to(p.dtype) for g, p in zip(gradients, parameters, strict=True)]
@@ -44,3 +46,5 @@ def adam_ema(
     )
     if averages is not None:
         torch._foreach_lerp_(averages, parameters, average_rate)
+    if second_averages is not None:
+        torch._foreach_lerp_(second_averages, parameters, *second_average_rate)

@@ -4,8 +4,12 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
+from pdfast.engine import parallelize
 from pdfast.engine.optimizer import Optimizer, linear_decay, linear_warmup
 from pdfast.engine.world import World
 from pdfast.io.errors import UsageError
@@ -90,6 +94,29 @@ def test_the_average_in_a_network(backend, ema, fast_ema):
     assert_near(model.parameters(), averages if ema else weights)
     assert_near(fast.parameters(), fasts)
     assert addresses == [p.data_ptr() for p in fast.parameters()]
+
+
+def sharded(rank: int, store: str) -> None:
+    """Of one of two processes: the network is evaluated after each update, which gathers its weights anew."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
+        world, model, fast = World(torch.device("cpu"), rank, 2, mesh), network(), network(1)
+        for net in (model, fast):
+            parallelize.shard(net, world)
+        optimizer = Optimizer(model, world, clip=1.0, ema=0.9, fast_ema=0.2, fast=fast)
+        whole, x = network().double(), torch.ones(2, 3)
+        for update in range(4):
+            step(model, optimizer, update)
+            weights = dict(zip(whole.state_dict(), in_float64(update + 1, 1.0, 0.9, 0.0, 0.2)[2], strict=True))
+            with torch.no_grad():
+                assert_near([fast(x)], [torch.func.functional_call(whole, weights, x.double())])
+    finally:
+        dist.destroy_process_group()
+
+
+def test_the_average_in_a_sharded_network(tmp_path):
+    mp.spawn(sharded, (str(tmp_path / "store"),), nprocs=2)
 
 
 @pytest.mark.parametrize("backend", ["pdfast", "torch"])

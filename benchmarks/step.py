@@ -134,7 +134,8 @@ def _conclude(setting: Setting, options: Namespace, said: Row, variant: Variant)
     row, update, batch = variant.row, variant.update, setting.config.batch_size
     row |= quantiles(variant.elapsed)
     parameters, flops = parameters_and_flops(setting.config.network)
-    rate = Progressive.cost.flops * flops * batch / row["median_ms"] / 1e9
+    cost = Progressive.round_cost(setting.config, setting.config.round_steps[0])
+    rate = cost.flops * flops * batch / row["median_ms"] / 1e9
     row |= {"images_per_second": 1e3 * batch / row["median_ms"], "tflop_s": rate, "mfu": rate / said["matmul_tflop_s"]}
     row["parameters"] = parameters
     try:

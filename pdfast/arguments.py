@@ -9,7 +9,15 @@ from typing import Annotated, Any, TypeVar
 from pdfast import own_code
 from pdfast.checks import check_values
 from pdfast.cli import parse
-from pdfast.config import SAVED_FACTS, DistillConfig, TrainConfig, parse_updates, resolve_steps
+from pdfast.config import (
+    SAVED_FACTS,
+    DistillConfig,
+    TrainConfig,
+    parse_methods,
+    parse_plan,
+    parse_updates,
+    resolve_steps,
+)
 from pdfast.flags import FlagCreatePairsOff, OptionalPath, OptionalString
 from pdfast.io.errors import UsageError
 from pdfast.io.plain import structure, unstructure
@@ -57,7 +65,8 @@ def _fields(config: Any) -> dict[str, Any]:
 
 
 def distill_arguments() -> tuple[DistillConfig, Extra]:
-    """Return the command line of `pdfast.distill`, resolved: rounds, start_steps and end_steps are all set."""
+    """Return the command line of `pdfast.distill`, resolved: rounds, start_steps and end_steps are all set, and plan where the
+    rounds are not all by one factor."""
 
     @dataclasses.dataclass(frozen=True)
     class Arguments(Extra, DistillConfig):
@@ -65,7 +74,7 @@ def distill_arguments() -> tuple[DistillConfig, Extra]:
         """package.module:function, where --teacher is a folder whose network is made by code of your own."""
 
     base = _defaults(DistillConfig, sys.argv[1:])
-    unset = dataclasses.replace(base, rounds=None, start_steps=None, end_steps=None)
+    unset = dataclasses.replace(base, plan=None, rounds=None, start_steps=None, end_steps=None)
     parsed = parse(
         Arguments,
         default=Arguments(**_fields(unset)),
@@ -73,11 +82,8 @@ def distill_arguments() -> tuple[DistillConfig, Extra]:
         description="Distill a diffusion model to few steps (Salimans & Ho 2022). Without --teacher the preset's teacher is "
         "trained first. The same command run again resumes.",
     )
-    rounds, start, end = resolve_steps(
-        (parsed.rounds, parsed.start_steps, parsed.end_steps), (base.rounds, base.start_steps, base.end_steps)
-    )
     fields = {name: getattr(parsed, name) for name in _names(DistillConfig)}
-    config = DistillConfig(**fields | {"rounds": rounds, "start_steps": start, "end_steps": end})
+    config = DistillConfig(**fields | _resolve_plan(parsed, base))
     if config.teacher is None:
         config = dataclasses.replace(config, schedule=config.schedule.with_table())
     _refuse_empty(sys.argv[1:])
@@ -85,14 +91,32 @@ def distill_arguments() -> tuple[DistillConfig, Extra]:
     own_code.allow(_own_code(config.teacher, parsed.network_from))
     if config.teacher is not None:
         _refuse_what_the_teacher_brings(config, sys.argv[1:])
-    named = parse_updates(config.updates)[1]
-    for steps in named if config.updates != base.updates else ():  # a preset's table serves any number of rounds
-        if steps not in config.round_steps:
-            raise UsageError(
-                f"--updates {config.updates} names a round to {steps} steps, but the rounds lead to "
-                f"{', '.join(map(str, config.round_steps))}: correct the table"
-            )
+    for name, read_table in (("updates", parse_updates), ("method", parse_methods)):
+        table = getattr(config, name)
+        for steps in (
+            read_table(table)[1] if table != getattr(base, name) else ()
+        ):  # a preset's serves any number of rounds
+            if steps not in config.round_steps:
+                raise UsageError(
+                    f"--{name} {table} names a round to {steps} steps, but the rounds lead to "
+                    f"{', '.join(map(str, config.round_steps))}: correct the table"
+                )
     return config, Extra(parsed.config, parsed.dry_run)
+
+
+def _resolve_plan(parsed: DistillConfig, base: DistillConfig) -> dict[str, Any]:
+    """Return the fields that say through which step counts the rounds lead: as the user said, or, where nothing was said, as the
+    preset does. UsageError where they contradict each other."""
+    said = parsed.rounds, parsed.start_steps, parsed.end_steps
+    flags = [flag for flag in ("--rounds", "--start-steps", "--end-steps", "--factor") if _peek(flag, sys.argv[1:])]
+    if parsed.plan is not None and flags:
+        raise UsageError(f"--plan {parsed.plan} and {flags[0]}: the plan says all of it, leave {flags[0]} out")
+    plan = parsed.plan if parsed.plan is not None or flags else base.plan
+    if plan is not None:
+        counts = parse_plan(plan)
+        return {"plan": plan, "rounds": len(counts) - 1, "start_steps": counts[0], "end_steps": counts[-1]}
+    rounds, start, end = resolve_steps(said, (base.rounds, base.start_steps, base.end_steps), parsed.factor)
+    return {"rounds": rounds, "start_steps": start, "end_steps": end}
 
 
 def _own_code(teacher: Path | None, network_from: str | None) -> str | None:

@@ -11,7 +11,7 @@ import torch
 
 from pdfast.config import DistillConfig, EvaluationConfig, RunConfig, TrainConfig, parse_updates
 from pdfast.data import DIGITS_SHAPE, ImageSource, check_shape, codec_of
-from pdfast.diffusion import build_step_table, check_start
+from pdfast.diffusion import check_start
 from pdfast.engine.cost import parameters_and_flops
 from pdfast.engine.optimizer import check_backend
 from pdfast.evaluation import mobilenet
@@ -19,6 +19,7 @@ from pdfast.evaluation.features import check_feature_space
 from pdfast.evaluation.metrics import split_real
 from pdfast.io.bounds import MOST_PARAMETERS, SETTINGS, require
 from pdfast.io.errors import UsageError
+from pdfast.methods import method_of_round
 from pdfast.networks import NetworkConfig
 
 GRID = 1024  # of diffusion times, at which a schedule is looked at
@@ -63,10 +64,41 @@ def check_values(config: DistillConfig | TrainConfig) -> None:
     for updates in (default, *exceptions.values()):
         if updates > SETTINGS["train.updates"].high:
             raise UsageError(f"--updates must be at most {SETTINGS['train.updates'].high}, got {updates}")
+    _check_methods(config)
     if config.convert and config.teacher is None:
         raise UsageError(
             "--convert is for a teacher that is given: say --teacher, or train one with --network.prediction v"
         )
+
+
+def _check_methods(config: DistillConfig) -> None:
+    """Raise a UsageError for settings of the rounds' methods that do not fit the plan."""
+    methods = {steps: config.method_at(steps) for steps in config.round_steps}
+    by_tract = [steps for steps, method in methods.items() if method == "tract"]
+    if config.kept.reuse > 1 and by_tract:
+        raise UsageError(
+            f"--kept.reuse {config.kept.reuse}: targets of tract are the student's own and move with it, so that none serves twice; leave "
+            "it out, or choose another --method"
+        )
+    if config.tract.grids and by_tract:
+        if by_tract != config.round_steps[:1]:
+            raise UsageError(
+                "--tract.grids is for the first round alone, whose teacher takes any number of steps: let --method name tract for "
+                f"{config.round_steps[0]} steps only"
+            )
+        for grid in config.tract.grids:
+            if grid % by_tract[0]:
+                raise UsageError(
+                    f"--tract.grids {grid} is not a multiple of the student's steps, {by_tract[0]}: correct it"
+                )
+    pair_steps, models = config.kept.pair_steps, [config.first_steps, *config.round_steps]
+    for steps in [steps for steps, method in methods.items() if method == "pairs"] if pair_steps else []:
+        finest = config.drawn_pairs_at(steps)[1]
+        if pair_steps not in models or pair_steps <= finest:
+            raise UsageError(
+                f"--kept.pair-steps {pair_steps}: pairs for the student of {finest} steps are drawn by a model before it, of "
+                f"{', '.join(str(n) for n in models if n > finest)} steps: choose one"
+            )
 
 
 def check_job(config: RunConfig) -> None:
@@ -115,7 +147,7 @@ def _check_schedule(config: RunConfig) -> None:
         return
     for steps in config.round_steps:
         try:
-            table = build_step_table(schedule, steps, config.network.prediction, config.weighting)
+            table = method_of_round(config, steps).step_table(config, steps)
         except ValueError as error:
             raise UsageError(f"the round to {steps} steps: {error}") from None
         if not all(bool(torch.isfinite(column).all()) for column in table.columns()):

@@ -1,16 +1,18 @@
 """The configuration of a run: typed, checked, and the same in a preset, on the command line and in `config.yaml`."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 import yaml
 
 from pdfast.data import LoaderName
 from pdfast.diffusion import Weighting
-from pdfast.flags import OptionalInt, OptionalPath, arg
-from pdfast.io.bounds import MOST_STEPS
+from pdfast.flags import OptionalInt, OptionalPath, OptionalString, arg
+from pdfast.io.bounds import MOST_STEPS, SETTINGS, require
 from pdfast.io.errors import UsageError
 from pdfast.io.plain import unstructure
 from pdfast.io.run_folder import RunFolder
@@ -110,6 +112,34 @@ class GuardConfig:
     """A student's channel means away from those of the first teacher's images, of the range 0 to 1."""
 
 
+MethodName = Literal["progressive", "tract", "pairs"]
+STEP_FACTOR = 2
+"""Steps of the teacher that one step of its student replaces, unless said otherwise."""
+
+
+@dataclass(frozen=True)
+class TractConfig:
+    """Transitive closure: rounds by the method tract."""
+
+    ema: float = 0.5
+    """Decay of the EMA of the student that takes the last part of the target. The one that is saved is set by --ema."""
+    grids: tuple[int, ...] = ()
+    """Numbers of the teacher's steps that a round goes through, one after the other, with equal shares of its updates (multistep
+    consistency), as 64 256 1024; each a multiple of the student's. Empty: the step count before."""
+
+
+@dataclass(frozen=True)
+class KeptConfig:
+    """Targets that are made ahead and serve several updates."""
+
+    count: int = 16384
+    """How many are kept at a time, rounded up to whole batches: pairs, or targets of the method progressive."""
+    reuse: int = 1
+    """Updates that a target of the method progressive serves; 1 makes new ones for every update."""
+    pair_steps: OptionalInt = None
+    """Step count, in the plan, of the model that draws the pairs; by default that before the first round by pairs."""
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Settings of every run."""
@@ -167,13 +197,22 @@ class DistillConfig(RunConfig):
     """v: distil a copy of the teacher that predicts v. For one that predicts eps, which cannot be distilled to one step."""
     convert_updates: int = 2000
     """Updates of the copy's training, at the rounds' batch size and learning rate."""
+    plan: OptionalString = None
+    """Step counts from the teacher's down to the last student's, as 256,64,16,4,2,1; each divides the one before. Instead of
+    rounds, start-steps and end-steps."""
     rounds: OptionalInt = None
-    """Halvings of the number of steps. Any two of rounds, start-steps and end-steps give the third; without any, the
-    preset's."""
+    """Rounds, each of which divides the number of steps by the factor. Any two of rounds, start-steps and end-steps give the third;
+    without any, the preset's."""
     start_steps: OptionalInt = None
-    """Steps of the teacher that is distilled first: 2^rounds * end_steps."""
+    """Steps of the teacher that is distilled first: factor^rounds * end_steps."""
     end_steps: OptionalInt = None
     """Steps of the last student; 1 unless said."""
+    factor: int = STEP_FACTOR
+    """Steps of the teacher that one of its student's replaces, where rounds are counted: 2 halves."""
+    method: str = "progressive"
+    """How a round is distilled: progressive (Salimans & Ho 2022), tract (transitive closure, Berthelot et al. 2023) or pairs (noise
+    and what the teacher draws from it, kept; Luhman & Luhman 2021); or with exceptions by the student's step count, as
+    progressive,2:pairs,1:pairs."""
     updates: str = "50000,2:100000,1:100000"
     """Updates per round: one number, or with exceptions by the student's step count, as 50000,2:100000,1:100000."""
     batch_size: int = 128
@@ -187,10 +226,17 @@ class DistillConfig(RunConfig):
     ema: float = 0.0
     """Decay of an EMA of the student's weights, which then is the student; 0 for none, as in the paper."""
     guard: GuardConfig = GuardConfig()
+    tract: TractConfig = TractConfig()
+    kept: KeptConfig = KeptConfig()
 
     def updates_at(self, steps: int) -> int:
         """Return the updates of the round whose student takes `steps` steps."""
         default, exceptions = parse_updates(self.updates)
+        return exceptions.get(steps, default)
+
+    def method_at(self, steps: int) -> MethodName:
+        """Return the method of the round whose student takes `steps` steps."""
+        default, exceptions = parse_methods(self.method)
         return exceptions.get(steps, default)
 
     @property
@@ -202,29 +248,76 @@ class DistillConfig(RunConfig):
     @property
     def round_steps(self) -> list[int]:
         """The students' step counts, from that of the first round down to end_steps."""
+        if self.plan is not None:
+            return parse_plan(self.plan)[1:]
         assert self.rounds is not None
-        return [self.first_steps // STEP_FACTOR**r for r in range(1, self.rounds + 1)]
+        return [self.first_steps // self.factor**r for r in range(1, self.rounds + 1)]
+
+    def steps_before(self, steps: int) -> int:
+        """Return the step count of the model that the round to `steps` begins with."""
+        return next(before for before, after in pairwise([self.first_steps, *self.round_steps]) if after == steps)
+
+    def model_folder(self, steps: int) -> Path:
+        """Return the folder of the run's model of a step count in the plan: the teacher's, or a student's."""
+        return self.folder.teacher if steps == self.first_steps else self.folder.student(steps)
+
+    def drawn_pairs_at(self, steps: int) -> tuple[int, int]:
+        """Return, of a round by pairs, the step count of the model that draws them, and that of the first of the consecutive
+        rounds which share them."""
+        rounds = self.round_steps
+        first = rounds.index(steps)
+        while first > 0 and self.method_at(rounds[first - 1]) == "pairs":
+            first -= 1
+        return self.kept.pair_steps or self.steps_before(rounds[first]), rounds[first]
+
+
+T = TypeVar("T")
+
+
+def _parse_by_steps(text: str, value: str, convert: Callable[[str], T], wanted: str) -> tuple[T, dict[int, T]]:
+    """Return the default and the exceptions of a table by step count. value: a regular expression."""
+    if not re.fullmatch(rf"({value})(,\d+:({value}))*", text):
+        raise UsageError(wanted)
+    default, *exceptions = text.split(",")
+    return convert(default), {int(steps): convert(v) for steps, v in (entry.split(":") for entry in exceptions)}
 
 
 def parse_updates(text: str) -> tuple[int, dict[int, int]]:
     """`50000` or `50000,2:100000` -> (default, {steps: updates}). UsageError where it is neither."""
-    if not re.fullmatch(r"\d+(,\d+:\d+)*", text):
-        raise UsageError(f"updates {text!r} is not a number or a table such as 50000,2:100000,1:100000")
-    default, *exceptions = text.split(",")
-    return int(default), {int(steps): int(updates) for steps, updates in (entry.split(":") for entry in exceptions)}
+    wanted = f"updates {text!r} is not a number or a table such as 50000,2:100000,1:100000"
+    return _parse_by_steps(text, r"\d+", int, wanted)
 
 
-STEP_FACTOR = 2
-"""Steps of the teacher that one step of its student replaces."""
+def parse_methods(text: str) -> tuple[MethodName, dict[int, MethodName]]:
+    """`progressive` or `progressive,1:pairs` -> (default, {steps: method}). UsageError where it is neither."""
+    names = get_args(MethodName)
+    wanted = f"method {text!r} is not one of {', '.join(names)}, or a table such as progressive,2:pairs,1:pairs"
+    return _parse_by_steps(text, "|".join(names), lambda name: cast(MethodName, name), wanted)
+
+
+def parse_plan(text: str) -> list[int]:
+    """`256,16,4,1` -> [256, 16, 4, 1]. UsageError unless each of at least two numbers is a divisor of the one before, and less."""
+    if not re.fullmatch(r"\d+(,\d+)+", text):
+        raise UsageError(f"plan {text!r} is not a list of step counts such as 256,64,16,4,1")
+    counts = list(map(int, text.split(",")))
+    for before, after in pairwise(counts):
+        if not 1 <= after < before <= MOST_STEPS or before % after:
+            raise UsageError(
+                f"plan {text!r}: {after} cannot follow {before}: each step count, from {MOST_STEPS} down to 1, must be less than "
+                "the one before and divide it"
+            )
+    return counts
+
 
 Steps = tuple[int | None, int | None, int | None]
 
 
-def resolve_steps(given: Steps, preset: Steps) -> tuple[int, int, int]:
+def resolve_steps(given: Steps, preset: Steps, factor: int = STEP_FACTOR) -> tuple[int, int, int]:
     """(rounds, start_steps, end_steps) of which any two give the third and end_steps is 1 unless said.
 
     given: what the user said, None for the rest; where nothing was said, the preset's.
     """
+    require("factor", factor, SETTINGS["factor"])
     rounds, start, end = given
     if rounds is None and start is None:
         preset_rounds, preset_start, preset_end = preset
@@ -233,20 +326,21 @@ def resolve_steps(given: Steps, preset: Steps) -> tuple[int, int, int]:
     for name, value in (("rounds", rounds), ("start-steps", start), ("end-steps", end)):
         if value is not None and value < 1:
             raise UsageError(f"--{name} must be at least 1, got {value}")
-    if rounds is not None and (rounds > MOST_STEPS.bit_length() or STEP_FACTOR**rounds > MOST_STEPS):
-        raise UsageError(f"--rounds {rounds} means more than {MOST_STEPS} steps; 13 halve 8192 steps to 1")
+    if rounds is not None and (rounds > MOST_STEPS.bit_length() or factor**rounds > MOST_STEPS):
+        by = "" if factor == STEP_FACTOR else f" by a factor of {factor}"
+        raise UsageError(f"--rounds {rounds}{by} means more than {MOST_STEPS} steps; 13 halve 8192 steps to 1")
     if end is None:
-        end = 1 if rounds is None or start is None else start // STEP_FACTOR**rounds
+        end = 1 if rounds is None or start is None else start // factor**rounds
     if start is None:
         assert rounds is not None  # a preset has one
-        start = end * STEP_FACTOR**rounds
+        start = end * factor**rounds
     if rounds is None:
         rounds = 1
-        while end * STEP_FACTOR ** (rounds + 1) <= start:
+        while end * factor ** (rounds + 1) <= start:
             rounds += 1
-    if end < 1 or start != end * STEP_FACTOR**rounds:
+    if end < 1 or start != end * factor**rounds:
         raise UsageError(
-            f"rounds = {rounds} does not lead from {start} to {max(end, 1)} steps: need start-steps = {STEP_FACTOR}^rounds * end-steps "
+            f"rounds = {rounds} does not lead from {start} to {max(end, 1)} steps: need start-steps = {factor}^rounds * end-steps "
             f"(give two of --rounds, --start-steps, --end-steps)"
         )
     return rounds, start, end

@@ -10,6 +10,7 @@ import dataclasses
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from pdfast.arguments import distill_arguments
 from pdfast.checks import check_evaluation, check_job, check_plan
@@ -27,7 +28,7 @@ from pdfast.io import interrupt
 from pdfast.io.errors import UsageError
 from pdfast.io.reading import read_json
 from pdfast.io.text import clock
-from pdfast.methods import Distillation, Progressive
+from pdfast.methods import Distillation, MethodOfRound, Networks, method_of_round
 from pdfast.networks import NetworkConfig
 from pdfast.networks.converted import ConvertedConfig
 from pdfast.plan.dry_run import print_distillation_plan
@@ -89,7 +90,7 @@ def make_teacher(
 
 def distill(
     config: DistillConfig,
-    method_class: type[Distillation],
+    method_of: MethodOfRound,
     machine: Machine,
     given_teacher: SavedModel | None,
     source: ImageSource,
@@ -104,38 +105,48 @@ def distill(
     if not world.run_on_rank0(teacher_folder.exists):
         evaluator = make_teacher(config, machine, given_teacher, source, log)
 
-    last, trainer = teacher_folder, None
+    def weights(steps: int) -> dict[str, Tensor]:
+        return load_model(config.model_folder(steps), torch.device("cpu")).network.state_dict()
+
+    networks: Networks | None = None
+    method: Distillation | None = None
+    trainer: Trainer | None = None
     for round_index, steps in enumerate(config.round_steps, start=1):
-        folder = config.folder.student(steps)
-        if not world.run_on_rank0(folder.exists):
-            if trainer is None:
-                method = method_class.open(config, machine)
-                trainer = Trainer(method, method.optimization(config), config, machine, source, log)
-            weights = load_model(last, torch.device("cpu")).network.state_dict()
-            method.start_from(weights, method.step_table(config, steps, world.device), trainer.batch)
-            stage = Stage(config.updates_at(steps), steps, round_index, read_json(last / "config.json")["sha256"])
-            training = trainer.train(stage)
-            if evaluator is None:
-                evaluator = open_evaluator(config, machine, source)
-                evaluator.set_reference(torch.from_numpy(read_reference(teacher_folder, shape)))
-            write_student(trainer, training, evaluator, stage, last)
-            if steps != config.end_steps:
-                machine.write_with_retry(lambda: build_report(config.run))
-        last = folder
+        if world.run_on_rank0(config.folder.student(steps).exists):
+            continue
+        networks = networks or Networks.prepare(config, machine)
+        kind, table = method_of(config, steps), method_of(config, steps).step_table(config, steps)
+        if method is None or type(method) is not kind or not method.table.takes(table):
+            trainer = method = None  # with what they hold of the device's memory
+            method = kind.open(config, machine, networks, table)
+            trainer = Trainer(method, kind.optimization(config), config, machine, source, log)
+        assert trainer is not None
+        method.start_from(steps, table, weights, trainer.batch)
+        models = [config.model_folder(n) for n in dict.fromkeys(kind.models(config, steps))]
+        hashes = "+".join(read_json(folder / "config.json")["sha256"] for folder in models)
+        stage = Stage(config.updates_at(steps), steps, round_index, hashes)
+        training = trainer.train(stage)
+        if evaluator is None:
+            evaluator = open_evaluator(config, machine, source)
+            evaluator.set_reference(torch.from_numpy(read_reference(teacher_folder, shape)))
+        write_student(trainer, training, evaluator, stage, models[0])
+        if steps != config.end_steps:
+            machine.write_with_retry(lambda: build_report(config.run))
 
     machine.write_with_retry(lambda: build_report(config.run))
     log.say(f"finished, {clock(total_seconds(config))} of training; open {config.folder.report}")
 
 
-def main(method: type[Distillation] = Progressive) -> None:
-    """Run the command with a method of distillation: the one of this package, or one of your own."""
+def main(method: type[Distillation] | None = None) -> None:
+    """Run the command, with a method of distillation of your own where one is given: in all rounds, whatever --method says."""
+    method_of: MethodOfRound = method_of_round if method is None else lambda config, steps: method
     config, extra = distill_arguments()
     config.folder.check()
     config, given_teacher = with_teachers_network(config)
     check_job(config)
     if extra.dry_run:
         check_plan(config)
-        print_distillation_plan(config, method.cost, open_device(config.device))
+        print_distillation_plan(config, method_of, open_device(config.device))
         return
     with open_machine(config) as machine:
         source = open_data(config, machine.world.device)
@@ -146,7 +157,7 @@ def main(method: type[Distillation] = Progressive) -> None:
         ):
             interrupt.install()
             say_what_begins(config, machine, source, log)
-            distill(config, method, machine, given_teacher, source, log)
+            distill(config, method_of, machine, given_teacher, source, log)
             log.count_bad_images()
 
 

@@ -77,6 +77,18 @@ def _coefficient_of_start(table: StepTable, summed: int) -> Tensor:
     return table.target_z if summed == 0 else torch.ones_like(table.target_z)
 
 
+def combined_target(
+    start: Float[Tensor, "n c *s"],
+    first: Float[Tensor, "n pc *s"],
+    second: Float[Tensor, "n pc *s"],
+    table: StepTable,
+    index: Int64[Tensor, "n"],
+) -> Float[Tensor, "n c *s"]:
+    """Return the target that `student_losses` compares with, of what `teacher_outputs` gave: a point of the circle, float32 [N, C, ...]."""
+    before = ddim_step(start, first, _coefficient_of_start(table, table.parts - 2), table.target_output[-2], index)
+    return ddim_step(before, second, torch.ones_like(table.target_z), table.target_output[-1], index)
+
+
 def student_losses(
     output: Float[Tensor, "n pc *s"],
     start: Float[Tensor, "n c *s"],
@@ -130,6 +142,8 @@ def distillation_loss(
         check_model(name, model)
     if not x.is_floating_point():
         raise TypeError(f"images of dtype {x.dtype}: make them floats in [-1, 1], as x.float() / 127.5 - 1")
+    if table.parts < 2:
+        raise ValueError("table: its ends are known, no teacher leads there; give what build_step_table returns")
     if table.last_by_average != (average is not None):
         raise ValueError(
             "average: this table's last part is taken by the student's average; give it"

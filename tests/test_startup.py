@@ -128,7 +128,7 @@ def test_any_number_is_refused_in_a_line_or_runs(place):
     plain = {name: value for name, value in (plain | {"evaluation_steps": [1]}).items() if name in names}
     steps, began = ("rounds", "start_steps", "end_steps"), time.process_time()
     for value in (0, -1, 1e-300, float("nan"), float("inf"), -float("inf"), 10**30, 2**63, 1e300):
-        several = place.rpartition(".")[2] in ("channel_mult", "attention_resolutions", "evaluation_steps")
+        several = place.rpartition(".")[2] in ("channel_mult", "attention_resolutions", "evaluation_steps", "grids")
         try:
             config = structure(cls, changed(plain, place, [value] if several else value), "here")
             if place in steps:
@@ -151,7 +151,8 @@ def test_every_number_has_bounds():
         of_network = {f.name for f in dataclasses.fields(NetworkConfig) if f.name != "prediction"}
         assert of_network == NETWORK.keys()
     numbers = {place for place, value in _plain_values(DIGITS) if type(value) in (int, float)}
-    assert numbers | {"rounds", "start_steps", "end_steps", "evaluation_steps"} == SETTINGS.keys()
+    unset = {"rounds", "start_steps", "end_steps", "evaluation_steps", "tract.grids", "kept.pair_steps"}
+    assert numbers | unset == SETTINGS.keys()
 
 
 def test_attention_that_an_earlier_run_never_had(tmp_path):

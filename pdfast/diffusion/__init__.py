@@ -30,7 +30,13 @@ from pdfast.diffusion.noise_levels import (
 )
 from pdfast.diffusion.samplers import Model, ancestral, check_model, ddim, prediction_of, sample
 from pdfast.diffusion.schedules import AlphaBars, ClippedCosine, Cosine, Flow, Karras, LinearBeta, Schedule, StartingAt
-from pdfast.diffusion.step_table import StepTable, angles, build_closure_table, build_step_table
+from pdfast.diffusion.step_table import (
+    StepTable,
+    angles,
+    build_closure_table,
+    build_landing_table,
+    build_step_table,
+)
 from pdfast.diffusion.weights import WEIGHTINGS, Weighting, natural_weight
 
 __all__ = [
@@ -52,6 +58,7 @@ __all__ = [
     "ancestral",
     "angles",
     "build_closure_table",
+    "build_landing_table",
     "build_step_table",
     "check_cond",
     "map_condition",

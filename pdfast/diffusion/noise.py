@@ -31,6 +31,8 @@ class Stream(IntEnum):
     ANCESTRAL = 5  # noise added by the ancestral sampler; its `update` is the step
     LABEL = 6  # class of a drawn sample
     DROPOUT = 7  # seed of the dropout of an update
+    PAIR = 8  # the noise of a pair
+    KEPT = 9  # which of the kept targets a sample of an update takes
 
 
 Key = tuple[int, int, int, int] | Tensor

@@ -21,6 +21,7 @@ where nothing cancels. The last angle is 0 for every schedule, so that row 1 of 
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,9 @@ class StepTable:
     step_z: tuple[Float[Tensor, "rows"], ...]  # m - 1: z = step_z z + step_output o, the parts but the last
     step_output: tuple[Float[Tensor, "rows p"], ...]
     target_z: Float[Tensor, "rows"]  # target = target_z z + sum_j target_output[j] o_j
-    target_output: tuple[Float[Tensor, "rows p"], ...]  # m
+    target_output: tuple[
+        Float[Tensor, "rows p"], ...
+    ]  # m; of a landing table one [R, 1], of z_end in the place of an output
     output: Float[Tensor, "rows p"]  # the student's point of the circle = output o
     weight: Float[Tensor, "rows"]  # of the squared error of that point
 
@@ -186,10 +189,46 @@ def build_closure_table(
     return table.map(_cast(dtype, device))
 
 
+def build_landing_table(
+    schedule: Schedule,
+    steps: SupportsIndex,
+    prediction: Prediction,
+    weighting: Weighting,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> StepTable:
+    """Return the table of a round with `steps` student steps whose ends are known (Luhman & Luhman 2021): m = 1, and the output that
+    lands at z_end is
+
+        o = target_z z + target_output z_end = [ sin(theta - phi) z_end - sin(theta - psi) z ] / sin(psi - phi)
+
+    with target_output [R, 1]. Other arguments and errors as of `build_step_table`.
+    """
+    steps = whole_steps(steps)
+    first = torch.arange(1, steps + 1, device="cpu")
+    grid = torch.stack([first, first - 1])
+    table = _build(schedule, grid, steps, steps, False, prediction, weighting)
+    phi, lengths = _path(schedule, grid, steps)
+    through, by_output = step_coefficients(prediction, phi[0], phi[1], lengths[0])
+    known_end = dataclasses.replace(table, target_z=-through / by_output, target_output=(1 / by_output[:, None],))
+    return known_end.map(_cast(dtype, device))
+
+
 def _cast(dtype: torch.dtype, device: torch.device | str) -> Callable[[Tensor], Tensor]:
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"a table in {dtype} would round its angles: choose torch.float32 or torch.float64")
     return lambda column: column.to(device, dtype).contiguous()
+
+
+def _path(schedule: Schedule, grid: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Return the angles of the points u = grid / size, float64 [m + 1, R], and how long the steps between them are, [m, R]."""
+    check_schedule(schedule, "phi", "delta")
+    u = grid.double() / size
+    phi = torch.where(grid == 0, 0, schedule.phi(u))
+    # A step that ends at 0 is as long as its angle: schedules may begin a little above.
+    lengths = torch.where(grid[1:] == 0, phi[:-1], schedule.delta(u[:-1], (grid[:-1] - grid[1:]).double() / size))
+    return phi, torch.where(grid[1:] == grid[:-1], 0, lengths)
 
 
 def _build(
@@ -203,14 +242,9 @@ def _build(
 ) -> StepTable:
     """Return the table in float64 of rows through the points u = grid / size; grid: int64 [m + 1, R], not increasing in its
     columns."""
-    check_schedule(schedule, "phi", "delta")
     says = parameterization(prediction)
-    u = grid.double() / size
-    phi = torch.where(grid == 0, 0, schedule.phi(u))
+    phi, lengths = _path(schedule, grid, size)
     check_start(prediction, float(phi[0, -1]))
-    # A step that ends at 0 is as long as its angle: schedules may begin a little above.
-    lengths = torch.where(grid[1:] == 0, phi[:-1], schedule.delta(u[:-1], (grid[:-1] - grid[1:]).double() / size))
-    lengths = torch.where(grid[1:] == grid[:-1], 0, lengths)
     gone = torch.cumsum(lengths, dim=0)
 
     parts = len(lengths)

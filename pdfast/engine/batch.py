@@ -30,7 +30,8 @@ class TrainingBatch:
         """network: what is trained on it. batch_size: samples per update on all processes, a multiple of their number."""
         self.world = world
         self._codec, self._condition = codec_of(network), network.condition
-        self._source, self._seed, self._batch_size, self._flip = source, seed, batch_size, flip
+        self.seed, self.batch_size = seed, batch_size
+        self._source, self._flip = source, flip
         self._part = world.part(batch_size)
         self.index = self._part.to(world.device)
         """Places of this process's samples in the global batch: int64 [n]."""
@@ -49,8 +50,8 @@ class TrainingBatch:
         began = time.perf_counter()
         if self._loaded != (round_index, update):
             if self._loaded != (round_index, update - 1):
-                seed = self._seed + (round_index << 32)
-                self._stream = self._source.stream(self._part, self._batch_size, update, seed)
+                seed = self.seed + (round_index << 32)
+                self._stream = self._source.stream(self._part, self.batch_size, update, seed)
             batch = next(self._stream)
             x, cond = batch.x, self._condition(batch.cond)
             if self.x is None:
@@ -58,9 +59,13 @@ class TrainingBatch:
             for kept, loaded in zip(tensors_of((self.x, self.cond)), tensors_of((x, cond)), strict=True):
                 kept.copy_(loaded, non_blocking=True)
             self._loaded = round_index, update
-        keys = torch.tensor([noise.key(self._seed, stream, round_index, update) for stream in STREAMS])
-        self._keys.copy_(keys if self._keys.device.type == "cpu" else keys.pin_memory(), non_blocking=True)
+        self.set_keys(round_index, update)
         self.waited += time.perf_counter() - began
+
+    def set_keys(self, round_index: int, update: int) -> None:
+        """Set the keys of an update's random numbers alone, where it needs no images."""
+        keys = torch.tensor([noise.key(self.seed, stream, round_index, update) for stream in STREAMS])
+        self._keys.copy_(keys if self._keys.device.type == "cpu" else keys.pin_memory(), non_blocking=True)
 
     def key(self, stream: Stream) -> Tensor:
         return self._keys[STREAMS.index(stream)]

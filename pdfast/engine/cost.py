@@ -41,15 +41,26 @@ def parameters_and_flops(network: NetworkConfig) -> tuple[int, int]:
 class UpdateCost:
     """What an update costs for each image, in forwards of the network."""
 
-    teacher_forwards: int
-    """Forwards without a gradient."""
+    teacher_forwards: float
+    """Forwards without a gradient, in the mean: less than one where what they say serves several updates."""
+    fast_average: bool = False
+    """Whether an EMA of the student is evaluated too, and kept beside it."""
+    kept_targets: int = 0
+    """Targets that are made ahead and kept, of all processes."""
+    tensors_a_target: int = 2
+    """Tensors of an image's shape that each of them keeps."""
 
     @property
-    def evaluations(self) -> int:
+    def has_teacher(self) -> bool:
+        """Whether a teacher is kept beside the student."""
+        return self.teacher_forwards > 0 or self.kept_targets > 0
+
+    @property
+    def evaluations(self) -> float:
         """Forwards in all: the student has one."""
         return self.teacher_forwards + 1
 
     @property
-    def flops(self) -> int:
+    def flops(self) -> float:
         """Forwards' worth of floating-point operations: the student's backward takes two."""
         return self.evaluations + 2

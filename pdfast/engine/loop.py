@@ -1,7 +1,7 @@
 """The one training loop: resume, load, update, log, stop, checkpoint. What is trained, and on what, is a `Method`."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -36,16 +36,18 @@ class Optimization:
     """Fraction of the updates, at the end, over which the learning rate falls linearly to 0."""
     weight_decay: float = 0.0
     dropout: float = 0.0
+    fast_ema: float = 0.0
+    """Decay of the EMA that is `Method.average`."""
 
     @classmethod
     def of_teacher(cls, settings: TeacherConfig) -> "Optimization":
         """Return the optimization of a teacher's training."""
-        return cls(**{name: getattr(settings, name) for name in cls.__dataclass_fields__})
+        return cls(**{f.name: getattr(settings, f.name) for f in fields(cls) if f.name != "fast_ema"})
 
     @classmethod
     def of_rounds(cls, config: DistillConfig) -> "Optimization":
         """Return the optimization of the rounds: annealed to 0, without dropout."""
-        return cls(config.batch_size, config.learning_rate, config.clip, config.ema)
+        return cls(config.batch_size, config.learning_rate, config.clip, config.ema, fast_ema=config.tract.ema)
 
     def learning_rate_at(self, update: int, updates: int) -> float:
         """Return the learning rate of the update with that index, of so many."""
@@ -71,11 +73,17 @@ class Method:
     where they are, and in `state`.
     """
 
-    cost: ClassVar[UpdateCost]
+    cost: UpdateCost
     phase: ClassVar[str]
     """Its name in log.jsonl."""
     student: Network
     """The network that is trained."""
+    average: Network | None = None
+    """A network like the student whose weights are an EMA of its, kept by the optimizer, where targets need one."""
+
+    def load(self, batch: TrainingBatch, stage: "Stage", update: int) -> None:
+        """Get ready what the update with that index reads: the batch's images and random numbers."""
+        batch.load(stage.round_index, update)
 
     def targets(self, batch: TrainingBatch) -> Targets:
         """Compute, without a gradient, what the student's losses on the batch need."""
@@ -91,8 +99,8 @@ class Method:
         targets = self.targets(batch)
         return accumulate_gradient(self.student, self.losses, targets.given, micro_batches), targets
 
-    def begin(self, batch: TrainingBatch, stage: "Stage") -> None:
-        """Check that a stage may begin. Raises RunError where it may not."""
+    def begin(self, batch: TrainingBatch, stage: "Stage", log: RunLog) -> None:
+        """Get ready for a stage, and check that it may begin. Raises RunError where it may not."""
 
     def state(self) -> dict[str, Tensor]:
         """Return what a checkpoint holds besides the student and its optimizer: tensors equal on all processes, by names of their own."""
@@ -152,7 +160,12 @@ class Trainer:
     ) -> None:
         self.method, self.optimization, self.config, self.machine, self.log = method, optimization, config, machine, log
         self.optimizer = machine.optimizer(
-            method.student, clip=optimization.clip, ema=optimization.ema, weight_decay=optimization.weight_decay
+            method.student,
+            clip=optimization.clip,
+            ema=optimization.ema,
+            weight_decay=optimization.weight_decay,
+            fast=method.average,
+            fast_ema=optimization.fast_ema,
         )
         batch_size = optimization.batch_size
         self.batch = TrainingBatch(
@@ -173,7 +186,7 @@ class Trainer:
         settings, updates = self.optimization, stage.updates
         self.method.student.train()
         optimizer.reset()
-        self.method.begin(self.batch, stage)
+        self.method.begin(self.batch, stage, log)
         checkpoints = stage.checkpoints(config, machine)
         start, seconds = 0, 0.0
         if checkpoint := checkpoints.latest():
@@ -201,7 +214,7 @@ class Trainer:
             learning_rate = settings.learning_rate_at(update, updates)
             if settings.dropout:
                 machine.seed_dropout(config.seed, update)
-            self.batch.load(stage.round_index, update)
+            self.method.load(self.batch, stage, update)
             optimizer.set(update, learning_rate)
             self.run_update()
             progress.update(update + 1, learning_rate)
@@ -226,6 +239,6 @@ class Trainer:
             "images": images,
             "seconds": progress.seconds,
             "images_per_second": images / max(progress.seconds, 1e-9),
-            "network_evaluations": images * self.method.cost.evaluations,
+            "network_evaluations": round(images * self.method.cost.evaluations),
             "skipped": int(optimizer.skipped[0]),
         }

@@ -1,5 +1,6 @@
 """Beginning a run in its folder, or going on with the one that is there."""
 
+import dataclasses
 import fcntl
 import hashlib
 import os
@@ -103,12 +104,23 @@ def _begin_or_resume(config: RunConfig, source: ImageSource, facts: dict[str, st
     if changed_data(saved, source) is None:
         before["images_sha256"] = facts["images_sha256"]  # also of a run that an earlier version began
     before["schedule"] = _schedule_of(saved, path)
+    before = _with_defaults(before, config)
     _refuse_changes(before, now, config.run)
     # Whoever reads the configuration finds what it names where it is now.
     spelled = {name: now[name] for name in ("run", "data", "teacher", "evaluation", "schedule") if name in now} | facts
     current = {name: value for name, value in saved.items() if name != "data_sha256"} | spelled
     if current != saved:
         write_file(path, yaml.safe_dump(current, sort_keys=False, width=10_000))
+
+
+def _with_defaults(before: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Return what a run was begun with, and where an earlier version knew no such setting, its default."""
+    defaults = {
+        f.name: unstructure(f.default) if dataclasses.is_dataclass(f.default) else f.default
+        for f in dataclasses.fields(config)
+        if f.default is not dataclasses.MISSING
+    }
+    return defaults | before
 
 
 def _schedule_of(before: dict, saved: Path) -> Any:

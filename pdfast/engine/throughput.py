@@ -66,7 +66,7 @@ class Speed:
     """Rates between two readings, over all processes."""
 
     batch_size: int
-    evaluations_per_image: int
+    evaluations_per_image: float
     """Forwards of a network for each image."""
     flops_per_image: float
     """Of an update, the forwards and the backward."""

@@ -1,15 +1,18 @@
 """The common part of methods that distill a teacher into a student of fewer steps, round after round."""
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from pdfast.config import STEP_FACTOR, DistillConfig
+from pdfast.config import DistillConfig
 from pdfast.diffusion import StepTable, build_step_table, map_condition
 from pdfast.engine import parallelize
 from pdfast.engine.batch import TrainingBatch
+from pdfast.engine.cost import UpdateCost
+from pdfast.engine.log import RunLog
 from pdfast.engine.loop import Method, Optimization, Stage
 from pdfast.engine.machine import Machine
 from pdfast.io.errors import RunError
@@ -20,9 +23,25 @@ TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """How near a student's output must be to its teacher's before the first update, of the largest value."""
 COMPARED_IMAGES = 8  # of each process
 
+Weights = Callable[[int], Mapping[str, Tensor]]
+"""Returns the weights, whole tensors on the CPU, of the run's model of a step count: the teacher, or an earlier student."""
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks of all rounds, whose weights each round writes: laid out once, so that compiled code stays valid."""
+
+    student: Network
+    teacher: Network
+
+    @classmethod
+    def prepare(cls, config: DistillConfig, machine: Machine) -> "Networks":
+        """Lay both out on the machine."""
+        return cls(machine.prepare_student(config.network.build()), machine.prepare_teacher())
+
 
 class RoundTable:
-    """The step table of the current round, in tensors that serve all rounds."""
+    """The step table of the current round, in tensors that serve all rounds of a method."""
 
     def __init__(self, largest: StepTable) -> None:
         """largest: the table of the round with the most rows, on the device."""
@@ -30,14 +49,22 @@ class RoundTable:
         self.count = torch.full((), len(largest), dtype=torch.int64, device=largest.phi.device)
         """Rows of the current round: int64 []."""
 
+    def takes(self, table: StepTable) -> bool:
+        """Tell whether a round may have that table after the one that there is: one of as many parts a step, and not more rows."""
+        now = self.rows
+        return (table.prediction, table.parts, table.last_by_average) == (
+            now.prediction,
+            now.parts,
+            now.last_by_average,
+        ) and len(table) <= len(now)
+
     def set(self, table: StepTable) -> None:
-        """Begin a round: rows past its last are left, and not used. ValueError for a table of another prediction, or of other parts."""
-        if table.prediction != self.rows.prediction:
+        """Begin a round: rows past its last are left, and not used. ValueError for a table that it does not take."""
+        if not self.takes(table):
             raise ValueError(
-                f"a round that predicts {table.prediction!r} after one that predicts {self.rows.prediction!r}"
+                f"a round that predicts {table.prediction!r} after one that predicts {self.rows.prediction!r}, by {table.parts} parts "
+                f"a step after {self.rows.parts}, in {len(table)} rows after {len(self.rows)}"
             )
-        if (table.parts, table.last_by_average) != (self.rows.parts, self.rows.last_by_average):
-            raise ValueError(f"a round of {table.parts} parts a step after one of {self.rows.parts}")
         for column, values in zip(self.rows.columns(), table.columns(), strict=True):
             column[: len(values)] = values
         self.count.fill_(len(table))
@@ -51,11 +78,12 @@ def images_at_steps(batch: TrainingBatch, table: RoundTable) -> tuple[Tensor, Te
 
 
 class Distillation(Method):
-    """A student that starts each round with its teacher's weights. A subclass sets `cost` and defines `targets` and `losses`."""
+    """A student that starts each round with the weights of the model before. A subclass sets `cost`, or defines `round_cost`, and
+    defines `targets` and `losses`. One object serves consecutive rounds whose tables are of one shape."""
 
     phase = "distill"
-    factor: ClassVar[int] = STEP_FACTOR
-    """The teacher's steps for one of the student's."""
+    config: DistillConfig
+    machine: Machine
 
     def __init__(
         self, student: Network, teacher: Network, table: RoundTable, run: Callable[[Callable], Callable] = identity
@@ -64,11 +92,20 @@ class Distillation(Method):
         self.student, self.teacher, self.table, self._run = student, teacher, table, run
 
     @classmethod
-    def open(cls, config: DistillConfig, machine: Machine) -> "Distillation":
-        """Lay out both networks, whose weights are yet to be written, and the table of the round with the most steps."""
-        student, teacher = machine.prepare_student(config.network.build()), machine.prepare_teacher()
-        table = RoundTable(cls.step_table(config, config.round_steps[0], machine.world.device))
-        return cls(student, teacher, table, machine.compile_function)
+    def open(
+        cls,
+        config: DistillConfig,
+        machine: Machine,
+        networks: Networks | None = None,
+        table: StepTable | None = None,
+    ) -> Self:
+        """Return the method for the rounds of a run that begin with this table, by default from the first round on."""
+        networks = networks or Networks.prepare(config, machine)
+        table = cls.step_table(config, config.round_steps[0]) if table is None else table
+        rows = RoundTable(table.to(machine.world.device))
+        method = cls(networks.student, networks.teacher, rows, machine.compile_function)
+        method.config, method.machine = config, machine
+        return method
 
     @classmethod
     def optimization(cls, config: DistillConfig) -> Optimization:
@@ -76,18 +113,37 @@ class Distillation(Method):
         return Optimization.of_rounds(config)
 
     @classmethod
-    def step_table(cls, config: DistillConfig, steps: int, device: torch.device) -> StepTable:
-        """Return the table of the round to a student of so many steps."""
+    def step_table(cls, config: DistillConfig, steps: int) -> StepTable:
+        """Return the table, on the CPU, of the round to a student of so many steps. ValueError for a schedule or steps that it cannot
+        have."""
+        factor = config.steps_before(steps) // steps
         schedule, prediction = config.schedule.build(), config.network.prediction
-        return build_step_table(schedule, steps, prediction, config.weighting, device=device, factor=cls.factor)
+        return build_step_table(schedule, steps, prediction, config.weighting, factor=factor)
 
-    def start_from(self, weights: Mapping[str, Tensor], table: StepTable, batch: TrainingBatch) -> None:
-        """Give both networks the weights, whole tensors on the CPU, and set the round's table."""
+    @classmethod
+    def models(cls, config: DistillConfig, steps: int) -> list[int]:
+        """Return the step counts of the models that the round to so many steps takes weights from."""
+        return [config.steps_before(steps)]
+
+    @classmethod
+    def round_cost(cls, config: DistillConfig, steps: int) -> UpdateCost:
+        """Return what an update of the round to so many steps costs."""
+        return cls.cost
+
+    @classmethod
+    def evaluations_before(cls, config: DistillConfig, steps: int) -> int:
+        """Return the forwards of the network that the round takes before its first update."""
+        return 0
+
+    def start_from(self, steps: int, table: StepTable, weights: Weights, batch: TrainingBatch) -> None:
+        """Begin the round to so many steps: give the networks their weights, and set the round's table."""
+        before = weights(self.config.steps_before(steps))
         for network in (self.student, self.teacher):
-            parallelize.set_weights(network, weights, batch.world)
+            parallelize.set_weights(network, before, batch.world)
         self.table.set(table)
+        self.cost = self.round_cost(self.config, steps)
 
-    def begin(self, batch: TrainingBatch, stage: Stage) -> None:
+    def begin(self, batch: TrainingBatch, stage: Stage, log: RunLog) -> None:
         """Raise a RunError unless student and teacher say the same of the first images."""
         batch.load(stage.round_index, 0)
         if batch.world.any(self._differ(batch))[0]:

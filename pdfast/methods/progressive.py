@@ -1,9 +1,10 @@
-"""Progressive Distillation (Algorithm 2 of Salimans & Ho 2022): one student step lands where two DDIM steps of the teacher do."""
+"""Progressive Distillation (Algorithm 2 of Salimans & Ho 2022): one student step lands where several DDIM steps of the teacher do."""
 
 from typing import Any
 
 from torch import Tensor
 
+from pdfast.config import DistillConfig
 from pdfast.engine.batch import TrainingBatch
 from pdfast.engine.cost import UpdateCost
 from pdfast.engine.loop import Targets
@@ -12,16 +13,21 @@ from pdfast.methods.distillation import Distillation, images_at_steps
 
 
 class Progressive(Distillation):
-    """Algorithm 2: the weighted error of one student step from `factor` DDIM steps of the teacher, which sees the whole batch."""
+    """Algorithm 2: the weighted error of one student step from the teacher's steps to the same angle, two of them where the step
+    count is halved. The teacher sees the whole batch."""
 
-    cost = UpdateCost(teacher_forwards=Distillation.factor)
+    @classmethod
+    def round_cost(cls, config: DistillConfig, steps: int) -> UpdateCost:
+        return UpdateCost(teacher_forwards=config.steps_before(steps) // steps)
 
     def targets(self, batch: TrainingBatch) -> Targets:
         rows = self.table.rows
         check_predictions(rows, student=self.student, teacher=self.teacher)
         k, phi, z = self._run(images_at_steps)(batch, self.table)
         index = k - 1
-        start, first, second = teacher_outputs(self.teacher, z, rows, index, batch.cond, self._run)
+        start, first, second = teacher_outputs(
+            self.teacher, z, rows, index, batch.cond, self._run, average=self.average
+        )
         return Targets((z, phi, batch.cond, start, first, second, index), k, self.table.count)
 
     def losses(self, z: Tensor, phi: Tensor, cond: Any, *target: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ network in S parts each, a ring moves (S - 1)/S of the gathered bytes through ea
 reduce-scatter, and 2 (R - 1)/R of the reduced bytes for an all-reduce.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -182,8 +183,12 @@ def memory(job: Job) -> dict[str, int]:
     # Between micro-batches FSDP keeps the sum of the gradients whole; only the last one divides it.
     gradients = FLOAT * count.all if job.micro_batches > 1 else part
     activations = kept(job.network, job.dtype, job.recompute, job.fused)
-    items = {"weights": part, "gradients": gradients, "Adam": 2 * part, "average": part if job.average else 0}
-    if job.cost.teacher_forwards:
+    averages = job.average + job.cost.fast_average
+    items = {"weights": part, "gradients": gradients, "Adam": 2 * part, "average": averages * part}
+    if job.cost.kept_targets:
+        kept_values = job.cost.tensors_a_target * math.prod(job.network.image_shape)
+        items["kept targets"] = FLOAT * kept_values * job.cost.kept_targets // job.processes
+    if job.cost.has_teacher:
         items["teacher"] = count.in_dtype(job.dtype) // (job.shards if job.teacher_sharded else 1)
     items["activations"] = activations.an_image * job.micro_batch
     if job.shards == 1:
@@ -203,9 +208,11 @@ def communication(job: Job) -> dict[str, int]:
     """Return bytes that one process sends, and as many that it receives, in one update, by collective."""
     count = parameters(job.network)
     others = (job.shards - 1) / job.shards
-    gathers = 2 * job.micro_batches  # of the student, forward and backward
+    gathers: float = 2 * job.micro_batches  # of the student, forward and backward
     if job.teacher_sharded:
-        gathers += job.cost.teacher_forwards
+        gathers += job.cost.teacher_forwards - job.cost.fast_average
+    if job.cost.fast_average:
+        gathers += 1
     gradients = FLOAT * count.all
     return {
         "all-gather": round(gathers * others * count.in_dtype(job.dtype)),

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 
@@ -13,7 +14,7 @@ from pdfast.engine.parallelize import chosen_dtype
 from pdfast.io.errors import UsageError
 from pdfast.io.process import is_rank0
 from pdfast.io.text import clock, count_steps
-from pdfast.methods import Denoise, Reparameterize
+from pdfast.methods import Denoise, MethodOfRound, Reparameterize
 from pdfast.networks import NetworkConfig
 from pdfast.plan.cost import Job, activation_bytes, communication, memory
 
@@ -43,7 +44,7 @@ def _job(config: RunConfig, device: torch.device, batch_size: int, cost: UpdateC
         recompute=engine.recompute,
         average=average,
         cost=cost,
-        teacher_sharded=cost.teacher_forwards > 0
+        teacher_sharded=cost.has_teacher
         and engine.shard > 1
         and teacher_in_parts(engine, config.network, dtype, device),
         fused=dtype == torch.bfloat16 or device.type == "cuda",  # who asks for bf16 on a CPU plans for a GPU
@@ -71,8 +72,10 @@ def seconds_a_forward(network: NetworkConfig, dtype: torch.dtype, most: int, dev
     return min(times) / count
 
 
-def _stages(config: RunConfig, device: torch.device, cost: UpdateCost | None = None) -> dict[str, Job]:
-    """Return the teacher's training or conversion, where there is one, and the rounds, whose updates cost so much."""
+def _stages(
+    config: RunConfig, device: torch.device, costs: Mapping[str, UpdateCost] = MappingProxyType({})
+) -> dict[str, Job]:
+    """Return the teacher's training or conversion, where there is one, and the rounds, whose updates cost so much, by their names."""
     stages = {}
     if not (isinstance(config, DistillConfig) and config.teacher):
         average = config.train.ema > 0
@@ -81,8 +84,9 @@ def _stages(config: RunConfig, device: torch.device, cost: UpdateCost | None = N
         stages["conversion"] = _job(
             config, device, config.batch_size, Reparameterize.cost, average=config.train.ema > 0
         )
-    if isinstance(config, DistillConfig) and cost:
-        stages["rounds"] = _job(config, device, config.batch_size, cost, average=config.ema > 0)
+    for name, cost in costs.items():
+        assert isinstance(config, DistillConfig)
+        stages[name] = _job(config, device, config.batch_size, cost, average=config.ema > 0)
     return stages
 
 
@@ -139,20 +143,25 @@ def _print_machine(config: RunConfig, device: torch.device, stages: Mapping[str,
     if main.processes > 1:
         print()
         _print_communication(stages)
-    print(f"\n{'stage':<12} {'updates':>10} {'images':>14} {'network evals':>16} {'time':>12}")
+    print(
+        f"\n{'stage':<12} {'updates':>10} {'images':>14} {'network evals':>16} {'cost, F':>18} {'time':>12}   "
+        "(F: a forward of one image; with its backward, 3)"
+    )
     return forward / main.processes
 
 
-def _row(name: str, updates: int, images: int, evaluations: int, seconds: float) -> None:
-    print(f"{name:<12} {updates:>10,} {images:>14,} {evaluations:>16,} {clock(seconds):>12}")
+def _print_row(name: str, updates: int, images: int, evaluations: float, cost: float, forward: float) -> float:
+    """Print a row of the table; return the cost. forward: seconds of one."""
+    print(
+        f"{name:<12} {updates:>10,} {images:>14,} {round(evaluations):>16,} {round(cost):>18,} {clock(cost * forward):>12}"
+    )
+    return cost
 
 
 def _print_stage(name: str, updates: int, job: Job, forward: float) -> float:
-    """Print the row of a stage; return its seconds."""
+    """Print the row of a stage; return its cost in forwards."""
     images = updates * job.batch_size
-    seconds = job.cost.flops * forward * images
-    _row(name, updates, images, job.cost.evaluations * images, seconds)
-    return seconds
+    return _print_row(name, updates, images, job.cost.evaluations * images, job.cost.flops * images, forward)
 
 
 def print_training_plan(config: TrainConfig, device: torch.device) -> None:
@@ -162,15 +171,18 @@ def print_training_plan(config: TrainConfig, device: torch.device) -> None:
     stages = _stages(config, device)
     print(f"plan of {config.run}: a teacher for {config.data}")
     forward = _print_machine(config, device, stages)
-    total = _print_stage("teacher", config.train.updates, stages["teacher"], forward)
-    print(f"\nexpected time {clock(total)} and the evaluation of {config.evaluation.num_samples:,} images")
+    cost = _print_stage("teacher", config.train.updates, stages["teacher"], forward)
+    print(f"\nexpected time {clock(cost * forward)} and the evaluation of {config.evaluation.num_samples:,} images")
 
 
-def print_distillation_plan(config: DistillConfig, cost: UpdateCost, device: torch.device) -> None:
-    """Print the plan of `pdfast.distill` with a method whose updates cost so much."""
+def print_distillation_plan(config: DistillConfig, method_of: MethodOfRound, device: torch.device) -> None:
+    """Print the plan of `pdfast.distill` with those methods."""
     if not is_rank0():
         return
-    stages = _stages(config, device, cost)
+    costs = {steps: method_of(config, steps).round_cost(config, steps) for steps in config.round_steps}
+    different = list(dict.fromkeys(costs.values()))
+    names = {cost: "rounds" if len(different) == 1 else f"to {_first(costs, cost)}" for cost in different}
+    stages = _stages(config, device, {name: cost for cost, name in names.items()})
     print(
         f"plan of {config.run}: {config.rounds} rounds, {config.start_steps} -> {config.end_steps} steps, on {config.data}"
     )
@@ -179,13 +191,20 @@ def print_distillation_plan(config: DistillConfig, cost: UpdateCost, device: tor
     for name, updates in (("teacher", config.train.updates), ("conversion", config.convert_updates)):
         if name in stages:
             total += _print_stage(name, updates, stages[name], forward)
-    for steps in config.round_steps:
-        total += _print_stage(count_steps(steps), config.updates_at(steps), stages["rounds"], forward)
+    for steps, cost in costs.items():
+        if before := method_of(config, steps).evaluations_before(config, steps):
+            total += _print_row("pairs", 0, cost.kept_targets, before, before, forward)
+        total += _print_stage(count_steps(steps), config.updates_at(steps), stages[names[cost]], forward)
     evaluated = [n for n in config.round_steps if n <= config.evaluation.max_steps]
     draws = (
         config.first_steps + 2 * sum(config.round_steps if not evaluated else evaluated)
     ) * config.evaluation.num_samples
-    _row("evaluation", 0, 0, draws, draws * forward)
+    _print_row("evaluation", 0, 0, draws, draws, forward)
     print(
-        f"\nexpected time {clock(total + draws * forward)} (training {clock(total)}, evaluation {clock(draws * forward)})"
+        f"\nexpected time {clock((total + draws) * forward)} (training {clock(total * forward)}, evaluation {clock(draws * forward)})"
     )
+
+
+def _first(costs: Mapping[int, UpdateCost], cost: UpdateCost) -> int:
+    """Return the first step count whose round has that cost."""
+    return next(steps for steps, c in costs.items() if c == cost)

@@ -60,7 +60,8 @@ def check_values(config: DistillConfig | TrainConfig) -> None:
         return
     default, exceptions = parse_updates(config.updates)
     if not config.folder.is_begun():
-        check_once("updates", re.findall(r"(\d+):", config.updates))
+        for flag in ("updates", "method"):
+            check_once(flag, re.findall(r"(\d+):", getattr(config, flag)))
     for updates in (default, *exceptions.values()):
         if updates > SETTINGS["train.updates"].high:
             raise UsageError(f"--updates must be at most {SETTINGS['train.updates'].high}, got {updates}")

@@ -327,8 +327,9 @@ def resolve_steps(given: Steps, preset: Steps, factor: int = STEP_FACTOR) -> tup
         if value is not None and value < 1:
             raise UsageError(f"--{name} must be at least 1, got {value}")
     if rounds is not None and (rounds > MOST_STEPS.bit_length() or factor**rounds > MOST_STEPS):
-        by = "" if factor == STEP_FACTOR else f" by a factor of {factor}"
-        raise UsageError(f"--rounds {rounds}{by} means more than {MOST_STEPS} steps; 13 halve 8192 steps to 1")
+        raise UsageError(
+            f"--rounds {rounds} means more than {MOST_STEPS} steps, each round dividing by {factor}; 13 halve 8192 steps to 1"
+        )
     if end is None:
         end = 1 if rounds is None or start is None else start // factor**rounds
     if start is None:

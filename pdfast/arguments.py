@@ -87,6 +87,10 @@ def distill_arguments() -> tuple[DistillConfig, Extra]:
     if config.teacher is None:
         config = dataclasses.replace(config, schedule=config.schedule.with_table())
     _refuse_empty(sys.argv[1:])
+    if config.minutes is not None and (said := [f for f in ("--updates", "--train.updates") if _peek(f, sys.argv[1:])]):
+        raise UsageError(
+            f"--minutes {config.minutes:g} and {said[0]}: the minutes are divided into updates, leave one of them out"
+        )
     check_values(config)
     own_code.allow(_own_code(config.teacher, parsed.network_from))
     if config.teacher is not None:

@@ -11,7 +11,7 @@ import yaml
 
 from pdfast.data import LoaderName
 from pdfast.diffusion import Weighting
-from pdfast.flags import OptionalInt, OptionalPath, OptionalString, arg
+from pdfast.flags import OptionalFloat, OptionalInt, OptionalPath, OptionalString, arg
 from pdfast.io.bounds import MOST_STEPS, SETTINGS, require
 from pdfast.io.errors import UsageError
 from pdfast.io.plain import unstructure
@@ -215,6 +215,9 @@ class DistillConfig(RunConfig):
     progressive,2:pairs,1:pairs."""
     updates: str = "50000,2:100000,1:100000"
     """Updates per round: one number, or with exceptions by the student's step count, as 50000,2:100000,1:100000."""
+    minutes: OptionalFloat = None
+    """Minutes of training in all, on this machine, in place of --updates and --train.updates: measured and divided among the teacher
+    and the rounds when the run begins, and written into its configuration."""
     batch_size: int = 128
     """Images per update (global batch size)."""
     learning_rate: float = 1e-4

@@ -31,6 +31,7 @@ from pdfast.io.text import clock
 from pdfast.methods import Distillation, MethodOfRound, Networks, method_of_round
 from pdfast.networks import NetworkConfig
 from pdfast.networks.converted import ConvertedConfig
+from pdfast.plan.budget import seconds_of_forward, with_updates
 from pdfast.plan.dry_run import print_distillation_plan
 from pdfast.pretrained.model_folder import SavedModel, load_model
 from pdfast.report.html import build_report
@@ -149,6 +150,7 @@ def main(method: type[Distillation] | None = None) -> None:
         print_distillation_plan(config, method_of, open_device(config.device))
         return
     with open_machine(config) as machine:
+        config = with_updates(config, method_of, lambda: seconds_of_forward(config, machine))
         source = open_data(config, machine.world.device)
         check_evaluation(config.evaluation, source)
         with (
@@ -157,6 +159,9 @@ def main(method: type[Distillation] | None = None) -> None:
         ):
             interrupt.install()
             say_what_begins(config, machine, source, log)
+            if config.minutes is not None:
+                teacher = "" if config.teacher else f"{config.train.updates} of the teacher, "
+                log.say(f"updates for {config.minutes:g} minutes: {teacher}rounds {config.updates}")
             distill(config, method_of, machine, given_teacher, source, log)
             log.count_bad_images()
 

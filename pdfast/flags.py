@@ -21,6 +21,7 @@ else:
 
 __all__ = [
     "FlagCreatePairsOff",
+    "OptionalFloat",
     "OptionalInt",
     "OptionalPath",
     "OptionalString",
@@ -30,6 +31,7 @@ __all__ = [
     "reader",
 ]
 
+OptionalFloat = Annotated[float | None, arg(metavar="FLOAT")]
 OptionalInt = Annotated[int | None, arg(metavar="INT")]
 OptionalString = Annotated[str | None, arg(metavar="STR")]
 OptionalPath = Annotated[Path | None, arg(metavar="PATH")]

@@ -151,7 +151,7 @@ def test_every_number_has_bounds():
         of_network = {f.name for f in dataclasses.fields(NetworkConfig) if f.name != "prediction"}
         assert of_network == NETWORK.keys()
     numbers = {place for place, value in _plain_values(DIGITS) if type(value) in (int, float)}
-    unset = {"rounds", "start_steps", "end_steps", "evaluation_steps", "tract.grids", "kept.pair_steps"}
+    unset = {"minutes", "rounds", "start_steps", "end_steps", "evaluation_steps", "tract.grids", "kept.pair_steps"}
     assert numbers | unset == SETTINGS.keys()
 
 

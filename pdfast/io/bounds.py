@@ -90,6 +90,7 @@ SETTINGS: Mapping[str, Bounds] = {
     "start_steps": STEPS,
     "end_steps": STEPS,
     "factor": whole(2, MOST_STEPS),
+    "minutes": positive(1e7),
     "tract.ema": FRACTION,
     "tract.grids": STEPS,
     "kept.count": UPDATES,

@@ -16,6 +16,7 @@ from pdfast.io.process import is_rank0
 from pdfast.io.text import clock, count_steps
 from pdfast.methods import Denoise, MethodOfRound, Reparameterize
 from pdfast.networks import NetworkConfig
+from pdfast.plan.budget import with_updates
 from pdfast.plan.cost import Job, activation_bytes, communication, memory
 
 TIMED_FLOPS = {"cpu": 4e10, "cuda": 2e13}  # of one timed forward: seconds on a laptop, a tenth of one on a GPU
@@ -187,6 +188,7 @@ def print_distillation_plan(config: DistillConfig, method_of: MethodOfRound, dev
         f"plan of {config.run}: {config.rounds} rounds, {config.start_steps} -> {config.end_steps} steps, on {config.data}"
     )
     forward = _print_machine(config, device, stages)
+    config = with_updates(config, method_of, lambda: forward)
     total = 0.0
     for name, updates in (("teacher", config.train.updates), ("conversion", config.convert_updates)):
         if name in stages:

@@ -7,7 +7,7 @@ from typing import Any
 STUDENT, TEACHER, FLOOR = "#0b6e4f", "#c2571a", "#7a7a7a"
 
 
-def _svg(draw: Callable[[Any], None]) -> str:
+def svg(draw: Callable[[Any], None]) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -25,7 +25,7 @@ def _svg(draw: Callable[[Any], None]) -> str:
     return text[text.index("<svg") :]
 
 
-def _logarithmic(axes: Any) -> None:
+def logarithmic(axes: Any) -> None:
     """A logarithmic y axis with plain numbers: matplotlib would set its powers as formulas, most of the time of a report."""
     from matplotlib.ticker import FuncFormatter
 
@@ -53,7 +53,7 @@ def quality_plot(
         if floor is not None:
             axes.axhline(floor, color=FLOOR, linestyle="--", linewidth=1, label="real against real")
         axes.set_xscale("log", base=2)
-        _logarithmic(axes)
+        logarithmic(axes)
         ticks = sorted({steps for steps, _ in student + teacher})
         axes.set_xticks(ticks, [str(t) for t in ticks])
         axes.minorticks_off()
@@ -61,7 +61,7 @@ def quality_plot(
         axes.set_ylabel(feature_space)
         axes.legend(frameon=False)
 
-    return _svg(draw)
+    return svg(draw)
 
 
 def loss_plot(curves: list[tuple[str, list[int], list[float]]]) -> str:
@@ -74,12 +74,12 @@ def loss_plot(curves: list[tuple[str, list[int], list[float]]]) -> str:
         for i, (name, updates, losses) in enumerate(curves):
             colour, marker = colours(0.9 * i / max(len(curves) - 1, 1)), "o" if len(updates) == 1 else None
             axes.plot(updates, losses, label=name, color=colour, linewidth=1.3, marker=marker, markersize=3)
-        _logarithmic(axes)
+        logarithmic(axes)
         axes.set_xlabel("update")
         axes.set_ylabel("loss")
         axes.legend(frameon=False, fontsize=8, ncols=2)
 
-    return _svg(draw)
+    return svg(draw)
 
 
 def loss_by_step_plot(curves: list[tuple[str, list[tuple[float, float]]]]) -> str:
@@ -93,9 +93,9 @@ def loss_by_step_plot(curves: list[tuple[str, list[tuple[float, float]]]]) -> st
             colour = colours(0.9 * i / max(len(curves) - 1, 1))
             axes.plot(*zip(*points, strict=True), label=name, color=colour, linewidth=1.3, marker="o", markersize=3)
         axes.set_xlim(0, 1.02)
-        _logarithmic(axes)
+        logarithmic(axes)
         axes.set_xlabel("step index k / N (noise at 1)")
         axes.set_ylabel("loss")
         axes.legend(frameon=False, fontsize=8, ncols=2)
 
-    return _svg(draw)
+    return svg(draw)

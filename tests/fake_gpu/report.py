@@ -7,6 +7,8 @@ import contextlib
 import copy
 import importlib.util
 import json
+import types
+from dataclasses import replace
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -14,17 +16,20 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 pretend()
 
 from pdfast.data import ResidentImages, source
-from pdfast.diffusion import AlphaBars, Cosine, StepTable, build_step_table
+from pdfast.config import KeptConfig
+from pdfast.diffusion import AlphaBars, Cosine, StepTable, build_closure_table, build_landing_table, build_step_table
 from pdfast.engine import optimizer as optimizer_module
 from pdfast.engine.throughput import Losses
 from pdfast.engine.optimizer import Optimizer
 from pdfast.engine.batch import TrainingBatch
 from pdfast.engine.world import World
-from pdfast.engine.loop import Method
-from pdfast.methods import Denoise, Progressive, Reparameterize, RoundTable
+from pdfast.engine.loop import Method, Stage
+from pdfast.methods import kept
+from pdfast.methods import Denoise, Distillation, KeptProgressive, Pairs, Progressive, Reparameterize, RoundTable, Tract
 from pdfast.networks import UNet
 from pdfast.networks.layers import ResBlock
 from pdfast.networks import edm_unet
+from pdfast.recipes import preset
 from pdfast.pretrained.diffusers import upsample_without_atomics
 from tests.engine.test_parallelize import CONFIG
 from tests.fake_gpu.inductor import generated
@@ -45,19 +50,22 @@ def images(share_of_gpu: float) -> ResidentImages:
     return made
 
 
-def table(steps: int) -> StepTable:
-    return TABLES[steps].map(lambda c: torch.empty(c.shape, dtype=c.dtype, device=WORLD.device))
+def table(steps: int, method: type[Distillation] = Progressive) -> StepTable:
+    return TABLES[method, steps].map(lambda c: torch.empty(c.shape, dtype=c.dtype, device=WORLD.device))
 
 
 def waits(images: ResidentImages, method: Method, losses: Losses) -> list[str]:
     """Of the second update: the first fills what is kept."""
     batch = TrainingBatch(images, WORLD, CONFIG, seed=0, batch_size=BATCH, flip=True)
-    fast = copy.deepcopy(method.student)
+    fast = method.average or copy.deepcopy(method.student)
+    if isinstance(method, Pairs):
+        method.start_from(2, table(2, Pairs), lambda steps: method.teacher.state_dict(), batch)
+        method.begin(batch, STAGE, types.SimpleNamespace(say=lambda text: None))
     optimizer = Optimizer(method.student, WORLD, clip=1.0, ema=0.9, fast_ema=0.5, fast=fast, backend="torch")
     with Waits() as seen:
         for i in range(2):
             seen.found.clear()
-            batch.load(1, i)
+            method.load(batch, STAGE, i)
             optimizer.set(i, 1e-3)
             values, targets = method.gradient(batch, micro_batches=2)
             losses.add(values, targets.row, targets.count)
@@ -68,6 +76,7 @@ def waits(images: ResidentImages, method: Method, losses: Losses) -> list[str]:
 def of_updates() -> dict[str, list[str]]:
     source.order_of = lambda samples, num_images, seed: torch.zeros_like(samples)  # it is the CPU's alone
     optimizer_module.adamw = lambda *_, **__: None  # PyTorch's own kernel, which has no fake
+    kept.ddim = lambda model, z, phi, cond: z  # it looks at the angles' values, before the round
     student, teacher = (to_fake(network) for network in NETWORKS)
     losses, rows = Losses(WORLD), RoundTable(table(8))
     rows.set(table(2))
@@ -76,10 +85,17 @@ def of_updates() -> dict[str, list[str]]:
 
     methods = {
         "a round": Progressive(student, teacher, rows),
+        "kept targets": KeptProgressive(student, teacher, rows),
+        "pairs": Pairs(student, teacher, RoundTable(table(2, Pairs))),
+        "transitive closure": Tract(student, teacher, RoundTable(table(2, Tract))),
         "a conversion": Reparameterize(student, teacher, (0.2, 1.5), 1.55),
         "a teacher": Denoise(student, Cosine(), "snr"),
         "a teacher of a table": Denoise(student, TABULATED, "snr"),
     }
+    for method in methods.values():
+        if isinstance(method, Distillation):
+            method.config, method.machine = CONFIGURED, ALONE
+    methods["transitive closure"].average = copy.deepcopy(teacher)
     found = {name: waits(images(0.5), method, losses) for name, method in methods.items()}
     return found | {"a round from the host's memory": waits(images(0.0), methods["a round"], losses)}
 
@@ -119,7 +135,26 @@ def atomics() -> dict[str, list[int]]:
 
 UPSAMPLING = upsampling()
 NETWORKS = [UNet(CONFIG), UNet(CONFIG).requires_grad_(False)]
-TABLES = {steps: build_step_table(Cosine(), steps, "v", "truncated_snr") for steps in (8, 2)}
+TABLES = {
+    (Progressive, 8): build_step_table(Cosine(), 8, "v", "truncated_snr"),
+    (Progressive, 2): build_step_table(Cosine(), 2, "v", "truncated_snr"),
+    (Tract, 2): build_closure_table(Cosine(), 8, 2, "v", "truncated_snr"),
+    (Pairs, 2): build_landing_table(Cosine(), 2, "v", "truncated_snr"),
+}
+STAGE = Stage(8, 2, 1)
+CONFIGURED = replace(
+    preset("digits"),
+    network=CONFIG,
+    plan="8,4,2",
+    rounds=2,
+    start_steps=8,
+    end_steps=2,
+    batch_size=BATCH,
+    kept=KeptConfig(32, 2),
+)
+ALONE = types.SimpleNamespace(
+    asked_to_stop=lambda place: False, watchdog=types.SimpleNamespace(beat=lambda place: None)
+)
 TABULATED = AlphaBars(torch.linspace(0.99, 0.0, 16, dtype=torch.float64))
 
 if __name__ == "__main__":

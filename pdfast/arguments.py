@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -13,6 +14,7 @@ from pdfast.config import (
     SAVED_FACTS,
     DistillConfig,
     TrainConfig,
+    parse_learning_rates,
     parse_methods,
     parse_plan,
     parse_updates,
@@ -95,14 +97,19 @@ def distill_arguments() -> tuple[DistillConfig, Extra]:
     own_code.allow(_own_code(config.teacher, parsed.network_from))
     if config.teacher is not None:
         _refuse_what_the_teacher_brings(config, sys.argv[1:])
-    for name, read_table in (("updates", parse_updates), ("method", parse_methods)):
+    tables: dict[str, Callable[[str], Any]] = {
+        "updates": lambda text: parse_updates(text)[1],
+        "method": lambda text: parse_methods(text)[1],
+        "learning_rate_at": parse_learning_rates,
+    }
+    for name, steps_in in tables.items():
         table = getattr(config, name)
-        for steps in (
-            read_table(table)[1] if table != getattr(base, name) else ()
-        ):  # a preset's serves any number of rounds
+        if table == getattr(base, name):
+            continue  # a preset's serves any number of rounds
+        for steps in steps_in(table):
             if steps not in config.round_steps:
                 raise UsageError(
-                    f"--{name} {table} names a round to {steps} steps, but the rounds lead to "
+                    f"--{name.replace('_', '-')} {table} names a round to {steps} steps, but the rounds lead to "
                     f"{', '.join(map(str, config.round_steps))}: correct the table"
                 )
     return config, Extra(parsed.config, parsed.dry_run)

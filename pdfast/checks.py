@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pdfast.config import DistillConfig, EvaluationConfig, RunConfig, TrainConfig, parse_updates
+from pdfast.config import DistillConfig, EvaluationConfig, RunConfig, TrainConfig, parse_learning_rates, parse_updates
 from pdfast.data import DIGITS_SHAPE, ImageSource, check_shape, codec_of
 from pdfast.diffusion import check_start
 from pdfast.engine.cost import parameters_and_flops
@@ -60,8 +60,10 @@ def check_values(config: DistillConfig | TrainConfig) -> None:
         return
     default, exceptions = parse_updates(config.updates)
     if not config.folder.is_begun():
-        for flag in ("updates", "method"):
-            check_once(flag, re.findall(r"(\d+):", getattr(config, flag)))
+        for name in ("updates", "method", "learning_rate_at"):
+            check_once(name.replace("_", "-"), re.findall(r"(\d+):", getattr(config, name)))
+    for rate in parse_learning_rates(config.learning_rate_at).values():
+        require("learning-rate-at", rate, SETTINGS["learning_rate"])
     for updates in (default, *exceptions.values()):
         if updates > SETTINGS["train.updates"].high:
             raise UsageError(f"--updates must be at most {SETTINGS['train.updates'].high}, got {updates}")

@@ -125,7 +125,7 @@ def distill(
         method.start_from(steps, table, weights, trainer.batch)
         models = [config.model_folder(n) for n in dict.fromkeys(kind.models(config, steps))]
         hashes = "+".join(read_json(folder / "config.json")["sha256"] for folder in models)
-        stage = Stage(config.updates_at(steps), steps, round_index, hashes)
+        stage = Stage(config.updates_at(steps), steps, round_index, hashes, config.learning_rate_to(steps))
         training = trainer.train(stage)
         if evaluator is None:
             evaluator = open_evaluator(config, machine, source)

@@ -27,6 +27,7 @@ from pdfast.engine.run import changed_data
 from pdfast.engine.world import World
 from pdfast.evaluation.evaluator import Evaluator
 from pdfast.evaluation.metrics import in_words
+from pdfast.evaluation.stored import read_reference
 from pdfast.flags import OptionalInt, OptionalPath, OptionalString, Positional, arg
 from pdfast.io.bounds import BATCH, SAMPLES, SEED, STEPS, require
 from pdfast.io.errors import UsageError
@@ -128,6 +129,27 @@ def models_to_evaluate(arguments: Arguments, device: torch.device) -> list[tuple
     return wanted
 
 
+def set_run_reference(evaluator: Evaluator, arguments: Arguments, run: dict[str, Any], shape: tuple[int, ...]) -> None:
+    """Compare with what the run's teacher drew from the same noise, where that is there: it is of the run's seed and number of images."""
+    teacher = RunFolder(arguments.model).teacher
+    same = (run.get("seed"), run.get("evaluation", {}).get("num_samples")) == (evaluator.seed, shape[0])
+    if same and (teacher / "reference.npy").exists():
+        evaluator.set_reference(torch.from_numpy(read_reference(teacher, shape)))
+
+
+def _print_seeds(rows: list[dict[str, Any]]) -> None:
+    """Print, where there was a teacher to compare with, what is near its images."""
+    if all(row["feature_distance"] is None for row in rows):
+        return
+    print("\nnext to the teacher's images from the same noise")
+    print(f"{'':<16} {'steps':>5} {'PSNR, dB':>9} {'distance':>9} {'diversity':>9} {'contrast':>9} {'saturation':>10}")
+    for row in rows:
+        ratios = (in_words(row[name]) for name in ("diversity_ratio", "contrast_ratio"))
+        cells = [in_words(row["psnr"]) if row["mse"] else "same", in_words(row["feature_distance"]), *ratios]
+        line = f"{row['model']:<16} {row['steps']:>5} {' '.join(f'{cell:>9}' for cell in cells)}"
+        print(f"{line} {in_words(row['saturation_ratio']):>10}")
+
+
 def _line(*cells: str) -> str:
     name, steps, fd, kd, cs, precision, recall, time = cells
     return f"{name:<16} {steps:>5} {fd:>14} {kd:>20} {cs:>15} {precision:>9} {recall:>7} {time:>12}".rstrip()
@@ -189,6 +211,7 @@ def main() -> None:
         seed=seed,
         world=World(device),
     )
+    set_run_reference(evaluator, arguments, run, (settings.num_samples, *first.config.image_shape))
     rows = []
     print(_line("", "steps", *evaluator.names.values(), "precision", "recall", "ms a sample"))
     for name, saved, steps in wanted:
@@ -199,6 +222,7 @@ def main() -> None:
     metrics = evaluator.metrics(rows, None)
     if metrics["real_against_real"] is not None:
         print(_line("real images", "", *_figures(metrics["real_against_real"]), ""))
+    _print_seeds(rows)
     print(f"n = {metrics['num_samples']}, next to {metrics['num_real']} real images, {metrics['device']}")
     if arguments.json is not None:
         write_json(arguments.json, metrics, REMEDY)

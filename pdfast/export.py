@@ -23,6 +23,7 @@ from pdfast.diffusers_tables import library
 from pdfast.diffusion import sample
 from pdfast.engine.device import open_device
 from pdfast.evaluation.evaluator import check_finite
+from pdfast.evaluation.metrics import in_words
 from pdfast.evaluation.stored import read_metrics
 from pdfast.exporting.pipeline import write_pipeline
 from pdfast.flags import OptionalInt, OptionalString, Positional
@@ -157,6 +158,7 @@ def _facts(saved: SavedModel) -> list[str]:
         "",
         f"- data: {data['name']}, {data['num_images']} images of {'x'.join(map(str, data['shape']))}",
     ]
+    lines += [line for row in metrics["evaluation"] if (line := _seeds(row))]
     if training:
         lines.append(
             f"- training: {training['updates']} updates on {training['images']} images in {training['seconds']:.0f} s "
@@ -164,6 +166,18 @@ def _facts(saved: SavedModel) -> list[str]:
         )
     versions = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
     return [*lines, f"- {versions}" + (f", commit {metrics['commit']}" if metrics["commit"] else "")]
+
+
+def _seeds(row: dict[str, Any]) -> str | None:
+    """Return a line on how near the images are to the teacher's from the same noise; None where nothing was compared."""
+    if row.get("feature_distance") is None or not row["mse"]:
+        return None
+    text = f"- in {count_steps(row['steps'])}, next to its teacher's images from the same noise: PSNR {in_words(row['psnr'])} dB, "
+    text += f"{in_words(row['feature_distance'])} of the distance between images of different noise"
+    for what in ("diversity", "contrast", "saturation"):
+        if row[f"{what}_ratio"] is not None:
+            text += f", {what} {in_words(row[f'{what}_ratio'])}"
+    return text + " times the teacher's"
 
 
 def export_pipeline(saved: SavedModel, steps: int, out: Path, device: torch.device) -> float:

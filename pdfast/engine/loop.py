@@ -1,7 +1,7 @@
 """The one training loop: resume, load, update, log, stop, checkpoint. What is trained, and on what, is a `Method`."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -120,6 +120,8 @@ class Stage:
     round_index: int = 0
     teacher_sha256: str | None = None
     """Of the weights that a round distills."""
+    learning_rate: float | None = None
+    """At its start; None is that of the optimization."""
 
     @property
     def title(self) -> str:
@@ -184,6 +186,8 @@ class Trainer:
         """Train a stage, or go on with it; return its figures. The student then has the EMA weights, where there are any."""
         config, machine, log, optimizer = self.config, self.machine, self.log, self.optimizer
         settings, updates = self.optimization, stage.updates
+        if stage.learning_rate is not None:
+            settings = replace(settings, learning_rate=stage.learning_rate)
         self.method.student.train()
         optimizer.reset()
         self.method.begin(self.batch, stage, log)

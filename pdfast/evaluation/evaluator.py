@@ -19,6 +19,7 @@ from pdfast.diffusion import Prediction, Schedule, noise, sample
 from pdfast.diffusion.noise import Stream
 from pdfast.engine.device import commit, describe
 from pdfast.engine.world import World
+from pdfast.evaluation import seeds
 from pdfast.evaluation.features import load_feature_space
 from pdfast.evaluation.metrics import channel_statistics, mean_squared_distance, names_in, psnr
 from pdfast.evaluation.real import RealImages
@@ -102,12 +103,12 @@ class Evaluator:
         between: Callable[[], None] = lambda: None,
     ) -> None:
         self._config, self._source, self._schedule = config, source, schedule
-        self._seed, self._world, self._between = seed, world, between
+        self.seed, self._world, self._between = seed, world, between
         self._space = load_feature_space(config.features, shape=source.shape, device=world.device)
         self.names = names_in(self._space.name)
         """What `fd`, `kd` and `cs` of a row are called."""
         self._real = RealImages(source, self._space, config.num_samples, world, config.batch_size, config.reference)
-        self._reference_images: Tensor | None = None
+        self._reference: seeds.Reference | None = None
 
     @property
     def feature_space(self) -> str:
@@ -119,8 +120,8 @@ class Evaluator:
         return self._source.take(self._real.indices[:SHOWN]).x.cpu().numpy()
 
     def set_reference(self, images: Tensor) -> None:
-        """The first teacher's images, uint8 [n, C, H, W], which every model's are compared with."""
-        self._reference_images = images
+        """Set the first teacher's images, uint8 [n, C, H, W], which every model's are compared with. All processes must call it."""
+        self._reference = seeds.Reference(images, self._real.features(images))
 
     def draw(self, model: Network, steps: int) -> tuple[Tensor, float]:
         """Return the evaluation's images, uint8 [n, C, H, W] on the CPU, and the seconds per image."""
@@ -131,7 +132,7 @@ class Evaluator:
             steps,
             self._config.num_samples,
             self._world,
-            seed=self._seed,
+            seed=self.seed,
             batch_size=self._config.batch_size,
             clip=self._config.clip,
             between=self._between,
@@ -139,20 +140,22 @@ class Evaluator:
         return images, (time.perf_counter() - began) / len(images)
 
     def measure(self, images: Tensor, steps: int, seconds: float) -> dict[str, Any]:
-        """Return one row of metrics.json for images generated in that many steps."""
+        """Return one row of metrics.json for images generated in that many steps. All processes must call it."""
         mean, std = channel_statistics(images)
+        features = self._real.features(images)
         row = {
             "steps": steps,
-            **self._real.figures(images),
+            **self._real.figures(features),
             "mse": None,
             "psnr": None,
             "channel_mean": mean,
             "channel_std": std,
+            **seeds.measures(images, features, self._reference),
             "seconds_per_sample": seconds,
         }
-        if self._reference_images is not None:
-            ratio = psnr(images, self._reference_images)
-            row["mse"] = mean_squared_distance(images, self._reference_images)
+        if self._reference is not None:
+            ratio = psnr(images, self._reference.images)
+            row["mse"] = mean_squared_distance(images, self._reference.images)
             row["psnr"] = ratio if np.isfinite(ratio) else None
         return row
 

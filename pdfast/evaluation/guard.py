@@ -26,4 +26,28 @@ def complaints(student: Row, before: Row, teacher: list[Row], bounds: GuardConfi
         said.append(
             f"colours drift: a channel's mean of the student of {steps} is {drift:.3f} off, more than {bounds.colour:g}"
         )
+    return said + _seeds(student, bounds)
+
+
+def _seeds(student: Row, bounds: GuardConfig) -> list[str]:
+    """Return what is to be said of the student's images next to the teacher's from the same noise; of what is not known, nothing."""
+    steps, said = count_steps(student["steps"]), []
+    distance, diversity = student.get("feature_distance"), student.get("diversity_ratio")
+    if distance is not None and distance > bounds.seeds:
+        said.append(
+            f"the student of {steps} does not keep its teacher's seeds: the same noise gives images {distance:.2f} times as far apart as "
+            f"different noise does, more than {bounds.seeds:g}"
+        )
+    if diversity is not None and diversity < bounds.diversity:
+        said.append(
+            f"the student of {steps} draws much the same for every seed: its images differ {diversity:.2f} times as much as its "
+            f"teacher's, less than {bounds.diversity:g}"
+        )
+    for what, low, high in (("contrast", "washed out", "overdone"), ("saturation", "faded", "oversaturated")):
+        ratio, most = student.get(f"{what}_ratio"), getattr(bounds, what)
+        if ratio is not None and abs(ratio - 1) > most:
+            said.append(
+                f"images of the student of {steps} are {low if ratio < 1 else high}: {what} {ratio:.2f} times the teacher's, more than "
+                f"{most:g} off"
+            )
     return said

@@ -84,7 +84,7 @@ class RealImages:
         # The first process alone compares, and tells the others.
         self._comparison: Any = Comparison(space, features, world.device) if world.is_rank0 else None
         if not known:
-            against_real = self.figures(real[1]) if len(held_out) else None
+            against_real = self.figures(self.features(real[1])) if len(held_out) else None
             text = json.dumps({"against_real": against_real, "channel_mean": mean, "channel_std": std})
             if world.is_rank0:
                 kept.write(features, text)
@@ -94,9 +94,13 @@ class RealImages:
         self.channel_mean: list[float] = facts["channel_mean"]
         self.channel_std: list[float] = facts["channel_std"]
 
-    def figures(self, images: Tensor) -> Figures:
-        """Of uint8 images [m, C, H, W], the same in all processes, which all must call it and all have the result."""
-        features = features_of(self._space, images, self._world, self._batch_size)
+    def features(self, images: Tensor) -> Tensor:
+        """Return features, float32 [m, d] on the CPU, of uint8 images [m, C, H, W], the same in all processes, which all must call it
+        and all have the result."""
+        return features_of(self._space, images, self._world, self._batch_size)
+
+    def figures(self, features: Tensor) -> Figures:
+        """Return the figures of images with such features; all processes must call it and all have the result."""
         return json.loads(self._world.run_on_rank0(lambda: json.dumps(self._comparison.figures(features))))
 
 

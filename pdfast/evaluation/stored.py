@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from pdfast.evaluation import seeds
 from pdfast.io.errors import UsageError
 from pdfast.io.files import check_seal
 from pdfast.io.reading import read_array, read_json
@@ -19,9 +20,9 @@ ROW = {
     "channel_mean": [NUMBER],
     "channel_std": [NUMBER],
     "seconds_per_sample": NUMBER,
-    **dict.fromkeys(("kd", "kd_std", "cs", "cs_std", "precision", "recall"), PERHAPS),
+    **dict.fromkeys(("kd", "kd_std", "cs", "cs_std", "precision", "recall", *seeds.NAMES), PERHAPS),
 }
-"""A row of figures; the last line's are None in what older versions wrote."""
+"""A row of figures; the last line's are missing in what older versions wrote."""
 METRICS = {
     "feature_space": str,
     "num_samples": int,

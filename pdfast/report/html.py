@@ -245,6 +245,7 @@ def build_report(run: Path) -> Path:
         headline=_headline(teacher, students, config.get("rounds")),
         facts=teacher.metrics if teacher else None,
         rows=_rows(teacher, students),
+        keeps_seeds=any(s.metrics["evaluation"][0].get("feature_distance") is not None for s in students),
         conversion=_conversion(teacher),
         quality=quality,
         round_losses=loss_plot(rounds) if rounds else None,

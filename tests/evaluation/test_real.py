@@ -57,7 +57,7 @@ def cache(tmp_path, monkeypatch):
 
 def everything(real_images: RealImages) -> tuple:
     """All that it says, of itself and of other images."""
-    figures = real_images.figures(images_of(30, 5).permute(0, 3, 1, 2))
+    figures = real_images.figures(real_images.features(images_of(30, 5).permute(0, 3, 1, 2)))
     return figures, real_images.against_real, real_images.channel_mean, real_images.channel_std
 
 

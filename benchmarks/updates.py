@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.command import Unavailable
-from pdfast.config import DistillConfig, EngineConfig, resolve_steps
+from pdfast.config import DistillConfig, EngineConfig, fields_of_plan, resolve_steps
 from pdfast.data import ResidentImages
 from pdfast.diffusion import to_x
 from pdfast.engine import parallelize
@@ -75,8 +75,11 @@ def random_weights(network: NetworkConfig, seed: int) -> dict[str, Tensor]:
 @contextlib.contextmanager
 def open_setting(preset: DistillConfig, device: torch.device, batch: int, engine: EngineConfig) -> Iterator[Setting]:
     """The preset's first round at that batch, on random images."""
-    resolved = resolve_steps((None, None, None), (preset.rounds, preset.start_steps, preset.end_steps))
-    steps = dict(zip(("rounds", "start_steps", "end_steps"), resolved, strict=True))
+    if preset.plan is None:
+        resolved = resolve_steps((None, None, None), (preset.rounds, preset.start_steps, preset.end_steps))
+        steps = dict(zip(("rounds", "start_steps", "end_steps"), resolved, strict=True))
+    else:
+        steps = fields_of_plan(preset.plan)
     train = replace(preset.train, batch_size=batch)
     config = replace(preset, device=str(device), batch_size=batch, train=train, engine=engine, **steps)
     network, generator = config.network, torch.Generator().manual_seed(0)

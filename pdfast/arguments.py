@@ -14,9 +14,9 @@ from pdfast.config import (
     SAVED_FACTS,
     DistillConfig,
     TrainConfig,
+    fields_of_plan,
     parse_learning_rates,
     parse_methods,
-    parse_plan,
     parse_updates,
     resolve_steps,
 )
@@ -124,8 +124,7 @@ def _resolve_plan(parsed: DistillConfig, base: DistillConfig) -> dict[str, Any]:
         raise UsageError(f"--plan {parsed.plan} and {flags[0]}: the plan says all of it, leave {flags[0]} out")
     plan = parsed.plan if parsed.plan is not None or flags else base.plan
     if plan is not None:
-        counts = parse_plan(plan)
-        return {"plan": plan, "rounds": len(counts) - 1, "start_steps": counts[0], "end_steps": counts[-1]}
+        return fields_of_plan(plan)
     rounds, start, end = resolve_steps(said, (base.rounds, base.start_steps, base.end_steps), parsed.factor)
     return {"rounds": rounds, "start_steps": start, "end_steps": end}
 

@@ -17,6 +17,7 @@ from pdfast.engine.optimizer import check_backend
 from pdfast.evaluation import mobilenet
 from pdfast.evaluation.features import check_feature_space
 from pdfast.evaluation.metrics import split_real
+from pdfast.evaluation.trained import check_labels
 from pdfast.io.bounds import MOST_PARAMETERS, SETTINGS, require
 from pdfast.io.errors import UsageError
 from pdfast.methods import method_of_round
@@ -176,3 +177,5 @@ def check_evaluation(evaluation: EvaluationConfig, source: ImageSource) -> None:
     """Raise a UsageError, before anything is trained, drawn or written, where these images cannot be evaluated as configured."""
     split_real(source.num_images, evaluation.num_samples, seed=0, reference=evaluation.reference)
     check_feature_space(evaluation.features, source.shape)
+    if evaluation.features == "classifier":
+        check_labels(source)

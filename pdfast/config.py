@@ -54,7 +54,8 @@ class EvaluationConfig:
     """How teacher and students are evaluated."""
 
     features: str = "mobilenet"
-    """Feature space of distances and scores: digits, mobilenet, or a path to Inception weights (then they are FID, KID, IS)."""
+    """Feature space of distances and scores: digits, mobilenet, classifier (of the data's own labels, trained once), or a path to
+    Inception weights (then they are FID, KID, IS)."""
     num_samples: int = 10000
     """Generated images; the same number everywhere, so that distances are comparable."""
     reference: Reference = "half"
@@ -158,7 +159,7 @@ class RunConfig:
     schedule: ScheduleConfig = ScheduleConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     preset: str = "digits"
-    """Starting point that every other flag overrides: digits, cifar10-fast, cifar10, imagenet64, lsun128."""
+    """Starting point that every other flag overrides: digits, fashion, cifar10-fast, cifar10, imagenet64, lsun128."""
     data: str = "digits"
     """Images: digits (built in), a .npy or .npz file of uint8 images, or a folder of image files, tar shards or TFRecord."""
     loader: LoaderName = "auto"
@@ -332,6 +333,12 @@ def parse_plan(text: str) -> list[int]:
                 "the one before and divide it"
             )
     return counts
+
+
+def fields_of_plan(text: str) -> dict[str, Any]:
+    """Return the fields of a DistillConfig that a plan fixes. UsageError for one that is none."""
+    counts = parse_plan(text)
+    return {"plan": text, "rounds": len(counts) - 1, "start_steps": counts[0], "end_steps": counts[-1]}
 
 
 Steps = tuple[int | None, int | None, int | None]

@@ -10,13 +10,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before pdfast_kernels is imported: see tests/kernels
 
-from pdfast.evaluation import features
+from pdfast.evaluation import trained
 from pdfast.io import interrupt
 from tests.commands import TINY_DISTILL, call
 
 torch.set_num_threads(1)
 # The digits' feature space is the same on every call; commands called in this process need not train it each time.
-features.train_digits_features = functools.cache(features.train_digits_features)
+trained.train_digits_features = functools.cache(trained.train_digits_features)
 
 
 @pytest.fixture(autouse=True, scope="session")

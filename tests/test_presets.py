@@ -1,14 +1,18 @@
 """Every preset at its full size, on an image or two: an update of the teacher, then of its student."""
 
+import dataclasses
 import importlib.util
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.recipes import cost_of
+from pdfast.config import fields_of_plan
 from pdfast.data import ResidentImages
 from pdfast.diffusion import build_step_table
 from pdfast.engine.batch import TrainingBatch
+from pdfast.engine.cost import parameters_and_flops
 from pdfast.engine.optimizer import Optimizer
 from pdfast.engine.world import World
 from pdfast.evaluation import mobilenet
@@ -20,6 +24,16 @@ from tests.commands import call
 
 pytestmark = pytest.mark.slow
 ALONE = World(torch.device("cpu"))
+
+
+def test_fashion_is_for_a_laptop():
+    """At most 0.15 GFLOP a forward and image, and all of it within 90 minutes at 80 GFLOP/s."""
+    config = PRESETS["fashion"]
+    config = dataclasses.replace(config, **fields_of_plan(config.plan))
+    flops = parameters_and_flops(config.network)[1]
+    assert flops <= 0.15e9
+    forwards = config.train.updates * config.train.batch_size * 3 + cost_of(config)
+    assert forwards * flops < 90 * 60 * 80e9
 
 
 @pytest.mark.parametrize("name", PRESETS)

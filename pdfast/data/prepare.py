@@ -55,8 +55,7 @@ def fashion_mnist(
         out: The .npz file to write.
     """
     _check_out(out)
-    network = "--network.image-size 28 --network.image-channels 1 --network.attention-resolutions 14 7"
-    _save(out, *load_fashion_mnist(source), f"--preset cifar10-fast --run runs/fashion-mnist --no-flip {network}")
+    _save(out, *load_fashion_mnist(source), "--preset fashion")
 
 
 def images(

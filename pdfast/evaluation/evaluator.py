@@ -104,7 +104,7 @@ class Evaluator:
     ) -> None:
         self._config, self._source, self._schedule = config, source, schedule
         self.seed, self._world, self._between = seed, world, between
-        self._space = load_feature_space(config.features, shape=source.shape, device=world.device)
+        self._space = load_feature_space(config.features, source=source, world=world)
         self.names = names_in(self._space.name)
         """What `fd`, `kd` and `cs` of a row are called."""
         self._real = RealImages(source, self._space, config.num_samples, world, config.batch_size, config.reference)

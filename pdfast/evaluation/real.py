@@ -3,10 +3,7 @@
 import functools
 import hashlib
 import json
-import os
-import uuid
 import warnings
-from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
@@ -17,18 +14,12 @@ from pdfast.config import Reference
 from pdfast.data import ImageSource
 from pdfast.data.source import of_tensors
 from pdfast.engine.world import World
+from pdfast.evaluation.cache import cache_folder, keep
 from pdfast.evaluation.metrics import Comparison, Figures, channel_statistics, features_of, split_real
-from pdfast.io.errors import RunError, UsageError
-from pdfast.io.files import write_file
 from pdfast.io.names import utf8_path
 
 FORMAT = 3  # of what is kept; another one where features, figures or the split come to mean something else
 ENOUGH = 10000  # natural images; what fewer give depends on n more than on the model
-
-
-def cache_folder() -> Path:
-    """Return where statistics of real images are kept: $PDFAST_CACHE, or ~/.cache/pdfast."""
-    return Path(os.path.expanduser(os.environ.get("PDFAST_CACHE") or "~/.cache/pdfast"))
 
 
 class RealImages:
@@ -153,15 +144,5 @@ class _Kept:
     def write(self, features: Tensor, facts: str) -> None:
         """Where that fails a warning says so: nothing is lost but time."""
         metadata = {"key": self._key, "facts": facts, "sha256": self._checksum(features, facts)}
-        # Another process may be writing the same.
-        own = self._path.with_suffix(f".{uuid.uuid4().hex}")
-        try:
-            write_file(own, save({"features": features.contiguous()}, metadata))
-            os.replace(own, self._path)
-        except (UsageError, RunError, OSError):
-            for rest in own.parent.glob(f"*{own.name}*"):
-                rest.unlink(missing_ok=True)
-            warnings.warn(
-                f"statistics of the real images could not be kept in {self._path.parent}: set PDFAST_CACHE to another folder",
-                stacklevel=2,
-            )
+        content = save({"features": features.contiguous()}, metadata)
+        keep(self._path, content, "statistics of the real images")

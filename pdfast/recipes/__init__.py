@@ -8,10 +8,11 @@ from pdfast.io.reading import shown
 from pdfast.recipes.cifar10 import CIFAR10
 from pdfast.recipes.cifar10_fast import CIFAR10_FAST
 from pdfast.recipes.digits import DIGITS
+from pdfast.recipes.fashion import FASHION
 from pdfast.recipes.imagenet64 import IMAGENET64
 from pdfast.recipes.lsun128 import LSUN128
 
-PRESETS = {config.preset: config for config in (DIGITS, CIFAR10_FAST, CIFAR10, IMAGENET64, LSUN128)}
+PRESETS = {config.preset: config for config in (DIGITS, FASHION, CIFAR10_FAST, CIFAR10, IMAGENET64, LSUN128)}
 
 
 def preset(name: str) -> DistillConfig:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from pdfast.data import load_source
 from pdfast.diffusion.noise import permutation
-from pdfast.evaluation import features, mobilenet
 from pdfast.evaluation import inception as inception_module
-from pdfast.evaluation.features import NUM_TRAINED, SEED, load_feature_space
+from pdfast.evaluation import mobilenet, trained
+from pdfast.evaluation.features import load_feature_space
 from pdfast.evaluation.inception import InceptionFeatures, InceptionV3
 from pdfast.evaluation.metrics import FrechetDistance, split_real
+from pdfast.evaluation.trained import NUM_TRAINED, SEED
 from pdfast.io.errors import UsageError
 from pdfast.io.files import sha256
 
@@ -96,7 +97,7 @@ def test_digits_classifier_knows_digits_it_was_not_trained_on(digits, real):
 
 def trained_again(digits: nn.Module) -> dict[str, Tensor]:
     """The space trained anew: conftest.py keeps the first for all other tests."""
-    features.train_digits_features.cache_clear()
+    trained.train_digits_features.cache_clear()
     again = load_feature_space("digits")
     assert again is not digits
     return again.state_dict()
@@ -155,7 +156,9 @@ def test_digits_refuses_other_images(digits):
 
 @pytest.mark.parametrize("spec", ["mobilnet", "FID", "weights.bin", ""])
 def test_an_unknown_space_lists_the_choices(spec):
-    with pytest.raises(UsageError, match=r"choose digits, mobilenet, or give a \.pth or \.safetensors") as caught:
+    with pytest.raises(
+        UsageError, match=r"choose digits, mobilenet, classifier, or give a \.pth or \.safetensors"
+    ) as caught:
         load_feature_space(spec)
     assert "\n" not in str(caught.value)
 

@@ -95,13 +95,12 @@ def _check_methods(config: DistillConfig) -> None:
                 raise UsageError(
                     f"--tract.grids {grid} is not a multiple of the student's steps, {by_tract[0]}: correct it"
                 )
-    pair_steps, models = config.kept.pair_steps, [config.first_steps, *config.round_steps]
-    for steps in [steps for steps, method in methods.items() if method == "pairs"] if pair_steps else []:
-        finest = config.drawn_pairs_at(steps)[1]
-        if pair_steps not in models or pair_steps <= finest:
+    for steps in [steps for steps, method in methods.items() if method == "pairs"]:
+        origin = config.pairs_at(steps)
+        if origin.steps % origin.finest:
             raise UsageError(
-                f"--kept.pair-steps {pair_steps}: pairs for the student of {finest} steps are drawn by a model before it, of "
-                f"{', '.join(str(n) for n in models if n > finest)} steps: choose one"
+                f"--kept.pair-steps {origin.steps}: pairs for the student of {origin.finest} steps are drawn in a multiple of its steps: "
+                f"correct it"
             )
 
 

@@ -147,7 +147,24 @@ class KeptConfig:
     reuse: int = 1
     """Updates that a target of the method progressive serves; 1 makes new ones for every update."""
     pair_steps: OptionalInt = None
-    """Step count, in the plan, of the model that draws the pairs; by default that before the first round by pairs."""
+    """Steps in which the pairs are drawn: by the student in the plan that has so many, otherwise by the first teacher. By default the
+    model before the first round by pairs draws, in its own number of steps."""
+    pair_order: int = 2
+    """Order of the sampler that the first teacher draws pairs with: 1 is DDIM, 2 needs fewer steps. A student draws by DDIM."""
+
+
+@dataclass(frozen=True)
+class PairsOrigin:
+    """Where the pairs of a round come from."""
+
+    model: int
+    """Step count, in the plan, of the model that draws them."""
+    steps: int
+    """Steps in which it does."""
+    order: int
+    """Of its sampler."""
+    finest: int
+    """Step count of the first of the consecutive rounds that share them: they keep the states at the ends of its student's steps."""
 
 
 @dataclass(frozen=True)
@@ -280,14 +297,16 @@ class DistillConfig(RunConfig):
         """Return the folder of the run's model of a step count in the plan: the teacher's, or a student's."""
         return self.folder.teacher if steps == self.first_steps else self.folder.student(steps)
 
-    def drawn_pairs_at(self, steps: int) -> tuple[int, int]:
-        """Return, of a round by pairs, the step count of the model that draws them, and that of the first of the consecutive
-        rounds which share them."""
+    def pairs_at(self, steps: int) -> "PairsOrigin":
+        """Return where the pairs of a round come from."""
         rounds = self.round_steps
         first = rounds.index(steps)
         while first > 0 and self.method_at(rounds[first - 1]) == "pairs":
             first -= 1
-        return self.kept.pair_steps or self.steps_before(rounds[first]), rounds[first]
+        drawn_in = self.kept.pair_steps or self.steps_before(rounds[first])
+        model = drawn_in if drawn_in in rounds[:first] else self.first_steps
+        order = self.kept.pair_order if model == self.first_steps else 1
+        return PairsOrigin(model, drawn_in, order, rounds[first])
 
 
 T = TypeVar("T")

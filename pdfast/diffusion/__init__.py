@@ -28,7 +28,7 @@ from pdfast.diffusion.noise_levels import (
     sigma_from_phi,
     time_from_phi,
 )
-from pdfast.diffusion.samplers import Model, ancestral, check_model, ddim, prediction_of, sample
+from pdfast.diffusion.samplers import Model, ancestral, check_model, ddim, prediction_of, sample, trajectory
 from pdfast.diffusion.schedules import AlphaBars, ClippedCosine, Cosine, Flow, Karras, LinearBeta, Schedule, StartingAt
 from pdfast.diffusion.step_table import (
     StepTable,
@@ -88,4 +88,5 @@ __all__ = [
     "time_from_phi",
     "to_v",
     "to_x",
+    "trajectory",
 ]

@@ -6,13 +6,14 @@ pass over all of them a place takes each of its targets once, beginning anywhere
 number of processes nor a resume changes what is trained on: targets are made again, and are the same.
 """
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pdfast.config import DistillConfig
-from pdfast.diffusion import StepTable, angles, build_landing_table, ddim, map_condition, noise, tensors_of
+from pdfast.config import DistillConfig, PairsOrigin
+from pdfast.diffusion import StepTable, angles, build_landing_table, map_condition, noise, tensors_of, trajectory
 from pdfast.diffusion.noise import Stream
 from pdfast.engine import parallelize
 from pdfast.engine.batch import TrainingBatch
@@ -124,9 +125,7 @@ class Pairs(_Kept):
 
     _states: _Store | None = None
     _conditions: _Store
-    _drawn_by: int
-    _finest: int
-    """Step counts of the model that draws, and of the first student that learns from what it draws."""
+    _origin: PairsOrigin
     _stride: Tensor
     """Kept states in one of the student's steps: int64 []."""
 
@@ -136,47 +135,47 @@ class Pairs(_Kept):
 
     @classmethod
     def models(cls, config: DistillConfig, steps: int) -> list[int]:
-        return [*super().models(config, steps), config.drawn_pairs_at(steps)[0]]
+        return [*super().models(config, steps), config.pairs_at(steps).model]
 
     @classmethod
     def round_cost(cls, config: DistillConfig, steps: int) -> UpdateCost:
         kept = count_batches(config) * config.batch_size
-        return UpdateCost(0, kept_targets=kept, tensors_a_target=1 + config.drawn_pairs_at(steps)[1])
+        return UpdateCost(0, kept_targets=kept, tensors_a_target=1 + config.pairs_at(steps).finest)
 
     @classmethod
     def evaluations_before(cls, config: DistillConfig, steps: int) -> int:
-        drawn_by, finest = config.drawn_pairs_at(steps)
-        return count_batches(config) * config.batch_size * drawn_by if steps == finest else 0
+        origin = config.pairs_at(steps)
+        return count_batches(config) * config.batch_size * origin.steps if steps == origin.finest else 0
 
     def start_from(self, steps: int, table: StepTable, weights: Weights, batch: TrainingBatch) -> None:
         parallelize.set_weights(self.student, weights(self.config.steps_before(steps)), batch.world)
         if self._states is None:
             self._stride = torch.zeros_like(self.table.count)
-            self._drawn_by, self._finest = self.config.drawn_pairs_at(steps)
-            parallelize.set_weights(self.teacher, weights(self._drawn_by), batch.world)
+            self._origin = self.config.pairs_at(steps)
+            parallelize.set_weights(self.teacher, weights(self._origin.model), batch.world)
         self.table.set(table)
         self.cost = self.round_cost(self.config, steps)
-        self._stride.fill_(self._finest // steps)
+        self._stride.fill_(self._origin.finest // steps)
 
     def begin(self, batch: TrainingBatch, stage: Stage, log: RunLog) -> None:
         """Draw the pairs, unless a round before has. Raises Interrupted where the run was asked to stop."""
         if self._states is not None:
             return
-        count, place = self._batches * batch.batch_size, len(batch.index)
-        log.say(f"drawing {count:,} pairs by the model of {count_steps(self._drawn_by)}")
-        states, self._conditions = _Store(self._batches * place * (self._finest + 1)), _Store(self._batches * place)
-        path = angles(self.config.schedule.build(), self._drawn_by)
-        every, network = self._drawn_by // self._finest, self.config.network
+        origin, count, place = self._origin, self._batches * batch.batch_size, len(batch.index)
+        log.say(f"drawing {count:,} pairs in {count_steps(origin.steps)} of the model of {count_steps(origin.model)}")
+        each, every = origin.finest + 1, origin.steps // origin.finest
+        states, self._conditions = _Store(self._batches * place * each), _Store(self._batches * place)
+        path, network = angles(self.config.schedule.build(), origin.steps), self.config.network
         for i in range(self._batches):
             index = i * batch.batch_size + batch.index
             z = noise.normal(noise.key(batch.seed, Stream.PAIR), index, network.image_shape)
             cond = network.draw_condition(batch.seed, index)
             self._conditions.write(slice(i * place, (i + 1) * place), cond)
-            for j in range(self._finest + 1):
-                if j > 0:
-                    z = ddim(self.teacher, z, path[(j - 1) * every : j * every + 1], cond=cond)
-                first, end = (p * place * (self._finest + 1) + j for p in (i, i + 1))
-                states.write(slice(first, end, self._finest + 1), z)
+            drawn = itertools.chain([z], trajectory(self.teacher, z, path, order=origin.order, cond=cond))
+            for step, state in enumerate(drawn):
+                if step % every == 0:
+                    first = i * place * each + step // every
+                    states.write(slice(first, first + place * each, each), state)
                 if self.machine.asked_to_stop("the drawing of pairs"):
                     raise Interrupted(f"stopped; {RESUME_HINT}")  # they are drawn again
         self._states = states
@@ -188,7 +187,7 @@ class Pairs(_Kept):
     def targets(self, batch: TrainingBatch) -> Targets:
         assert self._states is not None and self._index is not None
         rows, k = self.table.rows, batch.step_indices(self.table.count)
-        index, end = k - 1, (self._index + 1) * (self._finest + 1) - 1 - (k - 1) * self._stride
+        index, end = k - 1, (self._index + 1) * (self._origin.finest + 1) - 1 - (k - 1) * self._stride
         z, z_end = self._states.read(end - self._stride), self._states.read(end)
         target = self._run(ddim_step)(z, z_end, rows.target_z, rows.target_output[0], index)
         given = z, rows.phi[index], self._conditions.read(self._index), target, rows.output[index], rows.weight[index]

@@ -14,7 +14,16 @@ import torch
 
 from pdfast.config import KeptConfig, TractConfig
 from pdfast.data import load_source
-from pdfast.diffusion import PREDICTIONS, Cosine, build_landing_table, ddim, noise, outputs_per_channel, sample
+from pdfast.diffusion import (
+    PREDICTIONS,
+    Cosine,
+    build_landing_table,
+    ddim,
+    noise,
+    outputs_per_channel,
+    sample,
+    trajectory,
+)
 from pdfast.diffusion.noise import Stream
 from pdfast.engine.batch import TrainingBatch
 from pdfast.engine.log import RunLog
@@ -139,6 +148,23 @@ def test_pairs_are_what_the_model_draws(digits):
         assert parameters_equal(method.student, models[2])
 
 
+def test_the_first_teacher_draws_in_any_number_of_steps(digits):
+    """By the sampler of second order, from its own weights."""
+    config = setting(plan="8,4,2", rounds=2, end_steps=2, method="progressive,2:pairs", kept=KeptConfig(8, 1, 6))
+    models = {8: weights(0), 4: weights(1)}
+    with open_machine(config) as machine:
+        method, batch = opened(Pairs, config, machine, digits, 2, models.__getitem__)
+        method.begin(batch, Stage(6, 2, 2), Silent())
+        network = config.network.build()
+        network.load_state_dict(models[8])
+        z = noise.normal(noise.key(config.seed, Stream.PAIR), torch.arange(8), (1, 8, 8))
+        *_, end = trajectory(network, z, Cosine().phi(torch.linspace(1, 0, 7, dtype=torch.float64)), order=2)
+        kept_end = method._states.read(torch.arange(2, 24, 3))
+        torch.testing.assert_close(kept_end, end, atol=1e-5, rtol=0)
+        assert method.evaluations_before(config, 2) == 8 * 6 and method.models(config, 2) == [4, 8]
+        assert parameters_equal(method.student, models[4])
+
+
 def parameters_equal(network, expected):
     return all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())
 
@@ -230,7 +256,7 @@ def test_plans_that_cannot_be(tmp_path, capsys):
         ("--plan 16,4 --method magic", ("magic", "progressive, tract, pairs")),
         ("--plan 16,4 --method progressive,2:pairs", ("--method", "2 steps", "4: correct")),
         ("--plan 16,4 --method tract --kept.reuse 2", ("--kept.reuse 2", "tract")),
-        ("--plan 16,4,1 --method pairs --kept.pair-steps 8", ("--kept.pair-steps 8", "16 steps: choose one")),
+        ("--plan 16,4,1 --method pairs --kept.pair-steps 6", ("--kept.pair-steps 6", "4 steps", "a multiple")),
         ("--plan 16,4,1 --method tract --tract.grids 8 16", ("--tract.grids", "4 steps only")),
         ("--plan 16,4 --method tract --tract.grids 10", ("--tract.grids 10", "multiple", "4")),
     ):

@@ -3,7 +3,7 @@
     python -m benchmarks.recipes --seeds 0 1 2 --runs runs/recipes --json recipes.json
     python -m benchmarks.recipes --seeds 3 4 5 --variants halving pairs --cost 0.25 1 4 --runs runs/recipes --json recipes.json
 
-The teacher of a seed is trained once. A run that is there already is read, one that was stopped goes on. The cost of a variant is that
+The teacher of a seed is trained once. A run that is finished is read, one that was stopped goes on. The cost of a variant is that
 of its rounds in thousand F, forwards of one image (3 with the backward), what it draws before included; --cost multiplies updates and
 kept targets. Rows are by variant, cost, seed and step count; --plot draws the mean distance against the cost.
 """
@@ -26,25 +26,35 @@ from pdfast.io.text import count_steps
 from pdfast.methods import method_of_round
 from pdfast.report.plots import logarithmic, svg
 
-TODAY = "--plan 256,128,64,32,16,8,4,2,1 --learning-rate 5e-4"
-TO_EIGHT = "--plan 256,128,64,32,16,8,4,2,1 --method progressive,4:pairs,2:pairs,1:pairs --kept.count 16384"
-PAIRS = f"{TO_EIGHT} --learning-rate 1e-3 --updates 50,16:75,8:100,4:200,2:400,1:800"
+HALVING = "--plan 256,128,64,32,16,8,4,2,1 --batch-size 128 --learning-rate-at="
+FOR_HALVING = f"{HALVING} --method progressive --learning-rate 5e-4 --updates 50,16:75,8:100,4:150,2:300,1:600"
+SMALLER = "--batch-size 64 --learning-rate 2.5e-4 --learning-rate-at 8:1e-3,4:1e-3,2:1e-3,1:1e-3"
+PAIRS = (
+    f"--plan 256,128,64,32,16,8,4,2,1 {SMALLER} --method progressive,8:pairs,4:pairs,2:pairs,1:pairs --kept.pair-steps 16 "
+    "--kept.count 16384 --updates 50,8:350,4:500,2:725,1:1310"
+)
 VARIANTS = {
-    "halving": f"{TODAY} --method progressive --updates 50,16:75,8:100,4:150,2:300,1:600",
-    "halving, three times the rate": f"{TODAY} --method progressive --updates 50,16:75,8:100,4:150,2:300,1:600 --learning-rate 1.5e-3",
-    "factor 4": "--plan 256,64,16,4,1 --method progressive --learning-rate 5e-4 --updates 50,16:80,4:250,1:600",
-    "closure": "--plan 256,16,1 --method tract --learning-rate 5e-4 --ema 0.99 --updates 225,1:1150",
-    "closure to 8, 4, 2, 1": f"{TODAY} --method progressive,4:tract,2:tract,1:tract --ema 0.9 --updates 50,16:75,8:100,4:150,2:300,1:600",
-    "kept targets, 4 times": f"{TODAY} --method progressive --kept.reuse 4 --kept.count 4096 --updates 64,16:96,8:144,4:215,2:430,1:860",
+    "halving": FOR_HALVING,
+    "halving, three times the rate": f"{FOR_HALVING} --learning-rate 1.5e-3",
+    "halving, batches of 64": f"{FOR_HALVING} --batch-size 64 --learning-rate 2.5e-4 --updates 100,16:150,8:200,4:300,2:600,1:1200",
+    "factor 4": f"{FOR_HALVING} --plan 256,64,16,4,1 --updates 50,16:80,4:250,1:600",
+    "closure": f"{FOR_HALVING} --plan 256,16,1 --method tract --ema 0.99 --updates 225,1:1150",
+    "closure from 8": f"{FOR_HALVING} --method progressive,4:tract,2:tract,1:tract --ema 0.9",
+    "consistency distillation": f"{FOR_HALVING} --plan 256,1 --method tract --tract.grids 64 --tract.ema 0.95 --ema 0.99 --updates 1375",
+    "kept targets, 4 times": f"{FOR_HALVING} --kept.reuse 4 --kept.count 4096 --updates 64,16:96,8:144,4:215,2:430,1:860",
     "pairs": PAIRS,
-    "pairs for 1 step": f"{TODAY} --method progressive,1:pairs --kept.pair-steps 8 --kept.count 16384 --updates 50,16:75,8:100,4:150,2:300,1:658",
-    "pairs, half the rate": f"{PAIRS} --learning-rate 5e-4",
-    "pairs, twice the rate": f"{PAIRS} --learning-rate 2e-3",
+    "pairs of the 8-step student": f"{FOR_HALVING} --method progressive,4:pairs,2:pairs,1:pairs --kept.count 16384 {SMALLER} "
+    "--updates 100,16:150,8:200,4:400,2:800,1:1600",
+    "pairs, half of them": f"{PAIRS} --kept.count 8192 --updates 50,8:430,4:620,2:900,1:1620",
+    "pairs, batches of 128": f"{PAIRS} --batch-size 128 --learning-rate 5e-4 --updates 25,8:175,4:250,2:362,1:655",
+    "pairs, drawn in 8 steps": f"{PAIRS} --kept.pair-steps 8 --updates 50,8:430,4:620,2:870,1:1570",
+    "pairs, twice the rate": f"{PAIRS} --learning-rate-at 8:2e-3,4:2e-3,2:2e-3,1:2e-3",
     "pairs, EMA": f"{PAIRS} --ema 0.99",
     "pairs, v-MSE": f"{PAIRS} --weighting snr_plus_one",
-    "pairs, a quarter of them": f"{PAIRS} --kept.count 4096",
 }
-"""Flags of pdfast.distill at the cost of today's halving, 880 thousand F."""
+"""Flags of pdfast.distill at the cost of the halving, 880 thousand F; of a flag that is given twice the last counts."""
+COMMANDS = {"consistency distillation": "benchmarks.consistency"}
+"""Of variants that are not pdfast.distill's."""
 
 
 def scaled(flags: str, cost: float) -> list[str]:
@@ -54,10 +64,9 @@ def scaled(flags: str, cost: float) -> list[str]:
         return f"{match[1]}{max(1, round(int(match[2]) * cost))}"
 
     flags = re.sub(r"(--kept.count )(\d+)", times, flags)
-    table = re.search(r"--updates (\S+)", flags)
-    assert table
-    updates = re.sub(r"(^|,|:)(\d+)(?=,|$)", times, table[1])
-    return flags.replace(table[1], updates).split()
+    tables = re.findall(r"--updates (\S+)", flags)
+    updates = re.sub(r"(^|,|:)(\d+)(?=,|$)", times, tables[-1])
+    return [*flags.split(), "--updates", updates]
 
 
 def cost_of(config: DistillConfig) -> float:
@@ -71,8 +80,8 @@ def cost_of(config: DistillConfig) -> float:
 
 
 def run(module: str, *flags: str) -> None:
-    """Run a command of pdfast to its end."""
-    subprocess.run([sys.executable, "-m", f"pdfast.{module}", *flags], check=True, stdout=subprocess.DEVNULL)
+    """Run a command to its end."""
+    subprocess.run([sys.executable, "-m", module, *flags], check=True, stdout=subprocess.DEVNULL)
 
 
 def rows_of(variant: str, cost: float, seed: int, folder: Path) -> list[Row]:
@@ -87,7 +96,11 @@ def rows_of(variant: str, cost: float, seed: int, folder: Path) -> list[Row]:
         (measured,) = metrics["evaluation"]
         row = {"variant": variant, "cost": cost, "seed": seed, "steps": steps, "kF": round(cost_of(config) / 1e3)}
         row |= {"fd": measured["fd"], "teacher_fd": first["fd"], "real_fd": teacher["floor"]}
-        row |= {"ratio": measured["fd"] / first["fd"], "seconds": metrics["training"]["seconds"]}
+        row |= {
+            "ratio": measured["fd"] / first["fd"],
+            "seconds": metrics["training"]["seconds"],
+            "commit": metrics["commit"],
+        }
         rows.append(row | {name: measured.get(name) for name in KEPT})
     return rows
 
@@ -164,13 +177,21 @@ def main(arguments: list[str] | None = None) -> int:
     report = Report(options.json, header(torch.device("cpu")), start, numbers)
     for seed in options.seeds:
         teacher = runs / f"teacher-{seed}"
-        run("train", "--preset", "digits", "--seed", str(seed), "--run", str(teacher))
+        if not (teacher / "teacher").exists():
+            run("pdfast.train", "--preset", "digits", "--seed", str(seed), "--run", str(teacher))
         for cost in options.cost:
             for name in options.variants:
                 folder = runs / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{cost:g}x-{seed}"
                 common = ["--preset", "digits", "--seed", str(seed), "--teacher", str(teacher / "teacher")]
                 common += ["--evaluation.max-steps", "16"]  # the teacher, besides its 256
-                run("distill", *common, "--run", str(folder), *scaled(VARIANTS[name], cost))
+                if not (folder / "students" / "0001").exists():
+                    run(
+                        COMMANDS.get(name, "pdfast.distill"),
+                        *common,
+                        "--run",
+                        str(folder),
+                        *scaled(VARIANTS[name], cost),
+                    )
                 for row in rows_of(name, cost, seed, folder):
                     report.add(row)
     report.write(summary=summary(report.rows))

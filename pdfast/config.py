@@ -147,10 +147,8 @@ class KeptConfig:
     reuse: int = 1
     """Updates that a target of the method progressive serves; 1 makes new ones for every update."""
     pair_steps: OptionalInt = None
-    """Steps in which the pairs are drawn: by the student in the plan that has so many, otherwise by the first teacher. By default the
-    model before the first round by pairs draws, in its own number of steps."""
-    pair_order: int = 2
-    """Order of the sampler that the first teacher draws pairs with: 1 is DDIM, 2 needs fewer steps. A student draws by DDIM."""
+    """Steps in which the first teacher draws the pairs, by a sampler of second order. By default the model before the first round by
+    pairs draws them, by DDIM in its own number of steps."""
 
 
 @dataclass(frozen=True)
@@ -303,10 +301,10 @@ class DistillConfig(RunConfig):
         first = rounds.index(steps)
         while first > 0 and self.method_at(rounds[first - 1]) == "pairs":
             first -= 1
-        drawn_in = self.kept.pair_steps or self.steps_before(rounds[first])
-        model = drawn_in if drawn_in in rounds[:first] else self.first_steps
-        order = self.kept.pair_order if model == self.first_steps else 1
-        return PairsOrigin(model, drawn_in, order, rounds[first])
+        if self.kept.pair_steps is not None:
+            return PairsOrigin(self.first_steps, self.kept.pair_steps, 2, rounds[first])
+        before = self.steps_before(rounds[first])
+        return PairsOrigin(before, before, 1, rounds[first])
 
 
 T = TypeVar("T")

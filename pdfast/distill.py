@@ -58,6 +58,11 @@ def with_teachers_network(config: DistillConfig) -> tuple[DistillConfig, SavedMo
         raise UsageError(
             f"{config.teacher} is a student of {saved.steps} steps: distill it from there, with --start-steps {saved.steps}"
         )
+    if saved.steps is not None and config.kept.pair_steps is not None:
+        raise UsageError(
+            f"--kept.pair-steps {config.kept.pair_steps}: {config.teacher} is a student, which knows its own {saved.steps} steps alone; leave "
+            "it out, so that it draws the pairs in those"
+        )
     try:
         network = ConvertedConfig(saved.config) if config.convert else saved.config
     except ValueError as error:

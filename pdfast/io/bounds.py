@@ -100,7 +100,6 @@ SETTINGS: Mapping[str, Bounds] = {
     "kept.count": UPDATES,
     "kept.reuse": UPDATES,
     "kept.pair_steps": STEPS,
-    "kept.pair_order": whole(1, 2),
     "batch_size": BATCH,
     "learning_rate": LEARNING_RATE,
     "clip": CLIP,

@@ -1,11 +1,14 @@
 """Eight rounds, 256 steps to 1, on the 8x8 UCI digits, in minutes on a laptop; the README shows what it reaches.
 
 torchrun --standalone -m pdfast.distill --rounds 8
+
+Halving down to 16 steps, where little is lost; then pairs, which the teacher draws once: docs/recipes.md has what else was tried at the same
+cost.
 """
 
 from pathlib import Path
 
-from pdfast.config import DistillConfig, EvaluationConfig, TeacherConfig
+from pdfast.config import DistillConfig, EvaluationConfig, KeptConfig, TeacherConfig
 from pdfast.networks import NetworkConfig
 
 DIGITS = DistillConfig(
@@ -15,9 +18,12 @@ DIGITS = DistillConfig(
     checkpoint_every=500,
     log_every=50,
     rounds=8,
-    updates="50,16:75,8:100,4:150,2:300,1:600",
-    batch_size=128,
-    learning_rate=5e-4,
+    method="progressive,8:pairs,4:pairs,2:pairs,1:pairs",
+    updates="50,8:350,4:500,2:725,1:1310",
+    batch_size=64,
+    learning_rate=2.5e-4,
+    learning_rate_at="8:1e-3,4:1e-3,2:1e-3,1:1e-3",
+    kept=KeptConfig(count=16384, pair_steps=16),
     weighting="x_mse",
     network=NetworkConfig(
         image_size=8,

@@ -76,7 +76,9 @@ def waits(images: ResidentImages, method: Method, losses: Losses) -> list[str]:
 def of_updates() -> dict[str, list[str]]:
     source.order_of = lambda samples, num_images, seed: torch.zeros_like(samples)  # it is the CPU's alone
     optimizer_module.adamw = lambda *_, **__: None  # PyTorch's own kernel, which has no fake
-    kept.trajectory = lambda model, z, phi, **_: [z] * (len(phi) - 1)  # it looks at the angles' values, before the round
+    kept.trajectory = lambda model, z, phi, **_: (
+        [z] * (len(phi) - 1)
+    )  # it looks at the angles' values, before the round
     student, teacher = (to_fake(network) for network in NETWORKS)
     losses, rows = Losses(WORLD), RoundTable(table(8))
     rows.set(table(2))

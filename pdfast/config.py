@@ -119,8 +119,8 @@ class GuardConfig:
     contrast: float = 0.1
     """Contrast within an image, this fraction off the teacher's; those students are at most 0.02 off."""
     saturation: float = 0.2
-    """Chroma, this fraction off the teacher's. Twice the bound of contrast, since chroma is the smaller of the two numbers; the built-in
-    job is grey, and says nothing of it."""
+    """Chroma, this fraction off the teacher's. Twice the bound of contrast for want of a measurement: the built-in job
+    is grey, and has no chroma."""
 
 
 MethodName = Literal["progressive", "tract", "pairs"]

@@ -119,7 +119,8 @@ class GuardConfig:
     contrast: float = 0.1
     """Contrast within an image, this fraction off the teacher's; those students are at most 0.02 off."""
     saturation: float = 0.2
-    """Chroma, this fraction off the teacher's."""
+    """Chroma, this fraction off the teacher's. Twice the bound of contrast for want of a measurement: the built-in job
+    is grey, and has no chroma."""
 
 
 MethodName = Literal["progressive", "tract", "pairs"]

@@ -175,8 +175,8 @@ def _seeds(row: dict[str, Any]) -> str | None:
     text = f"- in {count_steps(row['steps'])}, next to its teacher's images from the same noise: PSNR {in_words(row['psnr'])} dB, "
     text += f"{in_words(row['feature_distance'])} of the distance between images of different noise"
     for what in ("diversity", "contrast", "saturation"):
-        if row[f"{what}_ratio"] is not None:
-            text += f", {what} {in_words(row[f'{what}_ratio'])}"
+        if (ratio := row.get(f"{what}_ratio")) is not None:
+            text += f", {what} {in_words(ratio)}"
     return text + " times the teacher's"
 
 

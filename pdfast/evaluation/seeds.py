@@ -35,9 +35,10 @@ class Reference:
 
 
 def diversity(features: Tensor) -> float:
-    """Return the mean Euclidean distance between features, float [n, d], of images from different noise."""
+    """Return the mean Euclidean distance between features, float [n, d], of images from different noise; n at least 2."""
     features = features.double()
-    return float(torch.stack([(features - features.roll(-s, 0)).norm(dim=1).mean() for s in SHIFTS]).mean())
+    shifts = [shift for shift in SHIFTS if shift % len(features)]  # around to itself, an image is no other one
+    return float(torch.stack([(features - features.roll(-shift, 0)).norm(dim=1).mean() for shift in shifts]).mean())
 
 
 def contrast(images: Tensor) -> float:

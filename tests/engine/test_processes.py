@@ -47,8 +47,8 @@ def test_the_same_course_as_one_process(processes, shard, finished_run, tmp_path
     assert text.count("student, 1 step") == 1, "one process alone speaks"
     (row,) = json.loads((tmp_path / "run/students/0001/metrics.json").read_text())["evaluation"]
     (theirs,) = json.loads((finished_run / "students/0001/metrics.json").read_text())["evaluation"]
-    for name in ("fd", "kd", "cs"):
-        assert row[name] == pytest.approx(theirs[name], rel=1e-3)
+    for name in ("fd", "kd", "cs", "feature_distance", "diversity", "diversity_ratio", "contrast", "contrast_ratio"):
+        assert row[name] == pytest.approx(theirs[name], rel=1e-3), name
 
 
 def test_a_batch_that_the_processes_do_not_divide(tmp_path):

@@ -1,6 +1,8 @@
 """Whether a student keeps its teacher's seeds: each measure against NumPy, and each warning by images that deserve it."""
 
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +11,9 @@ import torch
 from pdfast.config import GuardConfig
 from pdfast.evaluation.guard import complaints
 from pdfast.evaluation.seeds import NAMES, Reference, contrast, diversity, measures, saturation
-from tests.commands import call
+from pdfast.io.files import SEAL, sealed
+from pdfast.report.html import build_report
+from tests.commands import TINY_DISTILL, call
 
 N = 64
 
@@ -60,6 +64,12 @@ def test_against_numpy():
     for name in ("diversity", "contrast", "saturation"):
         alone = {"diversity": lambda x: diversity(features(x)), "contrast": contrast, "saturation": saturation}[name]
         assert made[f"{name}_ratio"] == pytest.approx(made[name] / alone(teacher))
+
+
+@pytest.mark.parametrize("n", [4, 5, 8, 9])
+def test_few_images_are_compared_with_others_alone(n):
+    """Features as far apart as any two: so is their mean, also where a shift leads around to the image itself."""
+    assert diversity(torch.eye(n)) == pytest.approx(2**0.5)
 
 
 def test_the_teacher_itself_and_what_is_not_defined():
@@ -120,3 +130,42 @@ def test_where_a_run_shows_them(finished_run, tmp_path, capsys):
     assert "next to the teacher's images" in capsys.readouterr().out
     assert call("export", str(finished_run), str(tmp_path / "out"), "--steps", "1") == 0
     assert "next to its teacher's images from the same noise" in (tmp_path / "out/README.md").read_text()
+
+
+def without_seeds(run, tmp_path, left=()):
+    """A copy of a run as an older version wrote it, without these keys but those in `left`."""
+    copy = shutil.copytree(run, tmp_path / "old")
+    for file in copy.rglob("metrics.json"):
+        old = json.loads(file.read_text())
+        del old[SEAL]
+        old["evaluation"] = [{k: v for k, v in r.items() if k not in NAMES or k in left} for r in old["evaluation"]]
+        file.write_text(json.dumps(sealed(old)))
+    return copy
+
+
+def test_what_an_older_version_wrote_is_read(finished_run, tmp_path, capsys):
+    """It loads, is resumed next to new rows, shows a dash where it has nothing, and exports."""
+    old = without_seeds(finished_run, tmp_path)
+    assert "Does it keep its teacher" not in build_report(old).read_text()
+    assert call("export", str(old), str(tmp_path / "out"), "--steps", "2") == 0
+    assert "next to its teacher's images" not in (tmp_path / "out/README.md").read_text()
+    shutil.rmtree(old / "students/0001")
+    assert call("distill", *TINY_DISTILL, "--run", str(old)) == 0
+    row = json.loads((old / "students/0001/metrics.json").read_text())["evaluation"][0]
+    theirs = json.loads((finished_run / "students/0001/metrics.json").read_text())["evaluation"][0]
+    assert {name: row[name] for name in NAMES} == {name: theirs[name] for name in NAMES}
+    report = (old / "report.html").read_text()
+    table = report[report.index("Does it keep its teacher") :]
+    cells = {
+        line[0]: line[1:]
+        for found in re.findall("<tr>(<th scope=.row.>.*?)</tr>", table[: table.index("</table>")], re.S)
+        if (line := re.findall("<t[hd][^>]*>(.*?)</t[hd]>", found))
+    }
+    assert set(cells["2"]) == {"&ndash;"} and f"{row['feature_distance']:.4g}" == cells["1"][1]
+
+
+def test_a_row_with_some_of_the_keys(finished_run, tmp_path):
+    some = without_seeds(finished_run, tmp_path, left=("feature_distance",))
+    assert "Does it keep its teacher" in build_report(some).read_text()
+    assert call("export", str(some), str(tmp_path / "out"), "--steps", "1") == 0
+    assert "of the distance between images of different noise" in (tmp_path / "out/README.md").read_text()

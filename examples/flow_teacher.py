@@ -1,7 +1,7 @@
 """A flow-matching model of somebody's own, of the built-in digits, and the function that makes it a teacher.
 
     python examples/flow_teacher.py flow-digits.pt
-    PYTHONPATH=examples python -m pdfast.distill --teacher flow_teacher:teacher --preset digits --rounds 4
+    PYTHONPATH=examples python -m pdfast.distill --teacher flow_teacher:teacher --preset digits --method progressive --rounds 4
 
 The network and its training know nothing of pdfast; `AsPdfast` and `teacher` are what is written for it.
 """

@@ -34,6 +34,7 @@ from pdfast.networks.converted import ConvertedConfig
 from pdfast.plan.budget import seconds_of_forward, with_updates
 from pdfast.plan.dry_run import print_distillation_plan
 from pdfast.pretrained.model_folder import SavedModel, load_model
+from pdfast.recipes import preset
 from pdfast.report.html import build_report
 from pdfast.stages import (
     check_finished,
@@ -58,11 +59,13 @@ def with_teachers_network(config: DistillConfig) -> tuple[DistillConfig, SavedMo
         raise UsageError(
             f"{config.teacher} is a student of {saved.steps} steps: distill it from there, with --start-steps {saved.steps}"
         )
-    if saved.steps is not None and config.kept.pair_steps is not None:
-        raise UsageError(
-            f"--kept.pair-steps {config.kept.pair_steps}: {config.teacher} is a student, which knows its own {saved.steps} steps alone; leave "
-            "it out, so that it draws the pairs in those"
-        )
+    if saved.steps is not None and config.kept.pair_steps is not None:  # it knows its own steps alone
+        if config.kept.pair_steps != preset(config.preset).kept.pair_steps:
+            raise UsageError(
+                f"--kept.pair-steps {config.kept.pair_steps}: {config.teacher} is a student, which knows its own {saved.steps} steps alone; "
+                "leave it out, so that it draws the pairs in those"
+            )
+        config = dataclasses.replace(config, kept=dataclasses.replace(config.kept, pair_steps=None))
     try:
         network = ConvertedConfig(saved.config) if config.convert else saved.config
     except ValueError as error:

@@ -109,7 +109,11 @@ def test_the_check_before_a_round_keeps_nothing_and_needs_few_images(finished_ru
 
     begin = Progressive.begin
     monkeypatch.setattr(Progressive, "begin", watched)
-    flags = ["--teacher", str(finished_run / "teacher"), *"--rounds 2 --updates 1 --batch-size 32".split()]
+    flags = [
+        "--teacher",
+        str(finished_run / "teacher"),
+        *"--rounds 2 --updates 1 --batch-size 32 --method progressive".split(),
+    ]
     assert call("distill", *TINY_GIVEN, *flags, "--run", str(tmp_path / "r")) == 0
     assert seen == [(8, False)] * 4
 
@@ -211,7 +215,9 @@ def test_evaluating_a_run_gives_its_numbers_again(finished_run, tmp_path, capsys
 
 def test_judged_next_to_all_real_images(tmp_path, capsys):
     run = tmp_path / "run"
-    flags = "--rounds 1 --updates 2 --evaluation.num-samples 1000 --evaluation.reference all".split()
+    flags = (
+        "--rounds 1 --updates 2 --method progressive --evaluation.num-samples 1000 --evaluation.reference all".split()
+    )
     assert call("distill", *TINY_RUN, *flags, "--run", str(run)) == 0
     metrics = json.loads((run / "students/0001/metrics.json").read_text())
     assert (metrics["num_samples"], metrics["num_real"], metrics["floor"]) == (1000, 1797, None)

@@ -21,7 +21,7 @@ N = 130
 PIXELS = np.random.default_rng(0).integers(0, 256, (N, 8, 8), dtype=np.uint8)
 NAME = os.fsdecode(b"\xff\xe9")
 BAD = f"class{NAME}/{NAME}007.png"
-ROUNDS = f"--rounds 1 --updates 1 --batch-size 8 --max-bad 0.02 --data images{NAME}".split(" ")
+ROUNDS = f"--rounds 1 --updates 1 --batch-size 8 --method progressive --max-bad 0.02 --data images{NAME}".split(" ")
 
 
 def write_images(folder):

@@ -55,7 +55,7 @@ def shares(folder, preset, device, updates, *flags):
     with ExitStack() as patches:
         for what in COUNTED:
             patches.enter_context(spent.timed(*what))
-        command = f"--preset {preset.preset} --rounds 1 --updates {updates} --device {device} --run {folder / 'run'}"
+        command = f"--preset {preset.preset} --method progressive --rounds 1 --updates {updates} --device {device} --run {folder / 'run'}"
         command += f" --train.updates 2 --train.warmup 1 --checkpoint-every {every}"
         assert call("distill", *command.split(), *flags) == 0
     lines = map(json.loads, (folder / "run" / "log.jsonl").read_text().splitlines())

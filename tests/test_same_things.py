@@ -20,7 +20,7 @@ from pdfast.recipes import DIGITS
 from tests.commands import TINY_GIVEN, TINY_NETWORK, call, one_line
 
 N = 130
-ROUNDS = "--rounds 2 --updates 1 --batch-size 8".split()
+ROUNDS = "--rounds 2 --updates 1 --batch-size 8 --method progressive".split()
 PIXELS = np.random.default_rng(0).integers(0, 256, (N, 8, 8), dtype=np.uint8)
 
 

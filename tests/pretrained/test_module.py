@@ -20,7 +20,7 @@ from tests.commands import ROOT, TINY_GIVEN, call
 
 CPU = torch.device("cpu")
 EXAMPLE = ROOT / "examples/flow_teacher.py"
-ROUNDS = "--rounds 2 --updates 3 --batch-size 16".split()
+ROUNDS = "--rounds 2 --updates 3 --batch-size 16 --method progressive".split()
 names = (f"own_code_{i}" for i in itertools.count())
 
 GOOD = """
@@ -197,7 +197,7 @@ def test_what_is_no_teacher_is_refused_at_the_start(changed, words, write, capsy
 @pytest.mark.filterwarnings("ignore:64 images are too few")
 def test_what_fails_in_the_middle_is_one_line_too(write, tmp_path, capsys):
     name = write(GOOD.replace("return self.conv(z)", "return self.conv(z) * {1: 1.0, 2: 1.0}[len(z)]"))
-    run = ["--rounds", "1", "--batch-size", "8", "--run", str(tmp_path / "run")]
+    run = ["--rounds", "1", "--batch-size", "8", "--method", "progressive", "--run", str(tmp_path / "run")]
     assert call("distill", *TINY_GIVEN, "--teacher", name, *run) == 1
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith(f"pdfast: error: {name} failed: KeyError: 64 (") and "in forward)" in line

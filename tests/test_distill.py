@@ -128,7 +128,17 @@ def test_a_student_that_is_not_its_teacher_is_a_bug(finished_run, tmp_path, monk
             next(network.parameters()).add_(0.1 * (not network.training))
 
     monkeypatch.setattr(parallelize, "set_weights", broken)
-    flags = [*TINY_GIVEN, "--teacher", str(finished_run / "teacher"), "--rounds", "1", "--run", str(tmp_path / "r")]
+    flags = [
+        *TINY_GIVEN,
+        "--teacher",
+        str(finished_run / "teacher"),
+        "--rounds",
+        "1",
+        "--method",
+        "progressive",
+        "--run",
+        str(tmp_path / "r"),
+    ]
     assert call("distill", *flags) == 1
     assert "before the round to 1 step the student is not its teacher" in capsys.readouterr().err
 

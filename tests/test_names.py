@@ -63,7 +63,7 @@ def test_a_run_and_its_resuming(place, capsys):
 
 def test_training(place, capsys):
     run = place / f"taught{NAME}"
-    command = ["--train.updates", "1", "--train.warmup", "0", "--evaluation-steps", "1", *TINY_NETWORK, *ROUNDS[6:]]
+    command = ["--train.updates", "1", "--train.warmup", "0", "--evaluation-steps", "1", *TINY_NETWORK, *ROUNDS[8:]]
     assert call("train", *TINY_GIVEN, *command, "--run", str(run)) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     words = subprocess.run(["bash", "-c", f"printf '%s\\n' {last.partition(' with: ')[2]}"], capture_output=True).stdout

@@ -130,7 +130,8 @@ def test_figures_of_exchanged_images_are_their_own(begun, capsys):
         capsys.readouterr()
         assert call("evaluate", "run", "--steps", "2", "--device", "cpu") == 0
         said = capsys.readouterr()
-        return said.out.splitlines()[-2], said.err
+        (line,) = [line for line in said.out.splitlines() if line.startswith("real images")]
+        return line, said.err
 
     before, quiet = floor()
     assert before.startswith("real images") and not quiet

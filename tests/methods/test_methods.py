@@ -37,10 +37,10 @@ from tests.engine.processes import run as run_processes
 BATCH = 8
 STUDENTS = ("0008", "0004", "0002", "0001")
 MIXED = (
-    "--plan 16,8,4,2,1 --method tract,4:progressive,2:pairs,1:pairs --kept.reuse 1 --kept.count 48 --updates 14 --batch-size 16 "
+    "--learning-rate 5e-4 --learning-rate-at= --plan 16,8,4,2,1 --method tract,4:progressive,2:pairs,1:pairs --kept.reuse 1 --kept.count 48 --updates 14 --batch-size 16 "
     "--ema 0.9"
 ).split()
-KEPT = "--plan 16,4,1 --kept.reuse 3 --kept.count 40 --updates 20 --batch-size 16".split()
+KEPT = "--plan 16,4,1 --method progressive --learning-rate 5e-4 --learning-rate-at= --kept.reuse 3 --kept.count 40 --updates 20 --batch-size 16".split()
 
 
 def point(prediction, output, phi):
@@ -265,7 +265,7 @@ def test_plans_that_cannot_be(tmp_path, capsys):
 
 
 def test_factor(tmp_path, capsys):
-    run = ["--run", str(tmp_path / "run"), *TINY_RUN, "--batch-size", "16", "--updates", "4"]
+    run = ["--run", str(tmp_path / "run"), *TINY_RUN, *"--batch-size 16 --updates 4 --method progressive".split()]
     assert call("distill", *run, "--rounds", "2", "--factor", "4", "--dry-run") == 0
     plan = capsys.readouterr().out
     assert "2 rounds, 16 -> 1 steps" in plan

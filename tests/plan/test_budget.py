@@ -15,7 +15,7 @@ from tests.commands import TINY_NETWORK, call, one_line
 
 RUN = [
     *TINY_NETWORK,
-    *"--device cpu --evaluation.num-samples 64 --train.batch-size 16 --batch-size 16 --plan 8,2,1".split(),
+    *"--device cpu --evaluation.num-samples 64 --train.batch-size 16 --batch-size 16 --plan 8,2,1 --method progressive".split(),
 ]
 PLAN = {"plan": "256,64,8,4,1", "rounds": 4, "start_steps": 256, "end_steps": 1}
 
@@ -23,7 +23,7 @@ PLAN = {"plan": "256,64,8,4,1", "rounds": 4, "start_steps": 256, "end_steps": 1}
 @pytest.mark.parametrize("method", ["progressive", "tract", "progressive,4:pairs,1:pairs"])
 def test_what_is_divided_is_spent(method):
     """Counted by hand: the images of all updates, times what each costs."""
-    config = dataclasses.replace(preset("digits"), method=method, kept=KeptConfig(count=1280), **PLAN)
+    config = dataclasses.replace(preset("digits"), method=method, kept=KeptConfig(count=1280), batch_size=128, **PLAN)
     divided = divide(config, method_of_round, 2e6)
     assert divided.train.updates * 128 * 3 == pytest.approx(TEACHER_SHARE * 2e6, rel=0.01)
     each = {

@@ -132,6 +132,7 @@ def plan(capsys, *flags, command="distill"):
 def test_the_plan_says_what_the_formulas_say(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     flags = ["--device", "cpu", "--engine.shard", "4", "--engine.micro-batches", "2", "--ema", "0.9"]
+    flags += ["--method", "progressive", "--batch-size", "128"]
     text = plan(capsys, *flags)
     assert "8 processes, 2 copies of the network in 4 parts; float32, micro-batches of 8 images" in text
     job = Job(preset("digits").network, torch.float32, 128, processes=8, shards=4, micro_batches=2, average=True)

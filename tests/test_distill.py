@@ -86,7 +86,7 @@ def test_a_round_without_updates_is_its_teacher(finished_run, tmp_path):
         *TINY_GIVEN,
         "--teacher",
         teacher,
-        *"--rounds 1 --updates 0 --batch-size 15 --engine.micro-batches 3".split(),
+        *"--rounds 1 --updates 0 --batch-size 15 --method progressive --engine.micro-batches 3".split(),
     ]
     assert call("distill", *flags, "--run", str(tmp_path / "r")) == 0
     a = load_file(finished_run / "teacher/teacher.safetensors")
@@ -178,7 +178,7 @@ def test_train_then_distill(tmp_path):
     run = tmp_path / "teacher-run"
     assert call("train", *TINY_RUN, "--run", str(run), "--evaluation-steps", "4") == 0
     first = tmp_path / "first"
-    distill = [*TINY_GIVEN, "--updates", "2"]
+    distill = [*TINY_GIVEN, "--updates", "2", "--kept.count", "64"]
     given = ["--teacher", str(run / "teacher")]
     assert call("distill", *distill, *given, "--start-steps", "8", "--rounds", "1", "--run", str(first)) == 0
     assert [p.name for p in (first / "students").iterdir()] == ["0004"]

@@ -98,7 +98,7 @@ def test_it_is_made_judged_and_distilled(tmp_path, capsys, library):
         "v",
         *"--convert-updates 20 --batch-size 16".split(),
     ]
-    command += "--rounds 2 --updates 3 --learning-rate 2e-3".split()
+    command += "--rounds 2 --updates 3 --learning-rate 2e-3 --method progressive".split()
     run = tmp_path / "run"
     assert call("distill", *command, "--run", str(run)) == 0
     metrics = json.loads((run / "teacher/metrics.json").read_text())

@@ -169,7 +169,7 @@ def test_it_is_distilled_and_the_run_goes_on(tmp_path, capsys):
         *TINY_GIVEN,
         "--teacher",
         str(tmp_path / "pipeline"),
-        *"--rounds 2 --end-steps 2 --updates 3 --batch-size 16".split(),
+        *"--rounds 2 --end-steps 2 --updates 3 --batch-size 16 --method progressive".split(),
     ]
     assert call("distill", *command, "--run", str(run)) == 0
     assert call("distill", *command, "--run", str(run)) == 0  # finished already

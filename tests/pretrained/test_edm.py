@@ -234,7 +234,7 @@ def test_it_is_distilled_and_exported(tmp_path, capsys):
     """Two rounds: students are of the same kind, --config brings the teacher back, and diffusers draws their images."""
     teacher = write(tmp_path / "teacher", "NCSN++", True, img_channels=1, label_dim=10)
     flags = [*TINY_GIVEN, "--teacher", str(teacher)]
-    flags += "--rounds 2 --end-steps 2 --updates 3 --batch-size 16".split()
+    flags += "--rounds 2 --end-steps 2 --updates 3 --batch-size 16 --method progressive".split()
     run = tmp_path / "run"
     assert call("distill", *flags, "--run", str(run)) == 0
     assert call("distill", "--config", str(run / "config.yaml"), "--run", str(tmp_path / "again")) == 0

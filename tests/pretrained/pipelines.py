@@ -35,7 +35,7 @@ def save(folder, scheduler, network=None) -> UNet2DModel:
 def losses_in_one_process_and_in_two(tmp_path, teacher, *flags) -> list[list[float]]:
     """Of a round's updates; in two each block is divided, and laid out as `flags` say."""
     command = [*TINY_GIVEN, "--teacher", str(teacher)]
-    command += "--rounds 1 --updates 4 --batch-size 16 --log-every 1".split()
+    command += "--rounds 1 --method progressive --updates 4 --batch-size 16 --log-every 1".split()
     losses = []
     one, two = tmp_path / "one", tmp_path / "two"
     assert call("distill", *command, "--run", str(one)) == 0

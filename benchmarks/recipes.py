@@ -26,8 +26,10 @@ from pdfast.io.text import count_steps
 from pdfast.methods import method_of_round
 from pdfast.report.plots import logarithmic, svg
 
-HALVING = "--plan 256,128,64,32,16,8,4,2,1 --batch-size 128 --learning-rate-at="
-FOR_HALVING = f"{HALVING} --method progressive --learning-rate 5e-4 --updates 50,16:75,8:100,4:150,2:300,1:600"
+FOR_HALVING = (
+    "--plan 256,128,64,32,16,8,4,2,1 --batch-size 128 --method progressive --learning-rate 5e-4 "
+    "--updates 50,16:75,8:100,4:150,2:300,1:600"
+)
 SMALLER = "--batch-size 64 --learning-rate 2.5e-4 --learning-rate-at 8:1e-3,4:1e-3,2:1e-3,1:1e-3"
 PAIRS = (
     f"--plan 256,128,64,32,16,8,4,2,1 {SMALLER} --method progressive,8:pairs,4:pairs,2:pairs,1:pairs --kept.pair-steps 16 "
@@ -43,7 +45,7 @@ VARIANTS = {
     "consistency distillation": f"{FOR_HALVING} --plan 256,1 --method tract --tract.grids 64 --tract.ema 0.95 --ema 0.99 --updates 1375",
     "kept targets, 4 times": f"{FOR_HALVING} --kept.reuse 4 --kept.count 4096 --updates 64,16:96,8:144,4:215,2:430,1:860",
     "pairs": PAIRS,
-    "pairs of the 8-step student": f"{FOR_HALVING} --method progressive,4:pairs,2:pairs,1:pairs --kept.count 16384 {SMALLER} "
+    "pairs of the 8-step student": f"{FOR_HALVING} --method progressive,4:pairs,2:pairs,1:pairs --kept.pair-steps None --kept.count 16384 {SMALLER} "
     "--updates 100,16:150,8:200,4:400,2:800,1:1600",
     "pairs, half of them": f"{PAIRS} --kept.count 8192 --updates 50,8:430,4:620,2:900,1:1620",
     "pairs, batches of 128": f"{PAIRS} --batch-size 128 --learning-rate 5e-4 --updates 25,8:175,4:250,2:362,1:655",

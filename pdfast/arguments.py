@@ -85,6 +85,8 @@ def distill_arguments() -> tuple[DistillConfig, Extra]:
         "trained first. The same command run again resumes.",
     )
     fields = {name: getattr(parsed, name) for name in _names(DistillConfig)}
+    if _peek("--learning-rate", sys.argv[1:]) is not None and _peek("--learning-rate-at", sys.argv[1:]) is None:
+        fields["learning_rate_at"] = ""
     config = DistillConfig(**fields | _resolve_plan(parsed, base))
     if config.teacher is None:
         config = dataclasses.replace(config, schedule=config.schedule.with_table())

@@ -249,7 +249,7 @@ class DistillConfig(RunConfig):
     learning_rate: float = 1e-4
     """Learning rate of Adam at the start of a round, annealed linearly to 0."""
     learning_rate_at: str = ""
-    """Exceptions from it by the student's step count, as 4:1e-3,2:1e-3,1:1e-3."""
+    """Exceptions from it by the student's step count, as 4:1e-3,2:1e-3,1:1e-3; a preset's do not count where --learning-rate is said."""
     clip: float = 1.0
     """Largest global gradient norm."""
     weighting: Weighting = "truncated_snr"
@@ -296,7 +296,7 @@ class DistillConfig(RunConfig):
         """Return the folder of the run's model of a step count in the plan: the teacher's, or a student's."""
         return self.folder.teacher if steps == self.first_steps else self.folder.student(steps)
 
-    def pairs_at(self, steps: int) -> "PairsOrigin":
+    def pairs_at(self, steps: int) -> PairsOrigin:
         """Return where the pairs of a round come from."""
         rounds = self.round_steps
         first = rounds.index(steps)

@@ -158,7 +158,9 @@ def main(method: type[Distillation] | None = None) -> None:
         print_distillation_plan(config, method_of, open_device(config.device))
         return
     with open_machine(config) as machine:
-        config = with_updates(config, method_of, lambda: seconds_of_forward(config, machine))
+        config = with_updates(
+            config, method_of, lambda: seconds_of_forward(config, machine), machine.world.run_on_rank0
+        )
         source = open_data(config, machine.world.device)
         check_evaluation(config.evaluation, source)
         with (

@@ -17,9 +17,7 @@ TINY_NETWORK = (
 TINY_GIVEN = "--device cpu --checkpoint-every 3 --log-every 2 --evaluation.num-samples 64".split()
 """Of a run whose teacher is given."""
 TINY_RUN = [*TINY_GIVEN, *"--train.updates 12 --train.batch-size 16 --train.warmup 2".split(), *TINY_NETWORK]
-TINY_ROUNDS = (
-    "--rounds 2 --updates 10,1:12 --batch-size 16 --method progressive --learning-rate 5e-4 --learning-rate-at=".split()
-)
+TINY_ROUNDS = "--rounds 2 --updates 10,1:12 --batch-size 16 --method progressive --learning-rate 5e-4".split()
 TINY_DISTILL = [*TINY_RUN, *TINY_ROUNDS]
 
 

@@ -96,7 +96,7 @@ class World:
     def run_on_rank0(self, function: Callable[[], T]) -> T:
         """Call the function in rank 0 alone and return its result in all; its UsageError or RunError is raised in all.
 
-        The result must be a number, a string, or None.
+        The result must be a number, a string, bytes, or None.
         """
         if self.control is None:
             return function()

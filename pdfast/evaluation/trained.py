@@ -170,8 +170,7 @@ def classifier_features(source: ImageSource, world: World) -> ClassifierFeatures
     """Return the feature space of the run's labelled images: trained by rank 0 and kept in the cache, by their contents; the same weights
     in all processes, which all must call it. UsageError where the images have no labels."""
     check_labels(source)
-    state = world.collect(_kept_or_trained(source) if world.is_rank0 else None)[0]
-    assert state is not None
+    state = world.run_on_rank0(lambda: _kept_or_trained(source))
     network = of_any_images(source.shape[2], source.num_classes).eval().requires_grad_(False)
     network.load_state_dict(load(state))
     return network

@@ -1,9 +1,11 @@
 """Minutes of training turned into updates: `--minutes`.
 
-The rule is that of docs/recipes.md: what a student is trained for grows as its step count falls. The teacher, where it is trained too, gets
-TEACHER_SHARE; each round gets updates in proportion to 1 / steps, and those to many steps FEWEST_SHARE of what one step gets.
+The rule divides as the digits' job by halving does (docs/recipes.md): what a student is trained for grows as its step count falls. The
+teacher, where it is trained too, gets TEACHER_SHARE; each round gets updates in proportion to 1 / steps, and those to many steps
+FEWEST_SHARE of what one step gets.
 """
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,17 +26,34 @@ TIMED, ENOUGH = 5, 20.0
 """Updates that are timed, after the first, which may compile; and seconds after which no other is."""
 
 
-def with_updates(config: DistillConfig, method_of: MethodOfRound, measure: Callable[[], float]) -> DistillConfig:
+def with_updates(
+    config: DistillConfig,
+    method_of: MethodOfRound,
+    measure: Callable[[], float],
+    on_rank0: Callable[[Callable[[], str | None]], str | None] = lambda read: read(),
+) -> DistillConfig:
     """Return the configuration with the updates that its minutes mean: those that the run was begun with, or, where it was not begun,
-    by what `measure` says, seconds of a forward of one image on all processes."""
+    by what `measure` says, seconds of a forward of one image on all processes.
+
+    on_rank0: `World.run_on_rank0`, since a machine without the run's folder must not measure while the others go on.
+    """
     if config.minutes is None:
         return config
-    if config.folder.is_begun():
-        saved, where = load_yaml(config.folder.config), str(config.folder.config)
-        fields = fields_of(DistillConfig, saved, ("updates",), where)
-        train = structure(type(config.train), saved.get("train", {}), f"{where}, train")
-        return replace(config, train=replace(config.train, updates=train.updates), **fields)
-    return divide(config, method_of, 60 * config.minutes / measure())
+    saved = on_rank0(lambda: _saved_updates(config))
+    if saved is None:
+        return divide(config, method_of, 60 * config.minutes / measure())
+    of_teacher, of_rounds = json.loads(saved)
+    return replace(config, train=replace(config.train, updates=of_teacher), updates=of_rounds)
+
+
+def _saved_updates(config: DistillConfig) -> str | None:
+    """Return the updates of a run that was begun, JSON of the teacher's and the rounds'; None where it was not."""
+    if not config.folder.is_begun():
+        return None
+    saved, where = load_yaml(config.folder.config), str(config.folder.config)
+    rounds = fields_of(DistillConfig, saved, ("updates",), where)["updates"]
+    train = structure(type(config.train), saved.get("train", {}), f"{where}, train")
+    return json.dumps([train.updates, rounds])
 
 
 def divide(config: DistillConfig, method_of: MethodOfRound, forwards: float) -> DistillConfig:

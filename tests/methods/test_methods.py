@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pdfast.arguments import distill_arguments
 from pdfast.config import KeptConfig, TractConfig
 from pdfast.data import load_source
 from pdfast.diffusion import (
@@ -37,10 +38,10 @@ from tests.engine.processes import run as run_processes
 BATCH = 8
 STUDENTS = ("0008", "0004", "0002", "0001")
 MIXED = (
-    "--learning-rate 5e-4 --learning-rate-at= --plan 16,8,4,2,1 --method tract,4:progressive,2:pairs,1:pairs --kept.reuse 1 --kept.count 48 --updates 14 --batch-size 16 "
+    "--learning-rate 5e-4 --plan 16,8,4,2,1 --method tract,4:progressive,2:pairs,1:pairs --kept.reuse 1 --kept.count 48 --updates 14 --batch-size 16 "
     "--ema 0.9"
 ).split()
-KEPT = "--plan 16,4,1 --method progressive --learning-rate 5e-4 --learning-rate-at= --kept.reuse 3 --kept.count 40 --updates 20 --batch-size 16".split()
+KEPT = "--plan 16,4,1 --method progressive --learning-rate 5e-4 --kept.reuse 3 --kept.count 40 --updates 20 --batch-size 16".split()
 
 
 def point(prediction, output, phi):
@@ -334,6 +335,20 @@ def test_two_processes_take_the_same_course(shard, mixed, tmp_path):
     ours, theirs = ({(e["steps"], e["update"]): e["loss"] for e in log if "update" in e} for log in (ours, theirs))
     assert ours.keys() == theirs.keys()
     assert max(abs(ours[key] - theirs[key]) for key in ours) < 1e-5
+
+
+def test_a_learning_rate_that_is_said_counts_in_every_round(monkeypatch):
+    """The preset's exceptions are to its own; what is said beside it counts."""
+
+    def rates(*arguments):
+        monkeypatch.setattr("sys.argv", ["distill", *arguments])
+        config, _ = distill_arguments()
+        return [config.learning_rate_to(steps) for steps in (128, 1)]
+
+    assert rates() == [2.5e-4, 1e-3], "the preset's own"
+    assert rates("--learning-rate", "2e-4") == rates("--learning-rate=2e-4") == [2e-4, 2e-4]
+    assert rates("--learning-rate", "2e-4", "--learning-rate-at", "1:3e-4") == [2e-4, 3e-4]
+    assert rates("--learning-rate-at", "1:3e-4") == [2.5e-4, 3e-4]
 
 
 @pytest.mark.slow

@@ -1,17 +1,22 @@
 """Minutes become updates once: measured when a run begins, written into its configuration, and read from there."""
 
 import dataclasses
+import shutil
+import time
 
 import pytest
+import torch
 import yaml
 
 from pdfast import distill
 from pdfast.config import KeptConfig
+from pdfast.engine.machine import open_machine
 from pdfast.io.errors import UsageError
 from pdfast.methods import method_of_round
-from pdfast.plan.budget import FEWEST_SHARE, TEACHER_SHARE, divide
+from pdfast.plan.budget import FEWEST_SHARE, TEACHER_SHARE, divide, seconds_of_forward
 from pdfast.recipes import preset
 from tests.commands import TINY_NETWORK, call, one_line
+from tests.engine.processes import run as run_processes
 
 RUN = [
     *TINY_NETWORK,
@@ -69,9 +74,30 @@ def test_measured_once_and_then_exact(tmp_path, monkeypatch, capsys):
     one_line(capsys, call(*command[:-1], "0.3"), 2, "minutes = 0.2, now it is 0.3")
 
 
-def test_it_is_measured_for_real(tmp_path, capsys):
-    assert call("distill", *RUN, "--run", str(tmp_path / "run"), "--minutes", "0.05") == 0
-    assert "updates for 0.05 minutes" in capsys.readouterr().out
+def test_it_is_measured_as_it_is_trained():
+    """Next to forward and backward of the same network by plain PyTorch, within a factor: a machine may be busy."""
+    config = dataclasses.replace(preset("digits"), device="cpu", batch_size=64)
+    with open_machine(config) as machine:
+        seconds = seconds_of_forward(config, machine)
+    network = config.network.build()
+    z, phi = torch.zeros(64, 1, 8, 8), torch.zeros(64)
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        network(z, phi, None).square().mean().backward()
+        times.append(time.perf_counter() - began)
+    assert 0.2 < 3 * 64 * seconds / min(times) < 5
+
+
+@pytest.mark.slow
+def test_two_processes_divide_alike(tmp_path):
+    """Measured by both, divided once: they go on together, and so does a resume."""
+    run = tmp_path / "run"
+    command = ["-m", "pdfast.distill", *RUN, "--run-dir", str(run), "--minutes", "0.02"]
+    assert "updates for 0.02 minutes" in run_processes(2, *command)
+    shutil.rmtree(run / "students/0001")
+    updates = yaml.safe_load((run / "config.yaml").read_text())["updates"]
+    assert f"rounds {updates}" in run_processes(2, *command)
 
 
 def test_minutes_or_updates(tmp_path, capsys):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.command import Unavailable
-from pdfast.config import DistillConfig, EngineConfig, fields_of_plan, resolve_steps
+from pdfast.config import DistillConfig, EngineConfig
 from pdfast.data import ResidentImages
 from pdfast.diffusion import to_x
 from pdfast.engine import parallelize
@@ -31,6 +31,7 @@ from pdfast.exporting.pipeline import unet2d_arguments
 from pdfast.methods import Progressive
 from pdfast.networks import NetworkConfig, UNet
 from pdfast.networks.layers import Conv2d
+from pdfast.rounds import fields_of_plan, resolve_steps
 from pdfast_kernels.runtime import dispatch
 
 NUM_IMAGES = 4096

@@ -14,17 +14,13 @@ from pdfast.config import (
     SAVED_FACTS,
     DistillConfig,
     TrainConfig,
-    fields_of_plan,
-    parse_learning_rates,
-    parse_methods,
-    parse_updates,
-    resolve_steps,
 )
 from pdfast.flags import FlagCreatePairsOff, OptionalPath, OptionalString
 from pdfast.io.errors import UsageError
 from pdfast.io.plain import structure, unstructure
 from pdfast.io.reading import load_yaml
 from pdfast.recipes import preset
+from pdfast.rounds import fields_of_plan, parse_learning_rates, parse_methods, parse_updates, resolve_steps
 
 C = TypeVar("C")
 

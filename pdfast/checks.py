@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pdfast.config import DistillConfig, EvaluationConfig, RunConfig, TrainConfig, parse_learning_rates, parse_updates
+from pdfast.config import DistillConfig, EvaluationConfig, RunConfig, TrainConfig
 from pdfast.data import DIGITS_SHAPE, ImageSource, check_shape, codec_of
 from pdfast.diffusion import check_start
 from pdfast.engine.cost import parameters_and_flops
@@ -22,6 +22,7 @@ from pdfast.io.bounds import MOST_PARAMETERS, SETTINGS, require
 from pdfast.io.errors import UsageError
 from pdfast.methods import method_of_round
 from pdfast.networks import NetworkConfig
+from pdfast.rounds import parse_learning_rates, parse_updates
 
 GRID = 1024  # of diffusion times, at which a schedule is looked at
 

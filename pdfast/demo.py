@@ -24,7 +24,7 @@ import torch
 import pdfast.sample as sample
 from pdfast import own_code
 from pdfast.cli import parse, run_command
-from pdfast.config import STEP_FACTOR, DistillConfig
+from pdfast.config import DistillConfig
 from pdfast.engine import parallelize
 from pdfast.engine.device import open_device
 from pdfast.flags import OptionalString, Positional
@@ -37,6 +37,7 @@ from pdfast.io.reading import load_yaml
 from pdfast.io.run_folder import RunFolder
 from pdfast.io.text import count_steps
 from pdfast.pretrained.model_folder import SavedModel, load_model
+from pdfast.rounds import STEP_FACTOR
 
 ALL_CLASSES = "all, in turn"
 LARGEST_SEED = 2**53 - 1  # that a browser's numbers hold

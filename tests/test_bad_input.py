@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pdfast.config import parse_updates, resolve_steps
 from pdfast.engine.checkpoint import Checkpoints
 from pdfast.engine.world import World
 from pdfast.io.errors import UsageError
 from pdfast.io.files import sha256
 from pdfast.methods import Progressive
+from pdfast.rounds import parse_updates, resolve_steps
 from tests.commands import (
     TINY_DISTILL,
     TINY_GIVEN,

@@ -51,7 +51,7 @@ LAYERS = [
     ("diffusion", "loss"),
     ("networks",),
     ("data",),
-    ("flags", "diffusers_tables", "own_code", "schedule_config", "config"),
+    ("flags", "diffusers_tables", "own_code", "schedule_config", "rounds", "config"),
     ("engine",),
     ("methods",),
     ("pretrained",),

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from benchmarks.recipes import cost_of
-from pdfast.config import fields_of_plan
 from pdfast.data import ResidentImages
 from pdfast.diffusion import build_step_table
 from pdfast.engine.batch import TrainingBatch
@@ -20,6 +19,7 @@ from pdfast.methods import Denoise, Progressive, RoundTable
 from pdfast.networks import UNet
 from pdfast.pretrained.model_folder import load_model
 from pdfast.recipes import PRESETS
+from pdfast.rounds import fields_of_plan
 from tests.commands import call
 
 pytestmark = pytest.mark.slow

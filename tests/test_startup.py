@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from pdfast.checks import _plain_values, check_job, check_values
-from pdfast.config import DistillConfig, TrainConfig, resolve_steps
+from pdfast.config import DistillConfig, TrainConfig
 from pdfast.engine import device
 from pdfast.engine.device import open_device
 from pdfast.evaluation.inception import InceptionV3
@@ -20,6 +20,7 @@ from pdfast.io.plain import structure, unstructure
 from pdfast.networks import NetworkConfig
 from pdfast.pretrained.model_folder import fill_model_folder
 from pdfast.recipes import DIGITS, PRESETS
+from pdfast.rounds import resolve_steps
 from tests.commands import TINY_DISTILL, TINY_RUN, call, one_line
 
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 
-from pdfast.config import DistillConfig, MethodName
+from pdfast.config import DistillConfig
 from pdfast.methods.denoise import Denoise
 from pdfast.methods.distillation import Distillation, Networks, RoundTable
 from pdfast.methods.kept import KeptProgressive, Pairs
 from pdfast.methods.progressive import Progressive
 from pdfast.methods.reparameterize import Reparameterize
 from pdfast.methods.tract import Tract
+from pdfast.rounds import MethodName
 
 METHODS: dict[MethodName, type[Distillation]] = {"progressive": Progressive, "tract": Tract, "pairs": Pairs}
 """Methods of distillation by their names in a configuration."""

@@ -51,6 +51,10 @@ VARIANTS = {
     "pairs, batches of 128": f"{PAIRS} --batch-size 128 --learning-rate 5e-4 --updates 25,8:175,4:250,2:362,1:655",
     "pairs, drawn in 8 steps": f"{PAIRS} --kept.pair-steps 8 --updates 50,8:430,4:620,2:870,1:1570",
     "pairs, twice the rate": f"{PAIRS} --learning-rate-at 8:2e-3,4:2e-3,2:2e-3,1:2e-3",
+    "pairs, twice as many": f"{PAIRS} --kept.pair-steps 8 --kept.count 32768",
+    "pairs, updates as 1 / steps": f"{PAIRS} --updates 50,8:190,4:385,2:770,1:1540",
+    "pairs, equal updates": f"{PAIRS} --updates 50,8:721,4:721,2:721,1:721",
+    "pairs alone": f"{PAIRS} --plan 256,8,4,2,1 --method pairs --updates 390,4:558,2:808,1:1461",
     "pairs, EMA": f"{PAIRS} --ema 0.99",
     "pairs, v-MSE": f"{PAIRS} --weighting snr_plus_one",
 }

@@ -56,9 +56,17 @@ VARIANTS = {
     "pairs, equal updates": f"{PAIRS} --updates 50,8:721,4:721,2:721,1:721",
     "pairs alone": f"{PAIRS} --plan 256,8,4,2,1 --method pairs --updates 390,4:558,2:808,1:1461",
     "pairs, EMA": f"{PAIRS} --ema 0.99",
-    "pairs, v-MSE": f"{PAIRS} --weighting snr_plus_one",
+    "pairs, error of v": f"{PAIRS} --weighting snr_plus_one",
+    "pairs, truncated SNR": f"{PAIRS} --weighting truncated_snr",
+    "x": f"{PAIRS} --network.prediction x",
+    "eps, from u = 0.95": f"{PAIRS} --network.prediction eps --schedule.u-start 0.95",
+    "both": f"{PAIRS} --network.prediction both",
+    "flow": f"{PAIRS} --network.prediction flow",
+    "v, teacher's truncated SNR": f"{PAIRS} --train.weighting truncated_snr",
+    "v, teacher's error of x": f"{PAIRS} --train.weighting x_mse",
 }
-"""Flags of pdfast.distill at the cost of the halving, 880 thousand F; of a flag that is given twice the last counts."""
+"""Flags of pdfast.distill at the cost of the halving, 880 thousand F; of a flag that is given twice the last counts. Those of the
+teacher's network or training give a variant a teacher of its own."""
 COMMANDS = {"consistency distillation": "benchmarks.consistency"}
 """Of variants that are not pdfast.distill's."""
 
@@ -183,21 +191,18 @@ def main(arguments: list[str] | None = None) -> int:
     report = Report(options.json, header(torch.device("cpu")), start, numbers)
     for seed in options.seeds:
         teacher = runs / f"teacher-{seed}"
+        job = ["--preset", "digits", "--seed", str(seed)]
         if not (teacher / "teacher").exists():
-            run("pdfast.train", "--preset", "digits", "--seed", str(seed), "--run", str(teacher))
+            run("pdfast.train", *job, "--run", str(teacher))
         for cost in options.cost:
             for name in options.variants:
                 folder = runs / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{cost:g}x-{seed}"
-                common = ["--preset", "digits", "--seed", str(seed), "--teacher", str(teacher / "teacher")]
-                common += ["--evaluation.max-steps", "16"]  # the teacher, besides its 256
+                flags = scaled(VARIANTS[name], cost)
+                if not any(flag.startswith(("--network.", "--train.")) for flag in flags):
+                    flags += ["--teacher", str(teacher / "teacher")]
+                flags += ["--run", str(folder), "--evaluation.max-steps", "16"]  # the teacher, besides its 256
                 if not (folder / "students" / "0001").exists():
-                    run(
-                        COMMANDS.get(name, "pdfast.distill"),
-                        *common,
-                        "--run",
-                        str(folder),
-                        *scaled(VARIANTS[name], cost),
-                    )
+                    run(COMMANDS.get(name, "pdfast.distill"), *job, *flags)
                 for row in rows_of(name, cost, seed, folder):
                     report.add(row)
     report.write(summary=summary(report.rows))

@@ -246,6 +246,9 @@ class DistillConfig(RunConfig):
     """Largest global gradient norm."""
     weighting: Weighting = "truncated_snr"
     """Weight of the distillation loss over noise levels."""
+    huber: float = 0.0
+    """Weighted errors above this count linearly in that loss, those below it squared (pseudo-Huber); 0 squares all, as in the paper.
+    With the weighting x_mse they are errors of x, whose range is -1 to 1."""
     ema: float = 0.0
     """Decay of an EMA of the student's weights, which then is the student; 0 for none, as in the paper."""
     guard: GuardConfig = GuardConfig()

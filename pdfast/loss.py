@@ -97,9 +97,10 @@ def student_losses(
     table: StepTable,
     index: Int64[Tensor, "n"],
     run: Callable[[Callable], Callable] = identity,
+    huber: float = 0.0,
 ) -> Float[Tensor, "n"]:
-    """Return the weighted squared error of the student's output from what `teacher_outputs` gave, a mean over all but N:
-    float32 [N]."""
+    """Return the weighted squared error of the student's output from what `teacher_outputs` gave, or with a `huber` above 0 its
+    pseudo-Huber form, a mean over all but N: float32 [N]."""
     return run(ddim_step_weighted_loss)(
         check_output("the student", output, start, table.prediction),
         start,
@@ -110,6 +111,7 @@ def student_losses(
         table.output,
         table.weight,
         index,
+        huber,
     )
 
 
@@ -124,12 +126,14 @@ def distillation_loss(
     eps: Float[Tensor, "n c *s"] | None = None,
     generator: torch.Generator | None = None,
     average: Model | None = None,
+    huber: float = 0.0,
 ) -> Float[Tensor, "n"]:
     """Return the loss of each image, float32 [N], with a gradient to the student alone.
 
     x: images in about [-1, 1], float [N, C, ...]. table: of the student's number of steps, on x's device. k: rows of the table, in
     1..len(table), int64 [N], and eps: noise like x; both drawn, with the generator, where not given. student and teacher: of one
-    prediction, that of the table. average: the student's own average, for a table whose last part it takes. cond: a tree of tensors
+    prediction, that of the table. average: the student's own average, for a table whose last part it takes. huber: weighted errors
+    above it count linearly, not squared (pseudo-Huber); 0 for none that do. cond: a tree of tensors
     that begin with N, handed to all. z and the target are float32, or float64 where x
     is, whatever the dtypes of x, eps and the outputs are. TypeError for a wrong dtype, ValueError for a wrong shape, device or
     prediction, and for a k out of range (on a GPU, where asking would be a wait, the losses of those images are NaN).
@@ -174,4 +178,4 @@ def distillation_loss(
     column = (-1, *(1,) * (x.dim() - 1))
     z = torch.cos(phi).view(column) * x + torch.sin(phi).view(column) * eps
     start, first, second = teacher_outputs(teacher, z, table, index, cond, average=average)
-    return student_losses(student(z, phi.float(), cond), start, first, second, table, index)
+    return student_losses(student(z, phi.float(), cond), start, first, second, table, index, huber=huber)

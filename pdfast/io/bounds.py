@@ -103,6 +103,7 @@ SETTINGS: Mapping[str, Bounds] = {
     "batch_size": BATCH,
     "learning_rate": LEARNING_RATE,
     "clip": CLIP,
+    "huber": Bounds(0, 1e6, "from 0 to 1e6"),
     "ema": FRACTION,
 }
 """Bounds of a run's settings, by their place in its configuration; NETWORK has those of our U-Net."""

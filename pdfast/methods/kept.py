@@ -81,7 +81,7 @@ class _Kept(Distillation):
         self._index.copy_(index)
 
     def losses(self, z: Tensor, phi: Tensor, cond: Any, *error: Tensor) -> Tensor:
-        return self._run(weighted_loss)(self.student(z, phi, cond), *error)
+        return self._run(weighted_loss)(self.student(z, phi, cond), *error, self.config.huber)
 
 
 class KeptProgressive(_Kept, Progressive):

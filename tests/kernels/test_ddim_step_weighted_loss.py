@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pdfast.diffusion import PREDICTIONS, Cosine, StartingAt, build_step_table, to_x
-from pdfast_kernels import use
+from pdfast_kernels import reference, use
 from pdfast_kernels.ops.ddim_step_weighted_loss.ddim_step_weighted_loss import (
     ddim_step_weighted_loss,
     ddim_step_weighted_loss_and_grad,
@@ -17,7 +17,7 @@ SHAPES = [(3, 3, 8, 8), (2, 8, 4, 4), (1, 1, 5, 7), (2, 3, 40, 40), (5, 7), (2, 
 OP = torch.ops.pdfast_kernels.ddim_step_weighted_loss.default
 
 
-def expected_loss(output, z, first, second, a, b, d, c, weight, index=None):
+def expected_loss(output, z, first, second, a, b, d, c, weight, index=None, huber=0.0):
     n, parts = z.shape[0], b.shape[1]
     rows = torch.arange(n) if index is None else index
 
@@ -27,7 +27,8 @@ def expected_loss(output, z, first, second, a, b, d, c, weight, index=None):
 
     target = torch.einsum("n,ne->ne", a.double()[rows], z.double().reshape(n, math.prod(z.shape[1:])))
     error = combine(c, output) - target - combine(b, first) - combine(d, second)
-    return weight.double()[rows] * error.square().mean(1)
+    squared = weight.double()[rows, None] * error.square()
+    return (2 * huber * ((squared + huber**2).sqrt() - huber) if huber else squared).mean(1)
 
 
 @pytest.fixture
@@ -70,6 +71,46 @@ def test_values_and_gradients(triton_kernels, draw, arguments, shape, parts, lay
     theirs = 0.3 * torch.autograd.grad(expected_loss(*tensors).sum(), output)[0]
     assert both[1].dtype == output.dtype and both[1].stride() == output.stride()
     assert_relative(both[1], theirs)
+
+
+@pytest.mark.parametrize("huber", [1e-3, 0.3, 1e3])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_pseudo_huber(triton_kernels, arguments, parts, huber):
+    """All of its range: hardly an error below h, about half of them, all of them; where the last is the squared error."""
+    for dtype in (torch.float32, torch.float16):
+        tensors, up = arguments((2, 3, 40, 40), parts, dtype=dtype), 2.0**12  # or fp16 has no number for a gradient
+        output, expected = tensors[0], expected_loss(*tensors, huber=huber)
+        bound = max(RELATIVE[dtype], 5e-7 / huber)  # an error near 0, in float32, next to h: there the slope is steep
+        theirs = torch.autograd.grad(up * expected.sum(), output)[0]
+        for one in (ddim_step_weighted_loss, reference.ddim_step_weighted_loss):
+            loss = one(*tensors, huber)
+            assert_relative(loss, expected)
+            assert_relative(torch.autograd.grad(up * loss.sum(), output)[0], theirs, bound)
+        for one in (ddim_step_weighted_loss_and_grad, reference.ddim_step_weighted_loss_and_grad):
+            with torch.no_grad():
+                loss, grad = one(*tensors, grad_scale=up, huber=huber)
+            assert_relative(loss, expected)
+            assert_relative(grad, theirs, bound)
+        if huber == 1e3:
+            torch.testing.assert_close(loss, ddim_step_weighted_loss(*tensors).detach(), rtol=1e-4, atol=0)
+
+
+def test_pseudo_huber_where_nothing_is_wrong(triton_kernels, arguments):
+    """No error: no loss and no gradient, not 0 / 0."""
+    tensors = [t.detach() if t.is_floating_point() else t for t in arguments((2, 3, 4, 4), 1)]
+    for weight in (tensors[8], 0 * tensors[8]):
+        still = (0 * tensors[0]).requires_grad_(), *(0 * t for t in tensors[1:4]), *tensors[4:8], weight, tensors[9]
+        loss = ddim_step_weighted_loss(*still, 0.1)
+        assert not loss.any() and not torch.autograd.grad(loss.sum(), still[0])[0].any()
+
+
+@pytest.mark.parametrize("huber", [-1.0, float("nan"), float("inf")])
+def test_a_huber_that_is_none(arguments, huber):
+    tensors = arguments((2, 3, 4, 4), 1)
+    with pytest.raises(ValueError, match="ddim_step_weighted_loss: huber is .*, expected a number from 0"):
+        ddim_step_weighted_loss(*tensors, huber)
+    with pytest.raises(ValueError, match="ddim_step_weighted_loss_and_grad: huber is .*, expected a number from 0"):
+        ddim_step_weighted_loss_and_grad(*tensors, grad_scale=1.0, huber=huber)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -122,7 +163,7 @@ def test_small_gradients_survive_half_precision(triton_kernels, arguments):
 
 def test_no_gradient_is_computed_where_none_is_wanted(triton_kernels, arguments):
     tensors = arguments((2, 3, 4, 4), 1)
-    columns = (*tensors[4:], False)
+    columns = (*tensors[4:], 0.0, False)
     assert OP(tensors[0].detach(), *tensors[1:4], *columns)[1].numel() == 0
     with torch.no_grad():
         loss = ddim_step_weighted_loss(*tensors)
@@ -163,10 +204,10 @@ def test_the_reference(arguments, parts):
 def test_opcheck(triton_kernels, arguments):
     for parts in (1, 2):
         tensors = arguments((2, 3, 4, 4), parts)
-        torch.library.opcheck(OP, (*tensors, True))
+        torch.library.opcheck(OP, (*tensors, 0.1, True))
         detached = tensors[0].detach(), *tensors[1:]
-        torch.library.opcheck(OP, (*detached, False))
-        torch.library.opcheck(torch.ops.pdfast_kernels.ddim_step_weighted_loss_and_grad.default, (*detached, 0.3))
+        torch.library.opcheck(OP, (*detached, 0.0, False))
+        torch.library.opcheck(torch.ops.pdfast_kernels.ddim_step_weighted_loss_and_grad.default, (*detached, 0.0, 0.3))
 
 
 @pytest.mark.parametrize("mode", ["triton", "reference"])

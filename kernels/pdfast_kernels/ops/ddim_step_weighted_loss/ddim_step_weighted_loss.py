@@ -7,6 +7,7 @@ o, t, m      [N, P*C, ...] bf16, fp16 or fp32: the student's output, the teacher
 z            [N, C, ...] bf16, fp16 or fp32; all four channels-last or all contiguous
 a, weight    [R];  b, d, c [R, P]: the columns of a step table, of which `index` (int64 [N]) gives each sample its row;
              without an index, R = N and row n is sample n's. A row that is not there makes its sample NaN
+huber        h; above 0, an element's weighted square s counts as its pseudo-Huber form, 2 h (sqrt(s + h^2) - h)
 loss         [N] float32 (float64 where one of o, t, m, z is), a mean over C, H, W
 
 Computed in float32. Each tensor is read once, and the gradient with respect to o is written in the same pass if it is
@@ -14,6 +15,7 @@ wanted; what needs another gradient runs in PyTorch. Sums in two stages, without
 Other layouts and dtypes run in PyTorch.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,6 +67,7 @@ def _forward(
     RUN: tl.constexpr,
     P: tl.constexpr,
     INDEXED: tl.constexpr,
+    HUBER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     n, e, inside, row, there = element(index_ptr, M, R, INDEXED, BLOCK)
@@ -78,7 +81,13 @@ def _forward(
         error -= coefficient(target_output_ptr + row * P + p, there) * teacher
         error -= coefficient(target_output_mid_ptr + row * P + p, there) * teacher_mid
     weight = coefficient(weight_ptr + row, there)
-    tl.store(partial_ptr + tl.program_id(0), weight / M * tl.sum(error * error, axis=0))
+    if HUBER == 0:
+        tl.store(partial_ptr + tl.program_id(0), weight / M * tl.sum(error * error, axis=0))
+    else:
+        squared = weight * error * error
+        root = tl.sqrt(squared + HUBER * HUBER)
+        tl.store(partial_ptr + tl.program_id(0), 2.0 * HUBER / M * tl.sum(squared / (root + HUBER), axis=0))
+        error *= HUBER / root
     if grad_ptr is not None:
         grad = 2.0 * grad_scale * weight * error
         for p in tl.static_range(P):
@@ -104,7 +113,7 @@ def _backward(
     tl.store(grad_ptr + n * M + e, grad.to(grad_ptr.dtype.element_ty), mask=e < M)
 
 
-def _run(tensors: Sequence[Any], grad_scale: float | None) -> tuple[Tensor, Tensor]:
+def _run(tensors: Sequence[Any], huber: float, grad_scale: float | None) -> tuple[Tensor, Tensor]:
     """Return the losses, and grad_scale d(sum of M losses)/d output, M = C H W: empty for None. tensors: the arguments, in
     order."""
     output, z, teacher, teacher_mid, target_z, target_output, target_output_mid, coefficients, weight, index = tensors
@@ -138,6 +147,7 @@ def _run(tensors: Sequence[Any], grad_scale: float | None) -> tuple[Tensor, Tens
         RUN=run if parts > 1 else 1,
         P=parts,
         INDEXED=index is not None,
+        HUBER=huber,
         BLOCK=block,
     )
     loss = partial.view(-1) if blocks == 1 else partial.sum(1)
@@ -145,7 +155,7 @@ def _run(tensors: Sequence[Any], grad_scale: float | None) -> tuple[Tensor, Tens
 
 
 _SCHEMA = """(Tensor output, Tensor z, Tensor teacher_output, Tensor teacher_output_mid, Tensor target_z, Tensor target_output,
-Tensor target_output_mid, Tensor output_coefficient, Tensor weight, Tensor? index, {}) -> (Tensor, Tensor)"""
+Tensor target_output_mid, Tensor output_coefficient, Tensor weight, Tensor? index, float huber, {}) -> (Tensor, Tensor)"""
 
 
 @torch.library.custom_op(
@@ -153,12 +163,12 @@ Tensor target_output_mid, Tensor output_coefficient, Tensor weight, Tensor? inde
 )
 def _loss(*given):
     """Return the losses, and d(M loss)/d output: divided by M = C H W, little would be left of it in fp16."""
-    *tensors, differentiable = given
-    return _run(tensors, 1.0 if differentiable else None)
+    *tensors, huber, differentiable = given
+    return _run(tensors, huber, 1.0 if differentiable else None)
 
 
 @_loss.register_fake
-def _(output, z, t, m, a, b, d, c, weight, index, differentiable):
+def _(output, z, t, m, a, b, d, c, weight, index, huber, differentiable):
     saved = torch.empty_like(output) if differentiable else output.new_empty(0)
     return z.new_empty(z.shape[0], dtype=torch.float32), saved
 
@@ -197,7 +207,7 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, grad_loss, _):
     grad = None if grad_loss is None else _loss_backward(grad_loss, *ctx.saved_tensors, ctx.mean_of)
-    return grad, *(None,) * 10
+    return grad, *(None,) * 11
 
 
 _loss.register_autograd(_autograd, setup_context=_setup_context)
@@ -207,12 +217,12 @@ _loss.register_autograd(_autograd, setup_context=_setup_context)
     "pdfast_kernels::ddim_step_weighted_loss_and_grad", mutates_args=(), schema=_SCHEMA.format("float grad_scale")
 )
 def _loss_and_grad(*given):
-    *tensors, grad_scale = given
-    return _run(tensors, grad_scale / max(tensors[1][:1].numel(), 1))
+    *tensors, huber, grad_scale = given
+    return _run(tensors, huber, grad_scale / max(tensors[1][:1].numel(), 1))
 
 
 @_loss_and_grad.register_fake
-def _(output, z, t, m, a, b, d, c, weight, index, grad_scale):
+def _(output, z, t, m, a, b, d, c, weight, index, huber, grad_scale):
     return z.new_empty(z.shape[0], dtype=torch.float32), torch.empty_like(output)
 
 
@@ -227,22 +237,24 @@ def ddim_step_weighted_loss(
     output_coefficient: Tensor,
     weight: Tensor,
     index: Tensor | None = None,
+    huber: float = 0.0,
 ) -> Tensor:
     """weight mean (sum_p c_p o_p - target)^2, target = a z + sum_p b_p t_p + sum_p d_p m_p: the losses, [N].
 
     output, teacher_output: [N, P*C, ...], at (z, phi); teacher_output_mid: at (z_mid, phi_mid). z: [N, C, ...].
     target_z, weight: float [R]; target_output, target_output_mid, output_coefficient: [R, P]; index: int64 [N], the row
-    of each sample, or None where R = N. Differentiable with respect to output; see the module for layouts and dtypes.
-    ValueError where a shape, dtype, device or index does not fit.
+    of each sample, or None where R = N. huber: above 0, the pseudo-Huber form of the weighted squares, for outliers to count
+    less. Differentiable with respect to output; see the module for layouts and dtypes.
+    ValueError where a shape, dtype, device or index does not fit, and for a huber that is negative or not finite.
     """
     tensors = (output, z, teacher_output, teacher_output_mid)
     columns = (target_z, target_output, target_output_mid, output_coefficient, weight)
-    index, columns = _checked(OP, tensors, columns, index)
+    index, columns = _checked(OP, tensors, columns, index, huber)
     if triton_runs(OP, z.device, _unsupported(*tensors, *columns)):
         differentiable = torch.is_grad_enabled() and output.requires_grad
-        return _loss(*tensors, *_dense(index, *columns), differentiable)[0]
+        return _loss(*tensors, *_dense(index, *columns), huber, differentiable)[0]
     with as_given(z.device):
-        return reference.ddim_step_weighted_loss(*tensors, *columns, index)
+        return reference.ddim_step_weighted_loss(*tensors, *columns, index, huber)
 
 
 @torch.no_grad()
@@ -259,6 +271,7 @@ def ddim_step_weighted_loss_and_grad(
     index: Tensor | None = None,
     *,
     grad_scale: float,
+    huber: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Return the losses [N], and grad_scale d(sum of the losses)/d output, like output; neither is differentiable.
 
@@ -267,16 +280,20 @@ def ddim_step_weighted_loss_and_grad(
     """
     tensors = (output, z, teacher_output, teacher_output_mid)
     columns = (target_z, target_output, target_output_mid, output_coefficient, weight)
-    index, columns = _checked(f"{OP}_and_grad", tensors, columns, index)
+    index, columns = _checked(f"{OP}_and_grad", tensors, columns, index, huber)
     if triton_runs(f"{OP}_and_grad", z.device, _unsupported(*tensors)):
-        return _loss_and_grad(*tensors, *_dense(index, *columns), grad_scale)
+        return _loss_and_grad(*tensors, *_dense(index, *columns), huber, grad_scale)
     with as_given(z.device):
-        return reference.ddim_step_weighted_loss_and_grad(*tensors, *columns, index, grad_scale=grad_scale)
+        return reference.ddim_step_weighted_loss_and_grad(*tensors, *columns, index, grad_scale=grad_scale, huber=huber)
 
 
-def _checked(op: str, tensors: _Images, columns: _Columns, index: Tensor | None) -> tuple[Tensor | None, _Columns]:
+def _checked(
+    op: str, tensors: _Images, columns: _Columns, index: Tensor | None, huber: float
+) -> tuple[Tensor | None, _Columns]:
     """Return the index, and the columns in the dtype that is computed in. ValueError where something does not fit."""
     _check(op, tensors, columns, index)
+    if not 0 <= huber < math.inf:
+        raise ValueError(f"{op}: huber is {huber}, expected a number from 0, the squared error")
     if index is not None:
         index = in_range(op, "index", index, 0, len(columns[0]))
     inside = compute_dtype(*tensors)

@@ -4,7 +4,6 @@
 from tests.fake_gpu.cuda import Waits, pretend, to_fake  # before anything else: it goes before torch
 
 import contextlib
-import copy
 import importlib.util
 import json
 import types
@@ -54,14 +53,13 @@ def table(steps: int, method: type[Distillation] = Progressive) -> StepTable:
     return TABLES[method, steps].map(lambda c: torch.empty(c.shape, dtype=c.dtype, device=WORLD.device))
 
 
-def waits(images: ResidentImages, method: Method, losses: Losses) -> list[str]:
-    """Of the second update: the first fills what is kept."""
+def waits(images: ResidentImages, method: Method, average: torch.nn.Module, losses: Losses) -> list[str]:
+    """Of the second update: the first fills what is kept. average: of the student, that the optimizer keeps."""
     batch = TrainingBatch(images, WORLD, CONFIG, seed=0, batch_size=BATCH, flip=True)
-    fast = method.average or copy.deepcopy(method.student)
     if isinstance(method, Pairs):
         method.start_from(2, table(2, Pairs), lambda steps: method.teacher.state_dict(), batch)
         method.begin(batch, STAGE, types.SimpleNamespace(say=lambda text: None))
-    optimizer = Optimizer(method.student, WORLD, clip=1.0, ema=0.9, fast_ema=0.5, fast=fast, backend="torch")
+    optimizer = Optimizer(method.student, WORLD, clip=1.0, ema=0.9, fast_ema=0.5, fast=average, backend="torch")
     with Waits() as seen:
         for i in range(2):
             seen.found.clear()
@@ -79,7 +77,7 @@ def of_updates() -> dict[str, list[str]]:
     kept.trajectory = lambda model, z, phi, **_: (
         [z] * (len(phi) - 1)
     )  # it looks at the angles' values, before the round
-    student, teacher = (to_fake(network) for network in NETWORKS)
+    student, teacher, average = (to_fake(network) for network in NETWORKS)
     losses, rows = Losses(WORLD), RoundTable(table(8))
     rows.set(table(2))
 
@@ -97,9 +95,9 @@ def of_updates() -> dict[str, list[str]]:
     for method in methods.values():
         if isinstance(method, Distillation):
             method.config, method.machine = CONFIGURED, ALONE
-    methods["transitive closure"].average = copy.deepcopy(teacher)
-    found = {name: waits(images(0.5), method, losses) for name, method in methods.items()}
-    return found | {"a round from the host's memory": waits(images(0.0), methods["a round"], losses)}
+    methods["transitive closure"].average = average
+    found = {name: waits(images(0.5), method, average, losses) for name, method in methods.items()}
+    return found | {"a round from the host's memory": waits(images(0.0), methods["a round"], average, losses)}
 
 
 def a_wait() -> list[str]:
@@ -136,7 +134,7 @@ def atomics() -> dict[str, list[int]]:
 
 
 UPSAMPLING = upsampling()
-NETWORKS = [UNet(CONFIG), UNet(CONFIG).requires_grad_(False)]
+NETWORKS = [UNet(CONFIG), *(UNet(CONFIG).requires_grad_(False) for _ in range(2))]
 TABLES = {
     (Progressive, 8): build_step_table(Cosine(), 8, "v", "truncated_snr"),
     (Progressive, 2): build_step_table(Cosine(), 2, "v", "truncated_snr"),

@@ -124,7 +124,7 @@ def diffuse_case(at: Images, dtype: str, flip: bool = False) -> Case:
     return _case("diffuse", at.network, name, at.n, make, at.channels * prod(at.size), dtype, narrow=("images_ptr",))
 
 
-def state_case(op: str, at: Images, dtype: str, parts: int, channels_last: bool = True) -> Case:
+def state_case(op: str, at: Images, dtype: str, parts: int, channels_last: bool = True, huber: float = 0.0) -> Case:
     """op: ddim_step; ddim_step_weighted_loss, of which nothing need be read again, one pass over the tensors gives both; or
     ddim_step_weighted_loss_and_grad, which returns the loss and its gradient at once."""
 
@@ -142,11 +142,14 @@ def state_case(op: str, at: Images, dtype: str, parts: int, channels_last: bool 
         at_once = op.endswith("_and_grad")
         tensors = [output, image(at.channels, "fp32"), *(image(parts * at.channels, dtype) for _ in range(2))]
         columns = column(), *(column(parts) for _ in range(3)), column()
-        calls = _both(op, *tensors, *columns, index, **({"grad_scale": 1.0} if at_once else {}))
+        calls = _both(op, *tensors, *columns, index, huber=huber, **({"grad_scale": 1.0} if at_once else {}))
         return Work(*calls, [*tensors, index], [], [] if at_once else [output.requires_grad_()])
 
     run = at.channels if channels_last and parts > 1 else at.channels * prod(at.size)
-    name, narrow = f"{at} P={parts} {'NHWC' if channels_last else 'NCHW'}", ("a_ptr", "b_ptr")
+    name, narrow = (
+        f"{at} P={parts} {'NHWC' if channels_last else 'NCHW'}{' huber' if huber else ''}",
+        ("a_ptr", "b_ptr"),
+    )
     return _case(op, at.network, name, at.n, make, run, dtype, narrow=narrow if op == "ddim_step" else ())
 
 
@@ -259,6 +262,7 @@ def _states() -> Iterator[Case]:
     for name in STATES[1:]:
         for parts, at in shapes:
             yield from (state_case(name, at, dtype, parts) for dtype in ("fp32", "bf16"))
+            yield state_case(name, at, "bf16", parts, huber=0.01)
             yield state_case(name, at, "fp16", parts, channels_last=False)
 
 

@@ -23,7 +23,7 @@ def network(prediction, seed):
     return perturbed(NetworkConfig(8, 1, 8, (1,), 1, (), 8, 16, 4, prediction).build(), seed)
 
 
-def paper(student, teacher, x, eps, k, steps, prediction):
+def paper(student, teacher, x, eps, k, steps, prediction, huber):
     """Algorithm 2 as it is published, in float64 but for the networks: the truncated-SNR weighted error of x, per image."""
     angle = (torch.pi / 2) * torch.stack([k / steps, (k - 0.5) / steps, (k - 1) / steps]).double()
     alpha, sigma = torch.cos(angle)[:, :, None, None, None], torch.sin(angle)[:, :, None, None, None]
@@ -39,22 +39,23 @@ def paper(student, teacher, x, eps, k, steps, prediction):
     z_next = alpha[2] * second + sigma[2] / sigma[1] * (z_mid - alpha[1] * second)
     ratio = sigma[2] / sigma[0]
     target = torch.where(k[:, None, None, None] == 1, second, (z_next - ratio * z) / (alpha[2] - ratio * alpha[0]))
-    error = (predict(student, z, 0) - target).square().mean((1, 2, 3))
-    snr = (alpha[0] / sigma[0]).square().flatten()
-    return torch.maximum(snr, torch.ones_like(snr)) * error
+    snr = (alpha[0] / sigma[0]).square()
+    squares = torch.maximum(snr, torch.ones_like(snr)) * (predict(student, z, 0) - target).square()
+    return (2 * huber * ((squares + huber**2).sqrt() - huber) if huber else squares).mean((1, 2, 3))
 
 
 @pytest.mark.parametrize("prediction", ["x", "v", "both"])
-def test_it_is_the_papers(prediction):
+@pytest.mark.parametrize("huber", [0.0, 0.2])
+def test_it_is_the_papers(prediction, huber):
     student, teacher = network(prediction, 1), network(prediction, 2)
     steps = 4
     generator = torch.Generator().manual_seed(0)
     x, eps = (torch.randn(N, 1, 8, 8, generator=generator) for _ in range(2))
     k = torch.arange(N) % steps + 1
     table = pdfast.build_step_table(pdfast.Cosine(), steps, prediction, "truncated_snr")
-    losses = pdfast.distillation_loss(student, teacher, x, table, k=k, eps=eps)
+    losses = pdfast.distillation_loss(student, teacher, x, table, k=k, eps=eps, huber=huber)
     with torch.no_grad():
-        expected = paper(student, teacher, x, eps, k, steps, prediction)
+        expected = paper(student, teacher, x, eps, k, steps, prediction, huber)
     not_noise = k < steps  # where alpha is 0, an SNR is no weight: see the definition in angles
     torch.testing.assert_close(losses.double()[not_noise], expected[not_noise], rtol=2e-4, atol=1e-6)
     losses.mean().backward()

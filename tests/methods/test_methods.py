@@ -38,7 +38,7 @@ from tests.engine.processes import run as run_processes
 BATCH = 8
 STUDENTS = ("0008", "0004", "0002", "0001")
 MIXED = (
-    "--learning-rate 5e-4 --plan 16,8,4,2,1 --method tract,4:progressive,2:pairs,1:pairs --kept.reuse 1 --kept.count 48 --updates 14 --batch-size 16 "
+    "--learning-rate 5e-4 --huber 0.05 --plan 16,8,4,2,1 --method tract,4:progressive,2:pairs,1:pairs --kept.reuse 1 --kept.count 48 --updates 14 --batch-size 16 "
     "--ema 0.9"
 ).split()
 KEPT = "--plan 16,4,1 --method progressive --learning-rate 5e-4 --kept.reuse 3 --kept.count 40 --updates 20 --batch-size 16".split()

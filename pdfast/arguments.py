@@ -87,11 +87,15 @@ def distill_arguments() -> tuple[DistillConfig, Extra]:
     if config.teacher is None:
         config = dataclasses.replace(config, schedule=config.schedule.with_table())
     _refuse_empty(sys.argv[1:])
-    if config.minutes is not None and (said := [f for f in ("--updates", "--train.updates") if _peek(f, sys.argv[1:])]):
-        raise UsageError(
-            f"--minutes {config.minutes:g} and {said[0]}: the minutes are divided into updates, leave one of them out"
-        )
     check_values(config)
+    if config.minutes is not None:
+        divided = ["--updates", "--train.updates"]
+        if "pairs" in map(config.method_at, config.round_steps):
+            divided.append("--kept.count")
+        if said := [flag for flag in divided if _peek(flag, sys.argv[1:])]:
+            raise UsageError(
+                f"--minutes {config.minutes:g} and {said[0]}: the minutes are divided into updates and pairs, leave one of them out"
+            )
     own_code.allow(_own_code(config.teacher, parsed.network_from))
     if config.teacher is not None:
         _refuse_what_the_teacher_brings(config, sys.argv[1:])

@@ -234,8 +234,8 @@ class DistillConfig(RunConfig):
     updates: str = "50000,2:100000,1:100000"
     """Updates per round: one number, or with exceptions by the student's step count, as 50000,2:100000,1:100000."""
     minutes: OptionalFloat = None
-    """Minutes of training in all, on this machine, in place of --updates and --train.updates: measured and divided among the teacher
-    and the rounds when the run begins, and written into its configuration."""
+    """Minutes of training in all, on this machine, in place of --updates, --train.updates and the --kept.count of pairs: measured and
+    divided among the teacher and the rounds when the run begins, and written into its configuration."""
     batch_size: int = 128
     """Images per update (global batch size)."""
     learning_rate: float = 1e-4

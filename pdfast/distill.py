@@ -171,7 +171,8 @@ def main(method: type[Distillation] | None = None) -> None:
             say_what_begins(config, machine, source, log)
             if config.minutes is not None:
                 teacher = "" if config.teacher else f"{config.train.updates} of the teacher, "
-                log.say(f"updates for {config.minutes:g} minutes: {teacher}rounds {config.updates}")
+                pairs = f", {config.kept.count:,} pairs" if "pairs" in map(config.method_at, config.round_steps) else ""
+                log.say(f"updates for {config.minutes:g} minutes: {teacher}rounds {config.updates}{pairs}")
             distill(config, method_of, machine, given_teacher, source, log)
             log.count_bad_images()
 

@@ -131,6 +131,12 @@ class Distillation(Method):
         return cls.cost
 
     @classmethod
+    def share(cls, steps: int) -> float:
+        """Return how many updates the round to so many steps gets of a budget, next to one to one step: a student needs more, the
+        fewer steps it has."""
+        return max(1 / steps, 1 / 12)
+
+    @classmethod
     def evaluations_before(cls, config: DistillConfig, steps: int) -> int:
         """Return the forwards of the network that the round takes before its first update."""
         return 0

@@ -143,6 +143,10 @@ class Pairs(_Kept):
         return UpdateCost(0, kept_targets=kept, tensors_a_target=1 + config.pairs_at(steps).finest)
 
     @classmethod
+    def share(cls, steps: int) -> float:
+        return steps**-0.5
+
+    @classmethod
     def evaluations_before(cls, config: DistillConfig, steps: int) -> int:
         origin = config.pairs_at(steps)
         return count_batches(config) * config.batch_size * origin.steps if steps == origin.finest else 0

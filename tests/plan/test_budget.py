@@ -13,7 +13,7 @@ from pdfast.config import KeptConfig
 from pdfast.engine.machine import open_machine
 from pdfast.io.errors import UsageError
 from pdfast.methods import method_of_round
-from pdfast.plan.budget import FEWEST_SHARE, TEACHER_SHARE, divide, seconds_of_forward
+from pdfast.plan.budget import DRAWN_SHARE, TEACHER_SHARE, divide, seconds_of_forward
 from pdfast.recipes import preset
 from tests.commands import TINY_NETWORK, call, one_line
 from tests.engine.processes import run as run_processes
@@ -28,7 +28,7 @@ PLAN = {"plan": "256,64,8,4,1", "rounds": 4, "start_steps": 256, "end_steps": 1}
 @pytest.mark.parametrize("method", ["progressive", "tract", "progressive,4:pairs,1:pairs"])
 def test_what_is_divided_is_spent(method):
     """Counted by hand: the images of all updates, times what each costs."""
-    config = dataclasses.replace(preset("digits"), method=method, kept=KeptConfig(count=1280), batch_size=128, **PLAN)
+    config = dataclasses.replace(preset("digits"), method=method, kept=KeptConfig(), batch_size=128, **PLAN)
     divided = divide(config, method_of_round, 2e6)
     assert divided.train.updates * 128 * 3 == pytest.approx(TEACHER_SHARE * 2e6, rel=0.01)
     each = {
@@ -36,10 +36,14 @@ def test_what_is_divided_is_spent(method):
         "tract": {64: 5, 8: 5, 4: 5, 1: 5},
         "progressive,4:pairs,1:pairs": {64: 7, 8: 11, 4: 3, 1: 3},
     }[method]
-    pairs = 1280 * 8 if "pairs" in method else 0
+    pairs = divided.kept.count * 8 if "pairs" in method else 0
+    if pairs:
+        assert pairs == pytest.approx(DRAWN_SHARE * (1 - TEACHER_SHARE) * 2e6, rel=0.01)
     spent = sum(divided.updates_at(steps) * 128 * cost for steps, cost in each.items()) + pairs
     assert spent == pytest.approx((1 - TEACHER_SHARE) * 2e6, rel=0.02)
-    assert divided.updates_at(64) / divided.updates_at(1) == pytest.approx(FEWEST_SHARE, rel=0.05)
+    assert divided.updates_at(64) / divided.updates_at(1) == pytest.approx(1 / 12, rel=0.05)
+    of_four = 1 / 2 if "pairs" in method else 1 / 4
+    assert divided.updates_at(4) / divided.updates_at(1) == pytest.approx(of_four, rel=0.05)
     given = dataclasses.replace(config, teacher="a folder")
     assert divide(given, method_of_round, 2e6).updates_at(1) > 1.5 * divided.updates_at(1), "all for the rounds"
 
@@ -101,6 +105,6 @@ def test_two_processes_divide_alike(tmp_path):
 
 
 def test_minutes_or_updates(tmp_path, capsys):
-    for flag in ("--updates", "--train.updates"):
-        code = call("distill", *RUN, "--run", str(tmp_path / "run"), "--minutes", "1", flag, "5")
+    for flag in ("--updates", "--train.updates", "--kept.count"):
+        code = call("distill", *RUN, "--run", str(tmp_path / "run"), "--minutes", "1", flag, "5", "--method", "pairs")
         one_line(capsys, code, 2, "--minutes 1 and", flag, "leave one of them out")

@@ -142,6 +142,8 @@ class KeptConfig:
     pair_steps: OptionalInt = None
     """Steps in which the first teacher draws the pairs, by a sampler of second order. By default the model before the first round by
     pairs draws them, by DDIM in its own number of steps."""
+    huber: float = 0.01
+    """What --huber is for other rounds, for those by pairs."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +250,7 @@ class DistillConfig(RunConfig):
     """Weight of the distillation loss over noise levels."""
     huber: float = 0.0
     """Weighted errors above this count linearly in that loss, those below it squared (pseudo-Huber); 0 squares all, as in the paper.
-    With the weighting x_mse they are errors of x, whose range is -1 to 1."""
+    With the weighting x_mse they are errors of x, whose range is -1 to 1. Rounds by pairs have their own, --kept.huber."""
     ema: float = 0.0
     """Decay of an EMA of the student's weights, which then is the student; 0 for none, as in the paper."""
     guard: GuardConfig = GuardConfig()

@@ -55,6 +55,7 @@ SAMPLES = Bounds(
 )
 LEARNING_RATE = positive(1000)
 CLIP = positive(1e9)
+HUBER = Bounds(0, 1e6, "from 0 to 1e6")
 
 SETTINGS: Mapping[str, Bounds] = {
     "schedule.u_start": Bounds(0, 1, "in (0, 1]", without_low=True),
@@ -100,10 +101,11 @@ SETTINGS: Mapping[str, Bounds] = {
     "kept.count": UPDATES,
     "kept.reuse": UPDATES,
     "kept.pair_steps": STEPS,
+    "kept.huber": HUBER,
     "batch_size": BATCH,
     "learning_rate": LEARNING_RATE,
     "clip": CLIP,
-    "huber": Bounds(0, 1e6, "from 0 to 1e6"),
+    "huber": HUBER,
     "ema": FRACTION,
 }
 """Bounds of a run's settings, by their place in its configuration; NETWORK has those of our U-Net."""

@@ -111,7 +111,7 @@ class Silent(RunLog):
 def test_pairs_are_what_the_model_draws(digits):
     """States on the way from the pool's noise, drawn independently in one go to each; each pair serves once a pass; the target
     leads from state to state."""
-    config = setting(method="progressive,2:pairs,1:pairs", kept=KeptConfig(count=20))
+    config = setting(method="progressive,2:pairs,1:pairs", kept=KeptConfig(count=20, huber=0.3), huber=5.0)
     models = {8: weights(0), 4: weights(1), 2: weights(2)}
     with open_machine(config) as machine:
         method, batch = opened(Pairs, config, machine, digits, 2, models.__getitem__)
@@ -145,6 +145,10 @@ def test_pairs_are_what_the_model_draws(digits):
                     a, b = (0.5 * math.pi * n / steps for n in (k, k - 1))
                     lands = math.cos(a - b) * z[i] - math.sin(a - b) * target[i]  # the DDIM step of v
                     torch.testing.assert_close(lands, states[steps - k + 1][pair], atol=1e-5, rtol=0)
+                squares = weight[:, None, None, None] * (method.student(z, phi, None) - target).double().square()
+                robust = 2 * 0.3 * ((squares + 0.3**2).sqrt() - 0.3)
+                losses = method.losses(*targets.given).double()
+                torch.testing.assert_close(losses, robust.mean((1, 2, 3)), atol=0, rtol=1e-5)
             assert set(seen.values()) == {1} and len(seen) == len(pool)
         assert parameters_equal(method.student, models[2])
 

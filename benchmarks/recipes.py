@@ -32,9 +32,10 @@ FOR_HALVING = (
 )
 SMALLER = "--batch-size 64 --learning-rate 2.5e-4 --learning-rate-at 8:1e-3,4:1e-3,2:1e-3,1:1e-3"
 PAIRS = (
-    f"--plan 256,128,64,32,16,8,4,2,1 {SMALLER} --method progressive,8:pairs,4:pairs,2:pairs,1:pairs --kept.pair-steps 16 "
-    "--kept.count 16384 --updates 50,8:350,4:500,2:725,1:1310"
+    f"--plan 256,128,64,32,16,8,4,2,1 {SMALLER} --method progressive,8:pairs,4:pairs,2:pairs,1:pairs --kept.pair-steps 8 "
+    "--kept.count 32768 --updates 50,8:398,4:563,2:797,1:1127"
 )
+SQUARED = f"{PAIRS} --kept.huber 0 --kept.pair-steps 16 --kept.count 16384 --updates 50,8:350,4:500,2:725,1:1310"
 VARIANTS = {
     "halving": FOR_HALVING,
     "halving, three times the rate": f"{FOR_HALVING} --learning-rate 1.5e-3",
@@ -45,19 +46,22 @@ VARIANTS = {
     "consistency distillation": f"{FOR_HALVING} --plan 256,1 --method tract --tract.grids 64 --tract.ema 0.95 --ema 0.99 --updates 1375",
     "kept targets, 4 times": f"{FOR_HALVING} --kept.reuse 4 --kept.count 4096 --updates 64,16:96,8:144,4:215,2:430,1:860",
     "pairs": PAIRS,
+    "pairs, squared": SQUARED,
+    "pairs, squared, twice the rate": f"{SQUARED} --learning-rate-at 8:2e-3,4:2e-3,2:2e-3,1:2e-3",
+    "pairs, squared, twice as many": f"{SQUARED} --kept.pair-steps 8 --kept.count 32768",
+    "pairs, squared, updates as 1 / steps": f"{SQUARED} --updates 50,8:190,4:385,2:770,1:1540",
+    "pairs, squared, equal updates": f"{SQUARED} --updates 50,8:721,4:721,2:721,1:721",
     "pairs of the 8-step student": f"{FOR_HALVING} --method progressive,4:pairs,2:pairs,1:pairs --kept.pair-steps None --kept.count 16384 {SMALLER} "
     "--updates 100,16:150,8:200,4:400,2:800,1:1600",
-    "pairs, half of them": f"{PAIRS} --kept.count 8192 --updates 50,8:430,4:620,2:900,1:1620",
-    "pairs, batches of 128": f"{PAIRS} --batch-size 128 --learning-rate 5e-4 --updates 25,8:175,4:250,2:362,1:655",
-    "pairs, drawn in 8 steps": f"{PAIRS} --kept.pair-steps 8 --updates 50,8:430,4:620,2:870,1:1570",
+    "pairs, half of them": f"{PAIRS} --kept.count 16384 --updates 50,8:481,4:681,2:963,1:1362",
+    "pairs, three halves of them": f"{PAIRS} --kept.count 49152 --updates 50,8:270,4:385,2:555,1:1000",
     "pairs, twice the rate": f"{PAIRS} --learning-rate-at 8:2e-3,4:2e-3,2:2e-3,1:2e-3",
-    "pairs, twice as many": f"{PAIRS} --kept.pair-steps 8 --kept.count 32768",
-    "pairs, updates as 1 / steps": f"{PAIRS} --updates 50,8:190,4:385,2:770,1:1540",
-    "pairs, equal updates": f"{PAIRS} --updates 50,8:721,4:721,2:721,1:721",
-    "pairs alone": f"{PAIRS} --plan 256,8,4,2,1 --method pairs --updates 390,4:558,2:808,1:1461",
+    "pairs alone": f"{PAIRS} --plan 256,8,4,2,1 --method pairs --updates 444,4:628,2:889,1:1257",
     "pairs, EMA": f"{PAIRS} --ema 0.99",
     "pairs, error of v": f"{PAIRS} --weighting snr_plus_one",
     "pairs, truncated SNR": f"{PAIRS} --weighting truncated_snr",
+    "halving, pseudo-Huber": f"{FOR_HALVING} --huber 0.01",
+    "closure from 8, pseudo-Huber": f"{FOR_HALVING} --method progressive,4:tract,2:tract,1:tract --ema 0.9 --huber 0.01",
     "x": f"{PAIRS} --network.prediction x",
     "eps, from u = 0.95": f"{PAIRS} --network.prediction eps --schedule.u-start 0.95",
     "both": f"{PAIRS} --network.prediction both",

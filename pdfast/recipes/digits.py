@@ -19,11 +19,11 @@ DIGITS = DistillConfig(
     log_every=50,
     rounds=8,
     method="progressive,8:pairs,4:pairs,2:pairs,1:pairs",
-    updates="50,8:350,4:500,2:725,1:1310",
+    updates="50,8:398,4:563,2:797,1:1127",
     batch_size=64,
     learning_rate=2.5e-4,
     learning_rate_at="8:1e-3,4:1e-3,2:1e-3,1:1e-3",
-    kept=KeptConfig(count=16384, pair_steps=16),
+    kept=KeptConfig(count=32768, pair_steps=8),
     weighting="x_mse",
     network=NetworkConfig(
         image_size=8,

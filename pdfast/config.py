@@ -110,11 +110,11 @@ class GuardConfig:
     """A student's channel means away from those of the first teacher's images, of the range 0 to 1."""
     seeds: float = 0.5
     """Distance of a student's image from the teacher's of the same noise, as a fraction of that between images of different noise. The
-    students of the built-in job have 0.02 at 128 steps and 0.14 at one."""
+    students of the built-in job have 0.01 at 128 steps and 0.11 at one."""
     diversity: float = 0.8
-    """Least distance between images of different noise, as a fraction of the teacher's; those students have 0.97 and more."""
+    """Least distance between images of different noise, as a fraction of the teacher's; those students have 0.98 and more."""
     contrast: float = 0.1
-    """Contrast within an image, this fraction off the teacher's; those students are at most 0.02 off."""
+    """Contrast within an image, this fraction off the teacher's; those students are at most 0.01 off."""
     saturation: float = 0.2
     """Chroma, this fraction off the teacher's. Twice the bound of contrast for want of a measurement: the built-in job
     is grey, and has no chroma."""

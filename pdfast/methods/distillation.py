@@ -84,6 +84,8 @@ class Distillation(Method):
     phase = "distill"
     config: DistillConfig
     machine: Machine
+    huber: float = 0.0
+    """Above it errors count linearly; 0 squares all."""
 
     def __init__(
         self, student: Network, teacher: Network, table: RoundTable, run: Callable[[Callable], Callable] = identity
@@ -104,8 +106,13 @@ class Distillation(Method):
         table = cls.step_table(config, config.round_steps[0]) if table is None else table
         rows = RoundTable(table.to(machine.world.device))
         method = cls(networks.student, networks.teacher, rows, machine.compile_function)
-        method.config, method.machine = config, machine
+        method.config, method.machine, method.huber = config, machine, cls.huber_of(config)
         return method
+
+    @classmethod
+    def huber_of(cls, config: DistillConfig) -> float:
+        """Return above which error those of this method count linearly."""
+        return config.huber
 
     @classmethod
     def optimization(cls, config: DistillConfig) -> Optimization:

@@ -80,12 +80,8 @@ class _Kept(Distillation):
             self._index = index
         self._index.copy_(index)
 
-    @property
-    def _huber(self) -> float:
-        return self.config.huber
-
     def losses(self, z: Tensor, phi: Tensor, cond: Any, *error: Tensor) -> Tensor:
-        return self._run(weighted_loss)(self.student(z, phi, cond), *error, self._huber)
+        return self._run(weighted_loss)(self.student(z, phi, cond), *error, self.huber)
 
 
 class KeptProgressive(_Kept, Progressive):
@@ -133,9 +129,9 @@ class Pairs(_Kept):
     _stride: Tensor
     """Kept states in one of the student's steps: int64 []."""
 
-    @property
-    def _huber(self) -> float:
-        return self.config.kept.huber
+    @classmethod
+    def huber_of(cls, config: DistillConfig) -> float:
+        return config.kept.huber
 
     @classmethod
     def step_table(cls, config: DistillConfig, steps: int) -> StepTable:

@@ -33,4 +33,4 @@ class Progressive(Distillation):
     def losses(self, z: Tensor, phi: Tensor, cond: Any, *target: Tensor) -> Tensor:
         start, first, second, index = target
         output = self.student(z, phi, cond)
-        return student_losses(output, start, first, second, self.table.rows, index, self._run, self.config.huber)
+        return student_losses(output, start, first, second, self.table.rows, index, self._run, self.huber)

@@ -22,7 +22,7 @@ DIGITS = DistillConfig(
     updates="50,8:398,4:563,2:797,1:1127",
     batch_size=64,
     learning_rate=2.5e-4,
-    learning_rate_at="8:1e-3,4:1e-3,2:1e-3,1:1e-3",
+    learning_rate_at="8:2e-3,4:2e-3,2:2e-3,1:2e-3",
     kept=KeptConfig(count=32768, pair_steps=8),
     weighting="x_mse",
     network=NetworkConfig(

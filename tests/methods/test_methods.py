@@ -349,7 +349,7 @@ def test_a_learning_rate_that_is_said_counts_in_every_round(monkeypatch):
         config, _ = distill_arguments()
         return [config.learning_rate_to(steps) for steps in (128, 1)]
 
-    assert rates() == [2.5e-4, 1e-3], "the preset's own"
+    assert rates() == [2.5e-4, 2e-3], "the preset's own"
     assert rates("--learning-rate", "2e-4") == rates("--learning-rate=2e-4") == [2e-4, 2e-4]
     assert rates("--learning-rate", "2e-4", "--learning-rate-at", "1:3e-4") == [2e-4, 3e-4]
     assert rates("--learning-rate-at", "1:3e-4") == [2.5e-4, 3e-4]

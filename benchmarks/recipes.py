@@ -35,7 +35,8 @@ PAIRS = (
     f"--plan 256,128,64,32,16,8,4,2,1 {SMALLER} --method progressive,8:pairs,4:pairs,2:pairs,1:pairs --kept.pair-steps 8 "
     "--kept.count 32768 --updates 50,8:398,4:563,2:797,1:1127"
 )
-SQUARED = f"{PAIRS} --kept.huber 0 --learning-rate-at 8:1e-3,4:1e-3,2:1e-3,1:1e-3 --kept.pair-steps 16 --kept.count 16384 --updates 50,8:350,4:500,2:725,1:1310"
+AT_HALF_RATE = f"{PAIRS} --learning-rate-at 8:1e-3,4:1e-3,2:1e-3,1:1e-3"
+SQUARED = f"{AT_HALF_RATE} --kept.huber 0 --kept.pair-steps 16 --kept.count 16384 --updates 50,8:350,4:500,2:725,1:1310"
 VARIANTS = {
     "halving": FOR_HALVING,
     "halving, three times the rate": f"{FOR_HALVING} --learning-rate 1.5e-3",
@@ -54,8 +55,8 @@ VARIANTS = {
     "pairs of the 8-step student": f"{FOR_HALVING} --method progressive,4:pairs,2:pairs,1:pairs --kept.pair-steps None --kept.count 16384 {SMALLER} "
     "--updates 100,16:150,8:200,4:400,2:800,1:1600",
     "pairs, half of them": f"{PAIRS} --kept.count 16384 --updates 50,8:481,4:681,2:963,1:1362",
-    "pairs, three halves of them, half the rate": f"{PAIRS} --learning-rate-at 8:1e-3,4:1e-3,2:1e-3,1:1e-3 --kept.count 49152 --updates 50,8:270,4:385,2:555,1:1000",
-    "pairs, half the rate": f"{PAIRS} --learning-rate-at 8:1e-3,4:1e-3,2:1e-3,1:1e-3",
+    "pairs, three halves of them, half the rate": f"{AT_HALF_RATE} --kept.count 49152 --updates 50,8:270,4:385,2:555,1:1000",
+    "pairs, half the rate": AT_HALF_RATE,
     "pairs alone": f"{PAIRS} --plan 256,8,4,2,1 --method pairs --updates 444,4:628,2:889,1:1257",
     "pairs, EMA": f"{PAIRS} --ema 0.99",
     "pairs, error of v": f"{PAIRS} --weighting snr_plus_one",

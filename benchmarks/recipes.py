@@ -57,6 +57,7 @@ VARIANTS = {
     "pairs, half of them": f"{PAIRS} --kept.count 16384 --updates 50,8:481,4:681,2:963,1:1362",
     "pairs, three halves of them, half the rate": f"{AT_HALF_RATE} --kept.count 49152 --updates 50,8:270,4:385,2:555,1:1000",
     "pairs, half the rate": AT_HALF_RATE,
+    "pairs from 4 down": f"{PAIRS} --method progressive,4:pairs,2:pairs,1:pairs --learning-rate-at 4:2e-3,2:2e-3,1:2e-3 --updates 50,8:200,4:583,2:817,1:1150",
     "pairs alone": f"{PAIRS} --plan 256,8,4,2,1 --method pairs --updates 444,4:628,2:889,1:1257",
     "pairs, EMA": f"{PAIRS} --ema 0.99",
     "pairs, error of v": f"{PAIRS} --weighting snr_plus_one",

@@ -1,4 +1,4 @@
-"""Fashion-MNIST whole, 28 x 28, on a laptop: about 90 minutes on two cores of 80 GFLOP/s; not yet run to the end.
+"""Fashion-MNIST whole, 28 x 28, on a laptop: two hours on one core of 80 GFLOP/s; docs/recipes.md has what it reaches.
 
 python -m pdfast.data.prepare fashion-mnist /usr/share/datasets/fashion-mnist fashion-mnist.npz
 python -m pdfast.distill --preset fashion

@@ -146,11 +146,9 @@ def state_case(op: str, at: Images, dtype: str, parts: int, channels_last: bool 
         return Work(*calls, [*tensors, index], [], [] if at_once else [output.requires_grad_()])
 
     run = at.channels if channels_last and parts > 1 else at.channels * prod(at.size)
-    name, narrow = (
-        f"{at} P={parts} {'NHWC' if channels_last else 'NCHW'}{' huber' if huber else ''}",
-        ("a_ptr", "b_ptr"),
-    )
-    return _case(op, at.network, name, at.n, make, run, dtype, narrow=narrow if op == "ddim_step" else ())
+    name = f"{at} P={parts} {'NHWC' if channels_last else 'NCHW'}{' huber' if huber else ''}"
+    narrow = ("a_ptr", "b_ptr") if op == "ddim_step" else ()
+    return _case(op, at.network, name, at.n, make, run, dtype, narrow=narrow)
 
 
 def group_norm_case(at: Images, dtype: str, kind: str, groups: int | None = None) -> Case:

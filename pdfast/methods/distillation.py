@@ -140,7 +140,7 @@ class Distillation(Method):
     @classmethod
     def share(cls, steps: int) -> float:
         """Return how many updates the round to so many steps gets of a budget, next to one to one step: a student needs more, the
-        fewer steps it has."""
+        fewer steps it has, and with many a twelfth of that is enough (docs/recipes.md, halving)."""
         return max(1 / steps, 1 / 12)
 
     @classmethod

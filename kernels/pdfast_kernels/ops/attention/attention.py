@@ -49,16 +49,18 @@ class Config(NamedTuple):
     keys: float
     columns: int
     kernel: Callable
-    block: int  # rows that a program owns: queries forward; keys, then queries, backward
+    block: int  # rows that a program owns: queries forward, keys backward
     step: int  # rows of the others that it takes at a time
     num_warps: int
     num_stages: int
+    queries: int = 0  # that a program of `backward_stream` owns which computes dq; as many as keys unless said
 
     def fitted(self, length: int) -> "Config":
         """It, with no more rows than there are."""
         rows = max(next_power_of_2(length), 16)
         warps = max(self.num_warps * min(self.block, rows) // self.block, 1)
-        return self._replace(block=min(self.block, rows), step=min(self.step, rows), num_warps=warps)
+        block, step, queries = (min(size, rows) for size in (self.block, self.step, self.queries or self.block))
+        return self._replace(block=block, step=step, queries=queries, num_warps=warps)
 
 
 # 90, 100: 227 KB of shared memory, and matrix instructions that read it, of 64 and of 128 rows; 80: 163 KB; the others
@@ -68,7 +70,6 @@ _FORWARD: dict[int, tuple[Config, ...]] = {
         Config(256, 64, forward_resident, 64, 256, 4, 2),
         Config(128, 128, forward_resident, 64, 128, 4, 2),
         Config(64, 256, forward_resident, 64, 64, 8, 2),
-        Config(UNBOUNDED, 64, forward_stream, 128, 64, 4, 3),
         Config(UNBOUNDED, 128, forward_stream, 128, 64, 8, 3),
         Config(UNBOUNDED, 256, forward_stream, 128, 64, 8, 2),
     ),
@@ -86,8 +87,9 @@ _BACKWARD: dict[int, tuple[Config, ...]] = {
         Config(64, 256, backward_tile, 64, 64, 8, 1),
         Config(128, 128, backward_tile, 128, 128, 8, 1),
         Config(256, 64, backward_resident, 256, 32, 8, 2),
-        Config(UNBOUNDED, 128, backward_stream, 128, 64, 8, 2),
-        Config(UNBOUNDED, 256, backward_stream, 128, 32, 8, 2),
+        Config(UNBOUNDED, 64, backward_stream, 64, 64, 4, 3, queries=128),
+        Config(UNBOUNDED, 128, backward_stream, 64, 32, 4, 3),
+        Config(UNBOUNDED, 256, backward_stream, 128, 32, 8, 3),
     ),
     ANY: (
         Config(64, 128, backward_tile, 64, 64, 4, 1),
@@ -99,8 +101,18 @@ _BACKWARD: dict[int, tuple[Config, ...]] = {
     ),
 }
 _FORWARD[80], _BACKWARD[80] = _FORWARD[ANY], (Config(64, 256, backward_tile, 64, 64, 8, 1), *_BACKWARD[ANY])
-_FORWARD[100] = (*_FORWARD[90][:-1], Config(UNBOUNDED, 256, forward_stream, 128, 32, 8, 2))
-_BACKWARD[100] = (*_BACKWARD[90][:-2], Config(UNBOUNDED, 64, backward_stream, 128, 128, 8, 2), *_BACKWARD[90][-2:])
+_FORWARD[100] = (
+    *_FORWARD[90][:-2],
+    Config(UNBOUNDED, 64, forward_stream, 128, 64, 4, 3),
+    Config(UNBOUNDED, 128, forward_stream, 128, 64, 8, 3),
+    Config(UNBOUNDED, 256, forward_stream, 128, 32, 8, 2),
+)
+_BACKWARD[100] = (
+    *_BACKWARD[90][:-3],
+    Config(UNBOUNDED, 64, backward_stream, 128, 128, 8, 2),
+    Config(UNBOUNDED, 128, backward_stream, 128, 64, 8, 2),
+    Config(UNBOUNDED, 256, backward_stream, 128, 32, 8, 2),
+)
 _FORWARD[103], _BACKWARD[103] = _FORWARD[100], _BACKWARD[100]
 FORWARD, BACKWARD = Table("attention forward", _FORWARD), Table("attention backward", _BACKWARD)
 FORWARD_FP32 = Table(
@@ -199,14 +211,14 @@ def backward(
         delta_grid = (n * heads * cdiv(length, block),)
         launch(row_products, delta_grid, num_warps=4, grad_ptr=grad, out_ptr=out, delta_ptr=delta, **constants)
         apart = _columns(q) >= APART_COLUMNS
-        grid = (n * heads * cdiv(length, config.block), 3 if apart else 2)
-        arguments |= {"delta_ptr": delta, "APART": apart}
+        grid = (n * heads * (cdiv(length, config.block) * (2 if apart else 1) + cdiv(length, config.queries)),)
+        arguments |= {"delta_ptr": delta, "APART": apart, "QUERIES": config.queries}
     launch(
         config.kernel,
         grid,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        EVEN=length % config.block == 0 and length % config.step == 0,
+        EVEN=all(length % rows == 0 for rows in (config.block, config.step, config.queries)),
         **arguments,
     )
 

@@ -32,9 +32,11 @@ def _store_rows(ptr, values, stride, rows, D: tl.constexpr, BLOCK_L: tl.constexp
 
 
 @jit
-def _load_statistic(ptr, rows, BLOCK_L: tl.constexpr):
+def _load_statistic(ptr, rows, BLOCK_L: tl.constexpr, EVEN: tl.constexpr):
     """Zero from `rows` on, so that e^(s - lse) is finite there: such queries are all zero, and so are their scores."""
     row = tl.arange(0, BLOCK_L)
+    if EVEN:
+        return tl.load(ptr + row)
     return tl.load(ptr + row, mask=row < rows, other=0.0)
 
 
@@ -187,7 +189,7 @@ def backward_tile(
     k = _load_rows(k_ptr + (n * k_n + h * k_h) * UNIT, k_l * UNIT, L, D, BLOCK, BLOCK_D, EVEN)
     v = _load_rows(v_ptr + (n * v_n + h * v_h) * UNIT, v_l * UNIT, L, D, BLOCK, BLOCK_D, EVEN)
     grad = _load_rows(grad_ptr + (n * L * heads + h) * D, heads * D, L, D, BLOCK, BLOCK_D, EVEN)
-    lse = _load_statistic(lse_ptr + (n * heads + h) * L, L, BLOCK)
+    lse = _load_statistic(lse_ptr + (n * heads + h) * L, L, BLOCK, EVEN)
     place = (n * d_n + h * d_h) * UNIT
 
     score = tl.dot(k, tl.trans(q), input_precision="ieee")  # [keys, queries]
@@ -253,7 +255,7 @@ def backward_resident(
     for start in range(0, L, STEP):
         q = _load_rows(q_ptr, q_l * UNIT, L - start, D, STEP, BLOCK_D, EVEN)
         grad = _load_rows(grad_ptr, heads * D, L - start, D, STEP, BLOCK_D, EVEN)
-        lse = _load_statistic(lse_ptr + start, L - start, STEP)
+        lse = _load_statistic(lse_ptr + start, L - start, STEP, EVEN)
         score = tl.dot(k, tl.trans(q), input_precision="ieee")  # [keys, queries]
         if not EVEN:  # a key that is not there has score 0, and e^(0 - lse) may be infinite
             score = tl.where((tl.arange(0, BLOCK) < L)[:, None], score, float("-inf"))
@@ -320,17 +322,18 @@ def _key_gradients(
     dv = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     for start in range(0, L, STEP):
         q = _load_rows(q_ptr, q_l, L - start, D, STEP, BLOCK_D, EVEN)
+        grad = _load_rows(grad_ptr, heads * D, L - start, D, STEP, BLOCK_D, EVEN)
+        lse = _load_statistic(lse_ptr + start, L - start, STEP, EVEN)
         score = tl.dot(k, tl.trans(q), input_precision="ieee")  # [keys, queries]
         if not EVEN:
             score = tl.where((tl.arange(0, BLOCK) < rows)[:, None], score, float("-inf"))
-        lse = _load_statistic(lse_ptr + start, L - start, STEP)
         p_t = tl.exp2(score * SCALE2 - lse[None, :])
-        grad = _load_rows(grad_ptr, heads * D, L - start, D, STEP, BLOCK_D, EVEN)
+        if OF_K:
+            dp_t = tl.dot(v, tl.trans(grad), input_precision="ieee")
         if OF_V:
             dv = tl.dot(p_t.to(grad.dtype), grad, dv, input_precision="ieee")
         if OF_K:
-            dp_t = tl.dot(v, tl.trans(grad), input_precision="ieee")
-            delta = _load_statistic(delta_ptr + start, L - start, STEP)
+            delta = _load_statistic(delta_ptr + start, L - start, STEP, EVEN)
             ds_t = p_t * (dp_t - delta[None, :])
             dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision="ieee")
         q_ptr += STEP * q_l
@@ -405,45 +408,55 @@ def backward_stream(
     UNIT: tl.constexpr,
     EVEN: tl.constexpr,
     APART: tl.constexpr,  # dk and dv by two programs: together their sums do not fit in the registers
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,  # of keys
+    QUERIES: tl.constexpr,  # in a block of them
     STEP: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    block, n, h = _pair(tl.cdiv(L, BLOCK), heads)
-    first = block * BLOCK
-    rows = L - first
+    # The programs of a pair follow each other, so that they read the same from L2: of dk and dv, then of dq.
+    blocks = tl.cdiv(L, BLOCK)
+    of_keys = 2 * blocks if APART else blocks
+    program, n, h = _pair(of_keys + tl.cdiv(L, QUERIES), heads)
     q_ptr += (n * q_n + h * q_h) * UNIT
     k_ptr += (n * k_n + h * k_h) * UNIT
     v_ptr += (n * v_n + h * v_h) * UNIT
     grad_ptr += (n * L * heads + h) * D
     lse_ptr += (n * heads + h) * L
     delta_ptr += (n * heads + h) * L
-    place = (n * d_n + h * d_h + first * d_l) * UNIT
+    place = (n * d_n + h * d_h) * UNIT
+    dq_ptr += place
+    dk_ptr += place
+    dv_ptr += place
 
-    job = tl.program_id(1)
-    if job == 0:
+    if program < blocks:
+        first = program * BLOCK
+        rows = L - first
         k = _load_rows(k_ptr + first * k_l * UNIT, k_l * UNIT, rows, D, BLOCK, BLOCK_D, EVEN)
         v = _load_rows(v_ptr + first * v_l * UNIT, v_l * UNIT, rows, D, BLOCK, BLOCK_D, EVEN)
         dk, dv = _key_gradients(
             q_ptr, q_l * UNIT, k, v, grad_ptr, lse_ptr, delta_ptr, rows, L, heads, D, SCALE, SCALE2, EVEN, True,
             not APART, BLOCK, STEP, BLOCK_D
         )  # fmt: skip
-        _store_rows(dk_ptr + place, dk, d_l * UNIT, rows, D, BLOCK, BLOCK_D)
+        _store_rows(dk_ptr + first * d_l * UNIT, dk, d_l * UNIT, rows, D, BLOCK, BLOCK_D)
         if not APART:
-            _store_rows(dv_ptr + place, dv, d_l * UNIT, rows, D, BLOCK, BLOCK_D)
-    elif job == 1:
-        q = _load_rows(q_ptr + first * q_l * UNIT, q_l * UNIT, rows, D, BLOCK, BLOCK_D, EVEN)
-        grad = _load_rows(grad_ptr + first * heads * D, heads * D, rows, D, BLOCK, BLOCK_D, EVEN)
-        lse = _load_statistic(lse_ptr + first, rows, BLOCK)
-        delta = _load_statistic(delta_ptr + first, rows, BLOCK)
+            _store_rows(dv_ptr + first * d_l * UNIT, dv, d_l * UNIT, rows, D, BLOCK, BLOCK_D)
+    elif program >= of_keys:
+        first = (program - of_keys) * QUERIES
+        rows = L - first
+        q = _load_rows(q_ptr + first * q_l * UNIT, q_l * UNIT, rows, D, QUERIES, BLOCK_D, EVEN)
+        grad = _load_rows(grad_ptr + first * heads * D, heads * D, rows, D, QUERIES, BLOCK_D, EVEN)
+        lse = _load_statistic(lse_ptr + first, rows, QUERIES, EVEN)
+        delta = _load_statistic(delta_ptr + first, rows, QUERIES, EVEN)
         dq = _query_gradients(
-            q, k_ptr, k_l * UNIT, v_ptr, v_l * UNIT, grad, lse, delta, L, D, SCALE, SCALE2, EVEN, BLOCK, STEP, BLOCK_D
+            q, k_ptr, k_l * UNIT, v_ptr, v_l * UNIT, grad, lse, delta, L, D, SCALE, SCALE2, EVEN, QUERIES, STEP, BLOCK_D
         )
-        _store_rows(dq_ptr + place, dq, d_l * UNIT, rows, D, BLOCK, BLOCK_D)
+        _store_rows(dq_ptr + first * d_l * UNIT, dq, d_l * UNIT, rows, D, QUERIES, BLOCK_D)
     elif APART:
+        first = (program - blocks) * BLOCK
+        rows = L - first
         k = _load_rows(k_ptr + first * k_l * UNIT, k_l * UNIT, rows, D, BLOCK, BLOCK_D, EVEN)
         _, dv = _key_gradients(
             q_ptr, q_l * UNIT, k, k, grad_ptr, lse_ptr, delta_ptr, rows, L, heads, D, SCALE, SCALE2, EVEN, False,
             True, BLOCK, STEP, BLOCK_D
         )  # fmt: skip
-        _store_rows(dv_ptr + place, dv, d_l * UNIT, rows, D, BLOCK, BLOCK_D)
+        _store_rows(dv_ptr + first * d_l * UNIT, dv, d_l * UNIT, rows, D, BLOCK, BLOCK_D)

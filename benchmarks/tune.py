@@ -4,13 +4,15 @@ For each case, each table of pdfast_kernels.runtime.configs that its launches as
 one table at a time. A row is compiled and must pass the gate of benchmarks.static (no spills, above all); its values must be
 as near to float64 as the shipped row's; then it is timed, forward and backward, in a CUDA graph. Printed at the end are the
 rows to put before the table's own. Without a GPU `--dry-run` compiles the candidates for an `--arch` and times nothing.
+`--table` and `--rows` narrow what is tried: one table, and all rows of some values instead of the candidates.
 """
 
+import argparse
 import math
 import sys
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -58,18 +60,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="compile the candidates, and time nothing")
     parser.add_argument("--arch", type=int, choices=static.COMPILED_FOR, help="for --dry-run; 90 unless said")
     parser.add_argument("--seconds", type=seconds, default=0.05, metavar="S", help="for each candidate")
+    parser.add_argument("--table", nargs="+", metavar="NAME", help="only these tables, such as 'attention backward'")
+    said = "instead of the candidates: the shipped row with each combination of these values, such as block=64,128 "
+    said += "num_warps=4. May be said more than once"
+    parser.add_argument("--rows", nargs="+", action="append", type=_values, metavar="FIELD=VALUES", help=said)
     parser.add_json()
     options = parser.parse(arguments)
     if not (cases := chosen_cases(parser, options)):
         return 0
     arch = _arch(parser, options)
+    lookups = _lookups(parser, options, cases, arch)
     start = "{case:<55} {table:<24} {row:<60} {registers} registers, {stack} bytes spilled, {shared} shared"
     report = Report(options.json, header(None if options.dry_run else DEVICE) | {"arch": arch}, start, "{said}")
     best: list[str] = []
     for case in cases:
-        with looked_up() as asked:
-            launches(partial(case.make, case.samples, "cpu"), arch)
-        for lookup in {(lookup.table.name, lookup.sizes): lookup for lookup in asked}.values():
+        for lookup in lookups[case.full_name]:
             for row in _try(case, lookup, options, arch):
                 report.add(row)
         best = replacements(report.rows)
@@ -77,6 +82,33 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.dry_run:
         print("\n".join(best) or "no row is faster than the shipped ones")
     return 0
+
+
+def _values(text: str) -> tuple[str, tuple[int, ...]]:
+    """block=64,128 -> ("block", (64, 128))."""
+    field, _, values = text.partition("=")
+    if not all(value.isdecimal() for value in values.split(",")):
+        raise argparse.ArgumentTypeError(f"{text}: say FIELD=VALUES, such as block=64,128")
+    return field, tuple(map(int, values.split(",")))
+
+
+def _lookups(parser: Parser, options: Namespace, cases: list[Case], arch: int) -> dict[str, list[Lookup]]:
+    """For each case's name what it asks of the tables that were named. An error if no case asks one, or for an unknown field."""
+    lookups: dict[str, list[Lookup]] = {}
+    tables: dict[str, tuple[str, ...]] = {}
+    for case in cases:
+        with looked_up() as asked:
+            launches(partial(case.make, case.samples, "cpu"), arch)
+        once = {(lookup.table.name, lookup.sizes): lookup for lookup in asked}.values()
+        tables |= {lookup.table.name: lookup.row._fields for lookup in once}
+        lookups[case.full_name] = [one for one in once if not options.table or one.table.name in options.table]
+    if not any(lookups.values()):
+        parser.error(f"no case asks these tables; asked are {', '.join(tables)}")
+    for table in dict.fromkeys(one.table.name for of_case in lookups.values() for one in of_case):
+        for field in (field for grid in options.rows or () for field, _ in grid):
+            if field not in tables[table]:
+                parser.error(f"{table} has no field {field}, but {', '.join(tables[table])}")
+    return lookups
 
 
 def _arch(parser: Parser, options: Namespace) -> int:
@@ -93,10 +125,10 @@ def _arch(parser: Parser, options: Namespace) -> int:
     return arch
 
 
-def candidates(lookup: Lookup) -> list[tuple]:
+def candidates(lookup: Lookup, grids: Sequence[Grid] = ()) -> list[tuple]:
     """The shipped row first. All are for launches of at most the lookup's sizes."""
     sizes = dict(zip(lookup.row._fields, lookup.sizes, strict=False))
-    grids = GRIDS.get(lookup.table.name) or tuple(_attention(lookup))
+    grids = grids or GRIDS.get(lookup.table.name) or tuple(_attention(lookup))
     rows = [lookup.row._replace(**sizes)]
     for grid in grids:
         rows += [rows[0]._replace(**dict(zip(grid, values, strict=True))) for values in product(*grid.values())]
@@ -108,15 +140,16 @@ def _attention(lookup: Lookup) -> Iterator[Grid]:
     fp32 = lookup.table.name.endswith("fp32")
     backward, rows = "backward" in lookup.table.name, max(next_power_of_2(lookup.sizes[0]), 16)
     blocks, steps = ((16, 32, 64), (16, 32)) if fp32 else ((64, 128), (32, 64, 128))
-    common = {"num_warps": (4, 8), "num_stages": (1,) if fp32 else (2, 3)}
+    common = {"num_warps": (4, 8), "num_stages": (1,) if fp32 else (2, 3), "queries": (0,)}
     stream = attention.backward_stream if backward else attention.forward_stream
-    yield {"kernel": (stream,), "block": blocks, "step": steps, **common}
+    queries = {"queries": (0, 128)} if backward and not fp32 else {}
+    yield {"kernel": (stream,), "block": blocks, "step": steps, **common, **queries}
     if rows > MOST_RESIDENT:
         return
     if not backward:
         yield {"kernel": (attention.forward_resident,), "block": blocks, "step": (rows,), **common}
         return
-    one = {"num_warps": (4, 8), "num_stages": (1,)}
+    one = {**common, "num_stages": (1,)}
     yield {"kernel": (attention.backward_tile,), "block": (rows,), "step": (rows,), **one}
     yield {"kernel": (attention.backward_resident,), "block": (rows,), "step": steps, **common}
 
@@ -125,7 +158,7 @@ def _try(case: Case, lookup: Lookup, options: Namespace, arch: int) -> Iterator[
     """Of each row that launches something else than those before: how it fared, or why it was rejected."""
     seen: list[list[Launch]] = []
     shipped = None
-    for row in candidates(lookup):
+    for row in candidates(lookup, [dict(grid) for grid in options.rows or ()]):
         with lookup.table.overridden(row):
             passes = launches(partial(case.make, case.samples, "cpu"), arch)
             if (launched := _constants(passes)) in seen:

@@ -113,6 +113,17 @@ def test_a_dry_run_compiles_every_candidate(tmp_path):
     assert narrow["rejected"].startswith("ddim_step_weighted_loss._forward: narrow: ")
 
 
+def test_only_the_rows_of_a_table_that_were_asked_for(tmp_path):
+    case = "attention imagenet64 16x64x12x64 packed bf16"
+    rows = ("--rows", "num_warps=4,8", "num_stages=1", "--rows", "block=32", "step=32")
+    report = dry_run(tmp_path, "--case", case, "--table", "attention backward", *rows)
+    assert [one["row"] for one in report["rows"]] == [
+        "Config(64, 64, backward_tile, 64, 64, 4, 1, 0)",
+        "Config(64, 64, backward_tile, 64, 64, 8, 1, 0)",
+        "Config(64, 64, backward_tile, 32, 32, 4, 1, 0)",
+    ]
+
+
 @pytest.mark.slow
 def test_a_row_that_spills_is_rejected(tmp_path):
     report = dry_run(tmp_path, "--case", "adam_ema whole vectors, fp32 gradients")
@@ -126,6 +137,15 @@ def test_a_row_that_spills_is_rejected(tmp_path):
         (["--quick"], "there is no GPU to time on; --dry-run compiles the candidates without one"),
         (["--quick", "--arch", "90"], "--arch is for --dry-run: what is timed is this machine's GPU"),
         (["--dry-run", "--json", "/nowhere/at/all"], "/nowhere/at/all is no file that could be written"),
+        (
+            ["--dry-run", "--case", LOSS, "--rows", "block"],
+            "argument --rows: block: say FIELD=VALUES, such as block=64,128",
+        ),
+        (
+            ["--dry-run", "--case", LOSS, "--rows", "step=1"],
+            "ddim_step_weighted_loss has no field step, but elements, block, ",
+        ),
+        (["--dry-run", "--case", LOSS, "--table", "t"], "no case asks these tables; asked are ddim_step_weighted_loss"),
         (["--op", "convolution"], "argument --op: invalid choice: 'convolution'"),
     ],
 )

@@ -27,6 +27,7 @@ CASES = [
     (2, 100, 1, 40, torch.float32, "forward_stream", "backward_stream"),
     (1, 33, 1, 128, torch.float32, "forward_stream", "backward_stream"),
     (1, 300, 1, 32, torch.float16, "forward_stream", "backward_stream"),
+    (1, 384, 2, 64, torch.float16, "forward_stream", "backward_stream"),
     (1, 70, 1, 160, torch.float16, "forward_stream", "backward_stream"),
 ]
 

@@ -84,12 +84,13 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _values(text: str) -> tuple[str, tuple[int, ...]]:
-    """block=64,128 -> ("block", (64, 128))."""
+def _values(text: str) -> tuple[str, tuple[Any, ...]]:
+    """block=64,128 -> ("block", (64, 128)). Kernels, which only attention's tables have, are said by name."""
     field, _, values = text.partition("=")
-    if not all(value.isdecimal() for value in values.split(",")):
-        raise argparse.ArgumentTypeError(f"{text}: say FIELD=VALUES, such as block=64,128")
-    return field, tuple(map(int, values.split(",")))
+    try:
+        return field, tuple(getattr(attention, v) if field == "kernel" else int(v) for v in values.split(","))
+    except (AttributeError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text}: say FIELD=VALUES, such as block=64,128") from None
 
 
 def _lookups(parser: Parser, options: Namespace, cases: list[Case], arch: int) -> dict[str, list[Lookup]]:

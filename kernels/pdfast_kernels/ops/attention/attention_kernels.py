@@ -260,8 +260,8 @@ def backward_resident(
         if not EVEN:  # a key that is not there has score 0, and e^(0 - lse) may be infinite
             score = tl.where((tl.arange(0, BLOCK) < L)[:, None], score, float("-inf"))
         p_t = tl.exp2(score * SCALE2 - lse[None, :])
-        dv = tl.dot(p_t.to(grad.dtype), grad, dv, input_precision="ieee")
         dp_t = tl.dot(v, tl.trans(grad), input_precision="ieee")
+        dv = tl.dot(p_t.to(grad.dtype), grad, dv, input_precision="ieee")
         delta = tl.sum(p_t * dp_t, axis=0)
         ds_t = (p_t * (dp_t - delta[None, :])).to(q.dtype)
         dk = tl.dot(ds_t, q, dk, input_precision="ieee")

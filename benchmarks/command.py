@@ -6,6 +6,7 @@ import datetime
 import json
 import math
 import platform
+import subprocess
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -102,11 +103,20 @@ def header(device: torch.device | None = None) -> Row:
     if device and device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         arch = f"sm_{gpu.major}{gpu.minor}, {gpu.multi_processor_count} processors, {gpu.total_memory >> 20} MiB"
-        said |= {"gpu": arch, "cpu": describe(torch.device("cpu")), "driver": torch._C._cuda_getDriverVersion()}
+        said |= {"gpu": arch, "cpu": describe(torch.device("cpu")), "driver": _driver()}
         said |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     said |= {"torch": torch.__version__, "triton": triton.__version__ if triton else "none"}
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     return said | {"python": platform.python_version(), "commit": commit() or "unknown", "date": now}
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        said = []
+    return said[0] if said else "unknown"
 
 
 class Report:

@@ -80,6 +80,7 @@ class CUDAGraphed:
             torch.cuda.set_stream(current)  # which a recording that was spoilt leaves to others
             if error is not failure:
                 _forget(pool)
+                _end_of_recording(self._stream)
             failure = failure or error
             if not isinstance(failure, Exception):
                 raise failure from None
@@ -101,6 +102,13 @@ def _forget(pool: tuple[int, int]) -> None:
     with contextlib.suppress(RuntimeError, AttributeError):  # they are not public
         torch._C._cuda_endAllocateToPool(device, pool)
         torch._C._cuda_releasePool(device, pool)
+
+
+def _end_of_recording(stream: torch.cuda.Stream | None) -> None:
+    """Record an operation, whose end tells the generators of random numbers too that nothing is recorded any more."""
+    graph = torch.cuda.CUDAGraph()
+    with contextlib.suppress(RuntimeError), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        torch.cuda._sleep(1)
 
 
 def _reason(failure: BaseException) -> str:

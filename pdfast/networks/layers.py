@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from pdfast.networks import few_channels
 from pdfast_kernels import group_norm, group_norm_attention
 
 _TRUNCATED_STD = 0.87962566103423978  # of a standard normal cut at +-2
@@ -48,8 +49,10 @@ class Conv2d(nn.Module):
         _init(self.weight, in_channels * kernel_size**2, zero_init)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype).permute(0, 3, 1, 2)
-        return F.conv2d(x, weight, self.bias.to(x.dtype), padding=self.weight.shape[1] // 2)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        if few_channels.wanted(x, weight):
+            return few_channels.convolution(x, weight, bias)
+        return F.conv2d(x, weight.permute(0, 3, 1, 2), bias, padding=self.weight.shape[1] // 2)
 
 
 class Linear(nn.Linear):

@@ -17,11 +17,13 @@ class StandIn:
     def __init__(self, monkeypatch):
         self.current, self.streams, self.modes, self.recording = "current", [], [], False
         self.emptied, self.forgotten, self.replays, self.unjoined = 0, [], 0, False
+        self.drawing_recorded = False  # what the generators of random numbers take for true until a recording ends well
         for name in ("Stream", "CUDAGraph", "graph", "stream", "Event"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.Stream(self.current))
         monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(self, "current", stream.name))
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: setattr(self, "emptied", self.emptied + 1))
@@ -51,19 +53,20 @@ class StandIn:
     def graph(self, graph, pool=None, stream=None, capture_error_mode="global"):
         self.modes.append(capture_error_mode)
         before, self.current = self.current, stream.name if stream else "its own"
-        self.recording = True
+        self.recording = self.drawing_recorded = True
         try:
             yield
         except torch.cuda.OutOfMemoryError:
-            self.current = before
+            self.current, self.drawing_recorded = before, False
             raise
         except BaseException:
             raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
         finally:
             self.recording = False
         if self.unjoined:
+            self.unjoined = False
             raise RuntimeError("capture was not joined")
-        self.current = before
+        self.current, self.drawing_recorded = before, False
 
 
 @pytest.fixture
@@ -120,7 +123,7 @@ def test_a_recording_that_fails(cuda, error, reason, spoilt):
         warnings.simplefilter("error")
         run()
     assert ran == ["side 0", "side 0", "current", "current"] and cuda.replays == 0
-    assert cuda.emptied == 1
+    assert cuda.emptied == 1 and not cuda.drawing_recorded
     ended = [("_cuda_endAllocateToPool", (0, 7)), ("_cuda_releasePool", (0, 7))]
     assert cuda.forgotten == (ended if spoilt else [])
 
@@ -132,7 +135,7 @@ def test_a_recording_of_which_only_the_end_fails(cuda):
         run()
     with pytest.warns(UserWarning, match="it cannot be recorded: capture was not joined$"):
         run()
-    assert cuda.current == "current"
+    assert cuda.current == "current" and not cuda.drawing_recorded
     assert cuda.forgotten == [("_cuda_endAllocateToPool", (0, 7)), ("_cuda_releasePool", (0, 7))]
 
 

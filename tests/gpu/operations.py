@@ -20,6 +20,8 @@ class Operation:
     plain: Callable[..., Tensor]
     tensors: Callable[..., list[Tensor]]
     """Of a function draw(*shape)."""
+    in_float32: bool = True
+    """Whether its kernels take float32 at this shape."""
 
 
 def group_norm(n: int, c: int, size: int, groups: int) -> Operation:
@@ -37,7 +39,7 @@ def attention(n: int, length: int, heads: int, dim: int) -> Operation:
     def tensors(draw):
         return [draw(n, length, 3, heads, dim)]
 
-    return Operation(pdfast_kernels.attention_packed, reference.attention_packed, tensors)
+    return Operation(pdfast_kernels.attention_packed, reference.attention_packed, tensors, in_float32=dim <= 128)
 
 
 def group_norm_attention(n: int, c: int, size: int, groups: int, heads: int) -> Operation:
@@ -53,12 +55,16 @@ def group_norm_attention(n: int, c: int, size: int, groups: int, heads: int) -> 
     )
 
 
-def ddim_step(n: int, c: int, size: int, parts: int) -> Operation:
-    index = [i % 5 for i in range(n)]
+def rows_of_a_table(z):
+    """Five coefficients, equal bit for bit however they are compiled, and each sample's row."""
+    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    return (torch.arange(5, device=z.device, dtype=dtype) + 2) / 8, torch.arange(len(z), device=z.device) % 5
 
+
+def ddim_step(n: int, c: int, size: int, parts: int) -> Operation:
     def call(function, z, output):
-        rows = torch.linspace(0.2, 0.9, 5, device=z.device, dtype=torch.float64 if z.dtype == torch.float64 else None)
-        return function(z, output, rows, rows[:, None].repeat(1, parts), torch.tensor(index, device=z.device))
+        rows, index = rows_of_a_table(z)
+        return function(z, output, rows, rows[:, None].repeat(1, parts), index)
 
     def tensors(draw):
         return [channels_last(draw(n, c, size, size)), channels_last(draw(n, parts * c, size, size))]
@@ -67,13 +73,11 @@ def ddim_step(n: int, c: int, size: int, parts: int) -> Operation:
 
 
 def loss(n: int, c: int, size: int, parts: int) -> Operation:
-    index = [i % 5 for i in range(n)]
-
     def call(function, output, z, first, second):
-        rows = torch.linspace(0.2, 0.9, 5, device=z.device, dtype=torch.float64 if z.dtype == torch.float64 else None)
+        rows, index = rows_of_a_table(z)
         columns = rows[:, None].repeat(1, parts)
         fixed = z.detach(), first.detach(), second.detach()
-        return function(output, *fixed, rows, columns, columns, columns, rows, torch.tensor(index, device=z.device))
+        return function(output, *fixed, rows, columns, columns, columns, rows, index)
 
     def tensors(draw):
         return [channels_last(draw(n, k, size, size)) for k in (parts * c, c, parts * c, parts * c)]

@@ -24,8 +24,11 @@ def results(function, tensors, gradient):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_within_twice_the_error_of_pytorch(draw, name, dtype):
     operation = OPERATIONS[name]
-    tensors = operation.tensors(draw)
-    rounded = leaves(tensors, dtype)
+    rounded = leaves(operation.tensors(draw), dtype)
+    if dtype == torch.float32 and not operation.in_float32:
+        with pytest.raises(ValueError, match="head_dim"):
+            operation.ours(*rounded)
+        return
     gradient = draw(*operation.ours(*rounded).shape)
     ours, plain = (results(function, rounded, gradient) for function in (operation.ours, operation.plain))
     exact = results(operation.plain, leaves(rounded, torch.float64), gradient)
@@ -39,6 +42,8 @@ def test_within_twice_the_error_of_pytorch(draw, name, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_same_bits_in_every_run(draw, name, dtype):
     operation = OPERATIONS[name]
+    if dtype == torch.float32 and not operation.in_float32:
+        return
     tensors = leaves(operation.tensors(draw), dtype)
     gradient = draw(*operation.ours(*tensors).shape)
     first = results(operation.ours, tensors, gradient)

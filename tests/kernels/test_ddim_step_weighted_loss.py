@@ -258,7 +258,6 @@ def test_unsupported_cases_are_refused_by_the_kernels_and_run_in_pytorch(triton_
     output, z, *others = arguments((2, 3, 4, 4), 1)
     wanting = z.clone().requires_grad_()
     for tensors, message in [
-        ((output, z.contiguous(), *others), "neither all channels-last nor all contiguous"),
         ((output, z.double(), *others), "z is torch.float64"),
         ((output, wanting, *others), "the gradient with respect to output alone"),
     ]:
@@ -272,6 +271,20 @@ def test_unsupported_cases_are_refused_by_the_kernels_and_run_in_pytorch(triton_
     assert torch.equal(
         *(ddim_step_weighted_loss_and_grad(output, one, *others, grad_scale=1.0)[1] for one in (z, wanting))
     )
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_tensors_of_several_layouts(triton_kernels, arguments, parts):
+    """The gradient is the output's, whatever it was copied to."""
+    output, z, first, second, *columns = arguments((2, 3, 4, 4), parts)
+    mixed = output.contiguous(), z, first[:, :, ::2, ::2].repeat(1, 1, 2, 2), second.contiguous()
+    assert_relative(ddim_step_weighted_loss(*mixed, *columns), expected_loss(*mixed, *columns))
+    one = mixed[0].requires_grad_()
+    ours, theirs = (f(one, *mixed[1:], *columns).sum() for f in (ddim_step_weighted_loss, expected_loss))
+    expected = torch.autograd.grad(theirs, one)[0]
+    assert_relative(torch.autograd.grad(ours, one)[0], expected)
+    _, at_once = ddim_step_weighted_loss_and_grad(*mixed, *columns, grad_scale=1.0)
+    assert_relative(at_once, expected)
 
 
 def test_engine_style_backward(triton_kernels, draw, arguments):

@@ -83,7 +83,7 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 def triton_runs(op: str, device: torch.device, unsupported: str | None) -> bool:
     """Tell whether `op` runs in Triton for tensors on `device`; `unsupported` is why its kernels cannot take them, or None."""
     mode = _current_mode()
-    if mode == "reference" or (mode == "auto" and device.type != "cuda"):
+    if mode == "reference" or device.type == "meta" or (mode == "auto" and device.type != "cuda"):
         return False
     reason = _unavailable(device) or ("its kernels do not run under torch.func.vmap" if in_vmap() else unsupported)
     if forward_ad._current_level >= 0:  # private, but a custom operation would drop the tangents in silence

@@ -22,14 +22,23 @@ def with_layout(tensor: Tensor, channels_last: bool) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-def run_length(z: Tensor, **others: Tensor) -> tuple[int, str | None]:
+def in_one_layout(z: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Return z [N, C, ...] and others [N, P*C, ...] as `run_length` takes them: copies of those that do not lie like z, where
+    z lies dense; else all contiguous."""
+    if run_length(z, *others)[1] is None:
+        return z, *others
+    channels_last = is_channels_last(z)
+    return tuple(with_layout(tensor, channels_last) for tensor in (z, *others))
+
+
+def run_length(z: Tensor, *others: Tensor) -> tuple[int, str | None]:
     """Return how many elements of a sample of z [N, C, ...] lie together before the same place of an output [N, P*C, ...] has
     its next part: C when all are channels-last, C*H*W when all are contiguous; else 0 and the reason.
 
     Element e of a sample is then, in part p of an output, number (e // run) * P * run + p * run + e % run.
     """
-    if is_channels_last(z) and all(is_channels_last(t) for t in others.values()):
+    if is_channels_last(z) and all(is_channels_last(t) for t in others):
         return z.shape[1], None
-    if z.is_contiguous() and all(t.is_contiguous() for t in others.values()):
+    if z.is_contiguous() and all(t.is_contiguous() for t in others):
         return z[0].numel() if len(z) else 1, None
-    return 0, f"z and {', '.join(others)} are neither all channels-last nor all contiguous"
+    return 0, "z and the outputs are neither all channels-last nor all contiguous"

@@ -3,13 +3,13 @@
     z' = a z + sum_p b_p o_p
 
 z      [N, C, ...] bf16, fp16 or fp32; channels-last or contiguous
-o      [N, P*C, ...] bf16, fp16 or fp32, laid out like z; P = 1, or 2 for a network that predicts x and eps (x first)
+o      [N, P*C, ...] bf16, fp16 or fp32, laid out like z, or it is copied so; P = 1, or 2 for a network that predicts x and eps (x first)
 a, b   [R], [R, P]: the coefficients of the R steps of a table, of which `index` (int64 [N]) gives each sample its row;
        without an index, R = N and row n is sample n's. A row that is not there makes its sample NaN
 z'     like z
 
 Computed in float32. Each element of z and o is read once and each of z' written once, forward. Where da or db is wanted (the
-coefficients are the schedule's as a rule), and for other layouts and dtypes, it runs in PyTorch.
+coefficients are the schedule's as a rule), and for other dtypes, it runs in PyTorch.
 """
 
 from typing import Any
@@ -30,7 +30,7 @@ from pdfast_kernels.runtime.dispatch import (
 )
 from pdfast_kernels.runtime.index import check_index, in_range
 from pdfast_kernels.runtime.launch import arch_of, cdiv, launch
-from pdfast_kernels.runtime.layout import is_channels_last, run_length, with_layout
+from pdfast_kernels.runtime.layout import in_one_layout, is_channels_last, run_length, with_layout
 from pdfast_kernels.runtime.triton import jit, tl
 
 OP = "ddim_step"
@@ -111,7 +111,7 @@ def _launch(kernel, z: Tensor, b: Tensor, index: Tensor | None, run: int, **tens
 
 @torch.library.custom_op("pdfast_kernels::ddim_step", mutates_args=())
 def _ddim_step(z: Tensor, output: Tensor, a: Tensor, b: Tensor, index: Tensor | None) -> Tensor:
-    run, reason = run_length(z, output=output)
+    run, reason = run_length(z, output)
     if reason:  # asked again: what was traced may come with other strides
         raise ValueError(f"{OP}: {reason}")
     result = torch.empty_like(z)
@@ -130,7 +130,7 @@ def _ddim_step_backward(
 ) -> tuple[Tensor, Tensor]:
     grad = with_layout(grad, channels_last)
     grad_z, grad_output = _empty_gradients(grad, b, output_dtype, channels_last)
-    run, _ = run_length(grad_z, output=grad_output)
+    run, _ = run_length(grad_z, grad_output)
     _launch(_backward, grad, b, index, run, grad_ptr=grad, a_ptr=a, grad_z_ptr=grad_z, grad_output_ptr=grad_output)
     return grad_z, grad_output
 
@@ -179,7 +179,7 @@ def ddim_step(
         index = in_range(OP, "index", index, 0, len(a))
     if triton_runs(OP, z.device, _unsupported(z, output, a, b)):
         index = None if index is None else index.contiguous()
-        return _ddim_step(z, output, a.float().contiguous(), b.float().contiguous(), index)
+        return _ddim_step(*in_one_layout(z, output), a.float().contiguous(), b.float().contiguous(), index)
     with as_given(z.device):
         return reference.ddim_step(z, output, a, b, index)
 
@@ -187,7 +187,7 @@ def ddim_step(
 def _unsupported(z: Tensor, output: Tensor, a: Tensor, b: Tensor) -> str | None:
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         return "it has no gradient with respect to the coefficients"
-    return unsupported_dtype(z=z, output=output) or run_length(z, output=output)[1]
+    return unsupported_dtype(z=z, output=output)
 
 
 def _check(z: Tensor, output: Tensor, a: Tensor, b: Tensor, index: Tensor | None) -> None:

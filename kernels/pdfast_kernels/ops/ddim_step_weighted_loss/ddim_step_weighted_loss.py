@@ -4,7 +4,7 @@
 
 o, t, m      [N, P*C, ...] bf16, fp16 or fp32: the student's output, the teacher's, and the teacher's in the middle;
              P = 1, or 2 for networks that predict x and eps (x first)
-z            [N, C, ...] bf16, fp16 or fp32; all four channels-last or all contiguous
+z            [N, C, ...] bf16, fp16 or fp32; all four channels-last or all contiguous, or they are copied so
 a, weight    [R];  b, d, c [R, P]: the columns of a step table, of which `index` (int64 [N]) gives each sample its row;
              without an index, R = N and row n is sample n's. A row that is not there makes its sample NaN
 huber        h; above 0, an element's weighted square s counts as its pseudo-Huber form, 2 h (sqrt(s + h^2) - h)
@@ -12,7 +12,7 @@ loss         [N] float32 (float64 where one of o, t, m, z is), a mean over C, H,
 
 Computed in float32. Each tensor is read once, and the gradient with respect to o is written in the same pass if it is
 wanted; what needs another gradient runs in PyTorch. Sums in two stages, without atomics: the same bits on every run.
-Other layouts and dtypes run in PyTorch.
+Other dtypes run in PyTorch.
 """
 
 import math
@@ -36,7 +36,7 @@ from pdfast_kernels.runtime.dispatch import (
 )
 from pdfast_kernels.runtime.index import check_index, in_range
 from pdfast_kernels.runtime.launch import arch_of, cdiv, launch
-from pdfast_kernels.runtime.layout import run_length
+from pdfast_kernels.runtime.layout import in_one_layout, run_length
 from pdfast_kernels.runtime.triton import jit, tl
 
 OP = "ddim_step_weighted_loss"
@@ -117,7 +117,7 @@ def _run(tensors: Sequence[Any], huber: float, grad_scale: float | None) -> tupl
     """Return the losses, and grad_scale d(sum of M losses)/d output, M = C H W: empty for None. tensors: the arguments, in
     order."""
     output, z, teacher, teacher_mid, target_z, target_output, target_output_mid, coefficients, weight, index = tensors
-    run, reason = run_length(z, output=output, teacher_output=teacher, teacher_output_mid=teacher_mid)
+    run, reason = run_length(z, output, teacher, teacher_mid)
     if reason:  # asked again: what was traced may come with other strides
         raise ValueError(f"{OP}: {reason}")
     parts, elements = coefficients.shape[1], z.numel() // max(len(z), 1)
@@ -252,7 +252,7 @@ def ddim_step_weighted_loss(
     index, columns = _checked(OP, tensors, columns, index, huber)
     if triton_runs(OP, z.device, _unsupported(*tensors, *columns)):
         differentiable = torch.is_grad_enabled() and output.requires_grad
-        return _loss(*tensors, *_dense(index, *columns), huber, differentiable)[0]
+        return _loss(*_in_one_layout(*tensors), *_dense(index, *columns), huber, differentiable)[0]
     with as_given(z.device):
         return reference.ddim_step_weighted_loss(*tensors, *columns, index, huber)
 
@@ -282,7 +282,7 @@ def ddim_step_weighted_loss_and_grad(
     columns = (target_z, target_output, target_output_mid, output_coefficient, weight)
     index, columns = _checked(f"{OP}_and_grad", tensors, columns, index, huber)
     if triton_runs(f"{OP}_and_grad", z.device, _unsupported(*tensors)):
-        return _loss_and_grad(*tensors, *_dense(index, *columns), huber, grad_scale)
+        return _loss_and_grad(*_in_one_layout(*tensors), *_dense(index, *columns), huber, grad_scale)
     with as_given(z.device):
         return reference.ddim_step_weighted_loss_and_grad(*tensors, *columns, index, grad_scale=grad_scale, huber=huber)
 
@@ -301,6 +301,11 @@ def _checked(
     return index, (a, b, d, c, weight)
 
 
+def _in_one_layout(output: Tensor, z: Tensor, teacher_output: Tensor, teacher_output_mid: Tensor) -> _Images:
+    z, output, teacher_output, teacher_output_mid = in_one_layout(z, output, teacher_output, teacher_output_mid)
+    return output, z, teacher_output, teacher_output_mid
+
+
 def _dense(index: Tensor | None, *columns: Tensor) -> list[Tensor | None]:
     """Return the columns, then the index."""
     return [*(column.contiguous() for column in columns), None if index is None else index.contiguous()]
@@ -312,7 +317,7 @@ def _unsupported(output: Tensor, z: Tensor, teacher_output: Tensor, teacher_outp
         return "it has the gradient with respect to output alone"
     if len(z) and not z.numel():
         return "the mean of no elements is NaN"
-    return unsupported_dtype(z=z, **outputs) or run_length(z, **outputs)[1]
+    return unsupported_dtype(z=z, **outputs)
 
 
 def _check(op: str, tensors: _Images, columns: _Columns, index: Tensor | None) -> None:

@@ -54,11 +54,9 @@ class _ToFew(Function):
     @staticmethod
     def jvp(ctx, x_tangent: Tensor | None, weight_tangent: Tensor | None) -> Tensor:
         x, weight = ctx.saved_tensors
-        by_x = None if x_tangent is None else _ToFew.forward(x_tangent, weight)
-        by_weight = None if weight_tangent is None else _ToFew.forward(x, weight_tangent)
-        return (
-            by_x + by_weight if by_x is not None and by_weight is not None else by_x if by_weight is None else by_weight
-        )
+        terms = [] if x_tangent is None else [_ToFew.forward(x_tangent, weight)]
+        terms += [] if weight_tangent is None else [_ToFew.forward(x, weight_tangent)]
+        return sum(terms[1:], terms[0])
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -103,7 +103,8 @@ class Upsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """GroupNorm, SiLU, (resample,) conv, FiLM by the embedding, SiLU, dropout, zero-initialised conv; plus the input."""
+    """GroupNorm, SiLU, (resample,) conv, FiLM by the embedding, SiLU, dropout, zero-initialised conv; plus the input, which a skip is part of
+    where one is given."""
 
     def __init__(
         self,
@@ -124,7 +125,9 @@ class ResBlock(nn.Module):
         self.shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
         self.resample = {"": nn.Identity(), "down": nn.AvgPool2d(2), "up": Upsample()}[resample]
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+        if skip is not None:  # here, so that what is compiled has the two gradients apart from the start
+            x = torch.cat([x, skip], dim=1)
         h = self.resample(self.norm1(x, silu=True))
         h = self.conv1(h)
         scale, shift = self.film(emb).chunk(2, dim=1)

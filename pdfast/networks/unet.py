@@ -153,7 +153,7 @@ class UNet(Network):
 
         for stage in self.up:
             for block, attention in zip(stage["blocks"], stage["attentions"], strict=True):
-                h = attention(block(torch.cat([h, skips.pop()], dim=1), emb))
+                h = attention(block(h, emb, skips.pop()))
             if "upsample" in stage:
                 h = stage["upsample"](h, emb)
 

@@ -209,14 +209,33 @@ def test_first_things_first(tmp_path, monkeypatch, capsys):
     flags = f"--device cpu --preset digits --batch 4 --seconds 0.01 --json {file}"
     assert first.main(flags.split()) == 0
     report = json.loads(file.read_text())
-    assert report["header"]["numpy"] == np.__version__ and report["header"]["pytest"]
-    kinds = [(row["end"], row["of"]) for row in report["rows"] if row["network"] == "digits" and row["tf32"] == "on"]
+    assert report["installed"]["numpy"] == np.__version__ and report["installed"]["pytest"]
+    kinds = [
+        (row["end"], row["of"]) for row in report["rows"] if row["network"] == "digits" and row["by"] == "products"
+    ]
     of_in, of_out = (["forward", "weight gradient"], ["forward", "input gradient", "weight gradient"])
     assert kinds == [*[("conv_in", of) for of in of_in], *[("conv_out", of) for of in of_out]]
-    assert len(report["rows"]) == 20 and all(row["ms"] > 0 for row in report["rows"])
+    assert len(report["rows"]) == 30 and all(row["ms"] > 0 for row in report["rows"])
     assert report["update"]["median_ms"] > 0 and report["update"]["kernels"][0]["ms"] > 0
+    assert sum(report["update"]["kinds"].values()) == pytest.approx(report["update"]["kernels_ms"])
     assert json.load(gzip.open(tmp_path / "first.trace.json.gz"))["traceEvents"]
     assert "ms an update" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "kernel, kind",
+    [
+        ("group_norm_apply", "group_norm"),
+        ("triton_poi_fused_convolution_group_norm_permute_split_0", "compiled by Inductor"),
+        ("sm90_xmma_wgrad_indexed_implicit_gemm_bf16bf16_bf16f32", "convolutions"),
+        ("nvjet_sm90_tst_192x192_64x4_1x2_h_bz_coopB_bias_TNN", "matrix products"),
+        ("attention_forward_stream", "attention"),
+        ("void at::native::(anonymous namespace)::CatArrayBatchedCopy_alignedK_contig<at::native::", "copies"),
+        ("void at::native::reduce_kernel<128, 4, at::native::ReduceOp<c10::BFloat16", "rest of PyTorch"),
+    ],
+)
+def test_kinds_of_kernels(kernel, kind):
+    assert first.kind_of(kernel) == kind
 
 
 def test_list(capsys):

@@ -39,8 +39,8 @@ MOST_RESIDENT = 512  # positions
 
 BLOCKS: Grid = {"block": (512, 1024, 2048, 4096, 8192), "num_warps": (2, 4, 8, 16)}
 GROUP_NORM: tuple[Grid, ...] = (
-    {"resident": (1024, 2048, 4096, 8192), "most": (8192, 16384), "per_warp": (512, 1024, 2048)},
-    {"most": (0,), "stream": (2048, 4096, 8192), "tiles": (2, 4, 8), "stream_warps": (4, 8)},
+    {"resident": (1024, 2048, 4096, 8192, 16384), "most": (8192, 16384), "per_warp": (512, 1024, 2048)},
+    {"most": (0,), "stream": (2048, 4096, 8192), "tiles": (4, 8, 16), "stages": (1, 2, 4), "stream_warps": (4, 8)},
 )
 GRIDS: dict[str, tuple[Grid, ...]] = {
     "diffuse": ({"block": (512, 1024, 2048), "tiles": (1, 2, 4), "num_warps": (2, 4, 8)},),

@@ -51,17 +51,18 @@ class Tiles(NamedTuple):
     group: float
     resident: int  # the least of a resident tile, where there are as many
     most: int  # the most of it: larger groups are streamed
-    per_warp: int  # of it, for a warp: 4 to 8 warps
+    per_warp: int  # of it, for a warp: 4 to 16 warps
     stream: int  # a tile of the streaming kernels, the widest that leaves fewest lanes idle
     tiles: int  # of it in a chunk
+    stages: int  # of those, loaded at a time
     stream_warps: int
 
 
 # The backward holds two tensors of a tile.
-_SHIPPED = Tiles(UNBOUNDED, 4096, 16384, 1024, 4096, 4, 4)
+_SHIPPED = Tiles(UNBOUNDED, 4096, 16384, 1024, 2048, 16, 4, 4)
 _FEWER_WARPS = _SHIPPED._replace(group=1536, per_warp=2048)  # with 8, triton 3.6.0 would spill there
 FORWARD = Table("group_norm forward", {ANY: (_SHIPPED,), 80: (_SHIPPED._replace(group=1535), _FEWER_WARPS, _SHIPPED)})
-BACKWARD = Table("group_norm backward", {ANY: (Tiles(UNBOUNDED, 4096, 8192, 1024, 4096, 4, 4),)})
+BACKWARD = Table("group_norm backward", {ANY: (Tiles(UNBOUNDED, 4096, 8192, 1024, 2048, 16, 4, 4),)})
 RESIDENT_CHANNELS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 STREAM_CHANNELS = (256, 128, 64, 32)
 MERGED_ROWS, MERGED_CHANNELS, PARAMETER_CHANNELS = 32, 128, 32
@@ -113,7 +114,7 @@ def _resident(shape: _Shape, tiles: Tiles) -> dict[str, int] | None:
         "BLOCK_R": block_r,
         "BLOCK_C": block_c,
         "BLOCK_G": next_power_of_2(channels // shape.cpg),
-        "num_warps": min(max(block_r * block_c // tiles.per_warp, 4), 8),
+        "num_warps": min(max(block_r * block_c // tiles.per_warp, 4), 16),
     }
 
 
@@ -122,7 +123,13 @@ def _stream(shape: _Shape, tiles: Tiles) -> tuple[int, tuple[int], dict[str, int
     block_c = min(STREAM_CHANNELS, key=lambda width: cdiv(shape.channels, width) * width)
     block_r = tiles.stream // block_c
     chunks = cdiv(shape.rows, block_r * tiles.tiles)
-    constants = {"C": shape.channels, "TILES": tiles.tiles, "BLOCK_R": block_r, "BLOCK_C": block_c}
+    constants = {
+        "C": shape.channels,
+        "TILES": tiles.tiles,
+        "STAGES": tiles.stages,
+        "BLOCK_R": block_r,
+        "BLOCK_C": block_c,
+    }
     grid = (shape.n * cdiv(shape.channels, block_c) * chunks,)
     return chunks, grid, {**constants, "num_warps": tiles.stream_warps}
 

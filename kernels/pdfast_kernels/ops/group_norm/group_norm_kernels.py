@@ -1,6 +1,9 @@
 """The kernels of `group_norm`, on x as [N, rows, C] in memory: see group_norm.py for the mathematics and the contract."""
 
-from pdfast_kernels.runtime.triton import jit, tl
+from pdfast_kernels.runtime.triton import INTERPRETED, jit, tl
+
+_PLAIN = tl.constexpr(INTERPRETED)  # the interpreter has no instructions of a GPU
+_MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
 
 
 @jit
@@ -8,6 +11,14 @@ def _group_sums(values, CPG: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.co
     """[BLOCK_C] -> [BLOCK_G]: sums over the CPG channels of each group."""
     member = (tl.arange(0, BLOCK_C) // CPG)[:, None] == tl.arange(0, BLOCK_G)[None, :]
     return tl.sum(tl.where(member, values[:, None], 0.0), axis=0)
+
+
+@jit
+def _group_sums_of_tile(values, CPG: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr):
+    """[BLOCK_R, BLOCK_C] -> [BLOCK_G]: sums over the rows and channels of each group."""
+    if BLOCK_G * CPG == BLOCK_C:  # a thread adds up what it has of a group before threads exchange anything
+        return tl.sum(tl.sum(tl.reshape(values, (BLOCK_R, BLOCK_G, CPG)), axis=2), axis=0)
+    return _group_sums(tl.sum(values, axis=0), CPG, BLOCK_C, BLOCK_G)
 
 
 @jit
@@ -56,15 +67,28 @@ def _part_from_the_end(rows, C: tl.constexpr, TILES: tl.constexpr, BLOCK_R: tl.c
 
 
 @jit
+def _sigmoid(u):
+    """1 / (1 + exp(-u)) in four instructions, to about 2^-22 of it; 0 below 2^-126."""
+    if _PLAIN:
+        return 1.0 / (1.0 + tl.exp(-u))
+    power = tl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [u * _MINUS_LOG2_E], dtype=tl.float32, is_pure=True, pack=1
+    )
+    return tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + power], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@jit
 def _activate(u, SILU: tl.constexpr):
-    return u / (1.0 + tl.exp(-u)) if SILU else u
+    return u * _sigmoid(u) if SILU else u
 
 
 @jit
 def _gradient_of_u(dy, u, SILU: tl.constexpr):
     if SILU:
-        sigmoid = 1.0 / (1.0 + tl.exp(-u))
-        dy = dy * sigmoid * (1.0 + u * (1.0 - sigmoid))
+        sigmoid = _sigmoid(u)
+        dy = dy * (sigmoid + u * sigmoid * (1.0 - sigmoid))
     return dy
 
 
@@ -100,9 +124,9 @@ def forward_resident(
     place = n * ROWS * C + row[:, None] * C + c[None, :]
 
     x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    mean_g = _group_sums(tl.sum(x, axis=0), CPG, BLOCK_C, BLOCK_G) / (ROWS * CPG)
+    mean_g = _group_sums_of_tile(x, CPG, BLOCK_R, BLOCK_C, BLOCK_G) / (ROWS * CPG)
     centred = tl.where(inside, x - _of_channels(mean_g, CPG, BLOCK_C, BLOCK_G)[None, :], 0.0)
-    variance_g = _group_sums(tl.sum(centred * centred, axis=0), CPG, BLOCK_C, BLOCK_G) / (ROWS * CPG)
+    variance_g = _group_sums_of_tile(centred * centred, CPG, BLOCK_R, BLOCK_C, BLOCK_G) / (ROWS * CPG)
     rstd_g = tl.rsqrt(variance_g + EPS)
 
     gain, offset = _gain_and_offset(
@@ -125,6 +149,7 @@ def chunk_moments(
     rows,
     C: tl.constexpr,
     TILES: tl.constexpr,
+    STAGES: tl.constexpr,  # tiles that are loaded at a time
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -140,7 +165,7 @@ def chunk_moments(
     origin = tl.sum(x, axis=0) / tl.minimum(rows - first, BLOCK_R).to(tl.float32)
     deviation = tl.where(inside, x - origin[None, :], 0.0)
     total, squares = deviation, deviation * deviation
-    for tile in range(1, TILES):
+    for tile in tl.range(1, TILES, num_stages=STAGES):
         row = first + tile * BLOCK_R + tl.arange(0, BLOCK_R)
         inside = (row < rows)[:, None] & (c < C)[None, :]
         place = (n * rows + row)[:, None] * C + c[None, :]
@@ -218,6 +243,7 @@ def apply(
     CPG: tl.constexpr,
     SILU: tl.constexpr,
     TILES: tl.constexpr,
+    STAGES: tl.constexpr,  # tiles that are loaded at a time
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -230,7 +256,7 @@ def apply(
         weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, n, c, inside_c
     )
     gain *= tl.load(rstd_ptr + group, mask=inside_c, other=0.0)
-    for tile in range(TILES):
+    for tile in tl.range(TILES, num_stages=STAGES):
         row = (chunk * TILES + tile) * BLOCK_R + tl.arange(0, BLOCK_R)
         inside = (row < rows)[:, None] & inside_c[None, :]
         place = (n * rows + row)[:, None] * C + c[None, :]
@@ -310,6 +336,7 @@ def chunk_gradient_sums(
     CPG: tl.constexpr,
     SILU: tl.constexpr,
     TILES: tl.constexpr,
+    STAGES: tl.constexpr,  # tiles that are loaded at a time
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -324,7 +351,7 @@ def chunk_gradient_sums(
     )
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     products = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for tile in range(TILES):
+    for tile in tl.range(TILES, num_stages=STAGES):
         row = (chunk * TILES + tile) * BLOCK_R + tl.arange(0, BLOCK_R)
         inside = (row < rows)[:, None] & inside_c[None, :]
         place = (n * rows + row)[:, None] * C + c[None, :]
@@ -398,6 +425,7 @@ def apply_gradient(
     CPG: tl.constexpr,
     SILU: tl.constexpr,
     TILES: tl.constexpr,
+    STAGES: tl.constexpr,  # tiles that are loaded at a time
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -414,7 +442,7 @@ def apply_gradient(
     gain, offset = _gain_and_offset(
         weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, n, c, inside_c
     )
-    for tile in range(TILES):
+    for tile in tl.range(TILES, num_stages=STAGES):
         row = (chunk * TILES + tile) * BLOCK_R + tl.arange(0, BLOCK_R)
         inside = (row < rows)[:, None] & inside_c[None, :]
         place = (n * rows + row)[:, None] * C + c[None, :]

@@ -72,20 +72,24 @@ def convolutions(device: torch.device, seconds: float, copy_gb_s: float) -> Iter
             x = torch.randn(n, i, net.image_size, net.image_size, device=device).to(memory_format=torch.channels_last)
             w, bias = torch.randn(o, 3, 3, i, device=device, requires_grad=True), torch.zeros(o, device=device)
             x.requires_grad_(end == "conv_out")  # nobody asks for the images' gradient
-            by_cudnn = partial(torch.conv2d, x, w.permute(0, 3, 1, 2), bias, padding=1)
-            by_products = partial(few_channels.convolution, x, w, bias)
-            for by, forward in {"cuDNN": by_cudnn, "cuDNN, TF32": by_cudnn, "products": by_products}.items():
+            for by in ("cuDNN", "cuDNN, TF32", "products"):
+                convolution = few_channels.convolution if by == "products" else by_cudnn
                 with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32="TF32" in by):
-                    y = forward()
-                    calls = {"forward": torch.no_grad()(forward)}
+                    calls = {"forward": torch.no_grad()(partial(convolution, x, w, bias))}
                     for of, tensor in (("input gradient", x), ("weight gradient", w)):
-                        if tensor.requires_grad:
+                        if tensor.requires_grad:  # of this one alone, or both would be computed
+                            given = (t if t is tensor else t.detach() for t in (x, w, bias))
+                            y = convolution(*given)
                             calls[of] = partial(grad, y, tensor, torch.ones_like(y), retain_graph=True)
                     moved = (x.nbytes + y.nbytes + w.nbytes) / 1e6
                     for of, call in calls.items():
                         ms = median(measure(call, device, seconds))
                         row = {"network": name, "batch": batch, "end": end, "of": of, "by": by, "ms": ms}
                         yield row | {"mb": moved, "of_bytes": moved / ms / copy_gb_s}
+
+
+def by_cudnn(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return torch.conv2d(x, w.permute(0, 3, 1, 2), bias, padding=1)
 
 
 def profiled_update(options: Namespace) -> Row:

@@ -86,7 +86,6 @@ _BACKWARD: dict[int, tuple[Config, ...]] = {
         Config(64, 128, backward_tile, 64, 64, 4, 1),
         Config(64, 256, backward_tile, 64, 64, 8, 1),
         Config(128, 128, backward_tile, 128, 128, 8, 1),
-        Config(256, 64, backward_resident, 256, 32, 8, 2),
         Config(UNBOUNDED, 64, backward_stream, 64, 64, 4, 3, queries=128),
         Config(UNBOUNDED, 128, backward_stream, 64, 32, 4, 3),
         Config(UNBOUNDED, 256, backward_stream, 128, 32, 8, 3),
@@ -109,6 +108,7 @@ _FORWARD[100] = (
 )
 _BACKWARD[100] = (
     *_BACKWARD[90][:-3],
+    Config(256, 64, backward_resident, 256, 32, 8, 2),
     Config(UNBOUNDED, 64, backward_stream, 128, 128, 8, 2),
     Config(UNBOUNDED, 128, backward_stream, 128, 64, 8, 2),
     Config(UNBOUNDED, 256, backward_stream, 128, 32, 8, 2),

@@ -62,7 +62,9 @@ class Tiles(NamedTuple):
 _SHIPPED = Tiles(UNBOUNDED, 4096, 16384, 1024, 2048, 16, 4, 4)
 _FEWER_WARPS = _SHIPPED._replace(group=1536, per_warp=2048)  # with 8, triton 3.6.0 would spill there
 FORWARD = Table("group_norm forward", {ANY: (_SHIPPED,), 80: (_SHIPPED._replace(group=1535), _FEWER_WARPS, _SHIPPED)})
-BACKWARD = Table("group_norm backward", {ANY: (Tiles(UNBOUNDED, 4096, 8192, 1024, 2048, 16, 4, 4),)})
+_OF_TWO = _SHIPPED._replace(most=8192)
+_WIDER = Tiles(8192, 16384, 16384, 1024, 2048, 16, 4, 4)
+BACKWARD = Table("group_norm backward", {ANY: (_OF_TWO,), 90: (_OF_TWO._replace(group=7168), _WIDER, _OF_TWO)})
 RESIDENT_CHANNELS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 STREAM_CHANNELS = (256, 128, 64, 32)
 MERGED_ROWS, MERGED_CHANNELS, PARAMETER_CHANNELS = 32, 128, 32

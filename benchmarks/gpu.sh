@@ -2,8 +2,8 @@
 # What there is to run on a GPU, in order of value: benchmarks/gpu.sh OUT_DIR [PART ...]
 #
 # Part         seconds  what
-# first            400  versions, the float32 convolutions of the networks' ends, one profiled update of cifar10
-# tests            520  tests/gpu: values, gradients, determinism, CUDA graphs, torch.compile, more than 2^31 elements
+# first            200  versions, the float32 convolutions of the networks' ends, one profiled update of cifar10
+# tests            240  tests/gpu: values, gradients, determinism, CUDA graphs, torch.compile, more than 2^31 elements
 # norm             160  group_norm of the cifar10 network, forward and backward, next to everybody else's
 # attention        160  attention with every SDPA backend, and the attention block
 # states           120  diffuse, ddim_step, the distillation loss, adam_ema: at the network's sizes and at more than 64 MB
@@ -85,10 +85,10 @@ pytest() { # part seconds command...: those before pytest's own arguments
 }
 for part in $parts; do
     case $part in
-    first) run first 400 "$python" -m benchmarks.first --device cuda --json "$out/first.json" ;;
+    first) run first 200 "$python" -m benchmarks.first --device cuda --seconds 0.05 --json "$out/first.json" ;;
     tests)
         parallel=$("$python" -c 'import os, xdist; print("-n", min(os.cpu_count(), 16))' 2>/dev/null)
-        pytest tests 520 "$python" -m pytest tests/gpu $parallel ;;
+        pytest tests 240 "$python" -m pytest tests/gpu $parallel ;;
     norm) kernels norm 160 --op group_norm --shapes cifar10 --mode fwd full --providers pdfast eager compile apex liger ;;
     attention) kernels attention 160 --op attention group_norm_attention --shapes cifar10 imagenet64 --mode fwd full \
         --providers pdfast eager flash efficient cudnn compile ;;

@@ -1,8 +1,9 @@
-"""`python -m benchmarks.tables FILE ...`: what `benchmarks.first`, `.step` and `.kernels` wrote, as the tables of a page.
+"""`python -m benchmarks.tables FILE ...`: what `benchmarks.first`, `.step`, `.kernels` and `.tune` wrote, as the tables of a page.
 
 first     the convolutions of the ends; and each update by kind of work, a column a file: such as one before a change and one after
 step      a row a variant
 kernels   a row a case and mode, a column a provider, in microseconds; of those by a CUDA graph, where there are both
+    tune      a row a launch configuration that was tried
 """
 
 import json
@@ -37,6 +38,8 @@ def tables(files: dict[str, Any]) -> Iterator[list[str]]:
         rows = [row for row in found["rows"] if "unavailable" not in row]
         if "images_per_second" in rows[0]:
             yield list(steps(rows))
+        elif "table" in rows[0]:
+            yield list(tuned(rows))
         elif "op" in rows[0]:
             yield list(kernels(rows))
 
@@ -64,6 +67,13 @@ def by_kind(updates: dict[str, Any]) -> Iterator[str]:
     rows.append(["an update, without the profiler", *(f"{update['median_ms']:.2f}" for update in updates.values())])
     rows.append(["kernels", *(sum(kernel["calls"] for kernel in update["kernels"]) for update in updates.values())])
     return table(["ms", *updates], rows)
+
+
+def tuned(rows: list[dict[str, Any]]) -> Iterator[str]:
+    head = ["case, forward and backward", "table", "row", "us", "registers"]
+    tried = [row for row in rows if not row["rejected"]]
+    shown = "{case}|{table}|{row}|{us:.0f}|{registers}"
+    return table(head, (shown.format(**row, us=1e3 * row["median_ms"]).split("|") for row in tried))
 
 
 def steps(rows: list[dict[str, Any]]) -> Iterator[str]:

@@ -23,6 +23,7 @@ import pytest
 from diffusers import DDIMScheduler
 from torch.distributed.run import get_args_parser
 
+from benchmarks import tables
 from pdfast.data.split import Split
 from tests.commands import ROOT, TINY_NETWORK, call
 from tests.data.files import solid
@@ -298,11 +299,22 @@ def test_links_and_the_index():
 
 def test_results_names_each_file_with_its_commit():
     page = (ROOT / "docs" / "results.md").read_text()
-    for file in (ROOT / "benchmarks" / "results").glob("*.json"):
+    results = ROOT / "benchmarks" / "results"
+    for file in results.rglob("*.json"):
         report = json.loads(file.read_text())
         commit = (report.get("header") or report["versions"])["commit"]
-        assert f"(../benchmarks/results/{file.name})" in page
+        assert f"(../benchmarks/results/{file.relative_to(results)})" in page
         assert commit[:7] in page or commit[:7] in (ROOT / "docs" / "data.md").read_text()
+
+
+def test_results_on_a_gpu_are_those_of_the_files():
+    page, folder = (ROOT / "docs" / "results.md").read_text(), ROOT / "benchmarks" / "results" / "h200"
+    names = ("first-before", "first", "first-imagenet64-before", "norm-before")
+    files = {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
+    kinds, norms = tables.tables(files)
+    ends, _ = tables.tables({"first": files["first"]})
+    for line in (*kinds[2:], *ends[2:], *norms[2:]):
+        assert line.replace("group_norm cifar10 ", "") in page.splitlines()
 
 
 def test_results_of_an_update_are_those_of_the_file():

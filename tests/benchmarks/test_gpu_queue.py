@@ -102,8 +102,8 @@ def test_a_part_that_fails_says_what_did_and_the_next_one_runs(tmp_path):
     cache = f"{tmp_path}/out/cache/inductor {tmp_path}/out/cache/triton"
     failed = "FAILED tests/gpu/test_x.py::test_y - assert 1 == 2"
     assert done.stdout.splitlines() == [
-        *["== tests: at most 520 seconds", failed, cache, "== tests: exit code 1"],
-        *["== first: at most 400 seconds", failed, cache],
+        *["== tests: at most 240 seconds", failed, cache, "== tests: exit code 1"],
+        *["== first: at most 200 seconds", failed, cache],
         "== sanitizer: there is no compute-sanitizer here",
     ]
     assert done.returncode == 1 and (tmp_path / "out" / "gpu.log").read_text().count(cache) == 2

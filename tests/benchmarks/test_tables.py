@@ -17,6 +17,16 @@ END = {"network": "cifar10", "end": "conv_in", "of": "forward", "by": "cuDNN", "
 UPDATE = {"kinds": dict.fromkeys(first.KINDS, 1.5), "kernels_ms": 13.5, "median_ms": 14.004, "kernels": [{"calls": 7}]}
 
 
+TUNED = {
+    "case": "16x64",
+    "table": "attention forward",
+    "row": "Config(1)",
+    "rejected": None,
+    "median_ms": 0.25,
+    "registers": 96,
+}
+
+
 def shown(capsys, tmp_path, **files):
     paths = [tmp_path / f"{name}.json" for name in files]
     for path, found in zip(paths, files.values(), strict=True):
@@ -32,6 +42,7 @@ def test_each_command_has_its_table(capsys, tmp_path):
         before={"rows": [END, END | {"by": "products", "ms": 0.1}], "update": UPDATE},
         after={"rows": [END], "update": UPDATE | {"median_ms": 12.0}},
         step={"rows": [STEP, {"unavailable": "out of memory"}]},
+        tune={"rows": [TUNED, TUNED | {"rejected": "spills"}]},
         kernels={"rows": [*KERNELS, {"unavailable": "has no FiLM"}]},
     )
     for line in (
@@ -42,6 +53,7 @@ def test_each_command_has_its_table(capsys, tmp_path):
         "| an update, without the profiler | 14.00 | 12.00 |",
         "| cifar10 | 128 | pdfast | compile auto | 1924 | 66.5 | 344 | 48.8% | 6113 |",
         "| us | mode | pdfast | flash | pdfast's share |",
+        "| 16x64 | attention forward | Config(1) | 250 | 96 |",
         "| attention 16x64 | fwd | 7.1 | 11.2 | 40% of matmul |",
     ):
         assert line in printed.splitlines()

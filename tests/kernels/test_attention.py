@@ -22,7 +22,7 @@ CASES = [
     (1, 100, 1, 80, torch.float16, "forward_resident", "backward_tile"),
     (1, 32, 2, 64, torch.float32, "forward_resident", "backward_resident"),
     (2, 17, 3, 40, torch.float32, "forward_resident", "backward_resident"),
-    (1, 200, 1, 40, torch.float16, "forward_resident", "backward_resident"),
+    (1, 200, 1, 40, torch.float16, "forward_resident", "backward_stream"),
     (1, 64, 2, 32, torch.float32, "forward_stream", "backward_stream"),
     (2, 100, 1, 40, torch.float32, "forward_stream", "backward_stream"),
     (1, 33, 1, 128, torch.float32, "forward_stream", "backward_stream"),
@@ -64,10 +64,11 @@ def test_values_and_gradients(kernels, draw, n, length, heads, dim, dtype, forwa
     assert out.dtype == dtype and out.is_contiguous()
     gradient = draw(n, length, heads, dim, dtype=dtype)
     check(out, expected_attention(q, k, v), (q, k, v), gradient, RELATIVE[dtype])
-    if dtype == torch.float16:  # with less shared memory, by other kernels
-        few = (table.overridden(*table.rows[ANY]) for table in (module.FORWARD, module.BACKWARD))
-        with next(few), next(few):
-            check(attention(q, k, v), expected_attention(q, k, v), (q, k, v), gradient, RELATIVE[dtype])
+    if dtype == torch.float16:  # on other GPUs, such as those with less shared memory, by other kernels
+        for arch in (ANY, 100):
+            rows = (table.overridden(*table.rows[arch]) for table in (module.FORWARD, module.BACKWARD))
+            with next(rows), next(rows):
+                check(attention(q, k, v), expected_attention(q, k, v), (q, k, v), gradient, RELATIVE[dtype])
 
 
 @pytest.mark.parametrize("length", [16, 30, 40])

@@ -21,6 +21,9 @@ def wanted(x: Tensor, weight: Tensor) -> bool:
     """Tell whether `convolution` is the faster one, without a product that TF32 would round."""
     if x.device.type != "cuda" or x.dtype != torch.float32 or weight.shape[1:3] != (3, 3):
         return False
+    # In a network that is compiled as one graph: Dynamo takes no function with a derivative in forward mode.
+    if torch.compiler.is_compiling():
+        return False
     # The gradient of what is gathered would be added up by atomics.
     return len(weight) <= FEW or (x.shape[1] <= FEW and not x.requires_grad)
 

@@ -46,8 +46,8 @@ def test_only_one_of_its_gradients(frozen):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-def test_where_it_is_wanted():
-    """In float32 on a GPU, of few channels, where no gradient is added up by atomics."""
+def test_where_it_is_wanted(monkeypatch):
+    """In float32 on a GPU, of few channels, where no gradient is added up by atomics, and not in a larger graph."""
 
     def asked(inside, out, size=3, device="cuda", dtype=torch.float32, gradient=False):
         x = torch.empty(1, inside, 4, 4, device="meta", dtype=dtype, requires_grad=gradient)
@@ -59,6 +59,8 @@ def test_where_it_is_wanted():
     assert asked(3, 128) and asked(128, 3, gradient=True) and asked(128, 6)
     assert not any((asked(3, 128, gradient=True), asked(128, 128), asked(3, 128, size=1), asked(3, 128, device="cpu")))
     assert not asked(3, 128, dtype=torch.bfloat16)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not asked(3, 128)
 
 
 def test_the_layer_takes_it(monkeypatch):

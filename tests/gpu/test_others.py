@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from pdfast.networks import few_channels
 from pdfast_kernels import AdamEma, ddim_step, diffuse, group_norm, noise_key, reference
 
 pytestmark = pytest.mark.gpu
@@ -58,6 +59,22 @@ def test_adam_ema_skips_on_the_device(draw):
     before = parameters[0].clone()
     ours.step([draw(1000)], torch.tensor([1e-2, 1, 1, 0, float("nan")], device="cuda"))
     assert torch.equal(parameters[0], before)
+
+
+@pytest.mark.parametrize(("inside", "out"), [(3, 128), (128, 3), (192, 6)])
+def test_the_ends_of_a_network_as_products(draw, inside, out):
+    """As near to float64 as float32 can be, and the same bits in every run."""
+    x = draw(4, inside, 32, 32).contiguous(memory_format=torch.channels_last).requires_grad_(out <= 8)
+    weight, bias, gradient = draw(out, 3, 3, inside).requires_grad_(), draw(out), draw(4, out, 32, 32)
+    wanted = [tensor for tensor in (x, weight) if tensor.requires_grad]
+    assert few_channels.wanted(x, weight)
+    runs = [few_channels.convolution(x, weight, bias) for _ in range(2)]
+    first, second = ([y, *torch.autograd.grad(y, wanted, gradient)] for y in runs)
+    exact = torch.conv2d(x.double(), weight.double().permute(0, 3, 1, 2), bias.double(), padding=1)
+    for one, other, expected in zip(
+        first, second, [exact, *torch.autograd.grad(exact, wanted, gradient.double())], strict=True
+    ):
+        assert torch.equal(one, other) and (one - expected).abs().max() <= 3e-6 * expected.abs().max()
 
 
 def test_group_norm_of_more_than_2_31_elements():

@@ -3,7 +3,7 @@
 first     the convolutions of the ends; and each update by kind of work, a column a file: such as one before a change and one after
 step      a row a variant
 kernels   a row a case and mode, a column a provider, in microseconds; of those by a CUDA graph, where there are both
-    tune      a row a launch configuration that was tried
+tune      a row a launch configuration that was tried
 """
 
 import json

@@ -25,6 +25,8 @@ from torch.distributed.run import get_args_parser
 
 from benchmarks import tables
 from pdfast.data.split import Split
+from pdfast.engine.cost import parameters_and_flops
+from pdfast.recipes import PRESETS
 from tests.commands import ROOT, TINY_NETWORK, call
 from tests.data.files import solid
 from tests.pretrained.pipelines import save
@@ -315,6 +317,38 @@ def test_results_on_a_gpu_are_those_of_the_files():
     ends, _ = tables.tables({"first": files["first"]})
     for line in (*kinds[2:], *ends[2:], *norms[2:]):
         assert line.replace("group_norm cifar10 ", "") in page.splitlines()
+    rates = [found["header"]["matmul_tflop_s"] for found in files.values()]
+    reached = []
+    for name, preset in (("first-before", "cifar10"), ("first", "cifar10"), ("first-imagenet64-before", "imagenet64")):
+        _, flops = parameters_and_flops(PRESETS[preset].network)
+        update = files[name]["update"]
+        reached.append(5 * flops * update["batch"] / update["median_ms"] / 1e9)
+    own = [f"{100 * rate / of:.1f}" for rate, of in zip(reached, rates, strict=False)]
+    fastest = [f"{100 * rate / max(rates):.1f}" for rate in reached]
+    text = " ".join(page.split())
+    assert "at {:.0f} TFLOP/s before and at {:.0f} after, `imagenet64` at {:.0f}.".format(*reached) in text
+    assert f"{own[0]}, {own[1]} and {own[2]} %" in text and f"{fastest[0]}, {fastest[1]} and {fastest[2]} %" in text
+    assert f"{min(rates):.0f} to {max(rates):.0f} TFLOP/s" in text
+
+
+def test_times_of_launch_configurations_are_those_of_the_files():
+    page, folder = (ROOT / "docs" / "results.md").read_text(), ROOT / "benchmarks" / "results" / "h200"
+    before, tuned = (json.loads((folder / f"{name}.json").read_text())["rows"] for name in ("norm-before", "tune"))
+    shown = page[page.index("| case, 128 samples |") :].partition("\n\n")[0].splitlines()[2:]
+    assert len(shown) == 6
+    for line in shown:
+        op, shape = re.findall(r"[\w+]+", line)[:2]
+        times = [
+            [f"{1e3 * row['median_ms']:.0f}" for row in rows if _is_of(row, op, shape)] for rows in (before, tuned)
+        ]
+        _, _, first, shipped, others, _ = (cell.strip() for cell in line.split("|"))
+        assert first in ("", *times[0]) and shipped in times[1] and set(re.findall(r"\d+", others)) <= set(times[1])
+
+
+def _is_of(row, op, shape):
+    case = f"{row.get('op', '')} {row['case']}".strip()
+    ours = row.get("provider", "pdfast") == "pdfast" and row.get("mode", "full") == "full"
+    return ours and case.startswith(op) and f"x{shape} " in case
 
 
 def test_results_of_an_update_are_those_of_the_file():

@@ -43,7 +43,7 @@ def test_within_twice_the_error_of_pytorch(draw, name, dtype):
 def test_the_same_bits_in_every_run(draw, name, dtype):
     operation = OPERATIONS[name]
     if dtype == torch.float32 and not operation.in_float32:
-        return
+        pytest.skip("its kernels do not take float32 at this head_dim")
     tensors = leaves(operation.tensors(draw), dtype)
     gradient = draw(*operation.ours(*tensors).shape)
     first = results(operation.ours, tensors, gradient)

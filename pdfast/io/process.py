@@ -2,9 +2,10 @@
 
 import os
 
-WAITING = {"GOMP_SPINCOUNT": "300"}
-"""How OpenMP's threads wait for each other: they look 300 times, then sleep. GNU's look 300,000 times as they come, which takes
-cores from whatever else runs there, and from an update many times what it saves."""
+WAITING = {"GOMP_SPINCOUNT": "3000"}
+"""How OpenMP's threads wait for each other: they look 3000 times, then sleep. GNU's look 300,000 times as they come, which takes
+cores from whatever else runs there, and from an update many times what it saves. Fewer looks cost a quiet machine that is slow to wake
+threads more than they save (docs/results.md, "A busy machine")."""
 WAITING_POLICIES = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"
 
 

@@ -22,7 +22,7 @@ from pdfast.io.reading import load_yaml
 from pdfast.recipes import preset
 from pdfast.rounds import fields_of_plan, parse_learning_rates, parse_methods, parse_updates, resolve_steps
 
-C = TypeVar("C")
+C = TypeVar("C", DistillConfig, TrainConfig)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ def distill_arguments() -> tuple[DistillConfig, Extra]:
         fields["learning_rate_at"] = ""
     config = DistillConfig(**fields | _resolve_plan(parsed, base))
     if config.teacher is None:
-        config = dataclasses.replace(config, schedule=config.schedule.with_table())
+        config = _of_teacher(config)
     _refuse_empty(sys.argv[1:])
     check_values(config)
     if config.minutes is not None:
@@ -115,6 +115,20 @@ def distill_arguments() -> tuple[DistillConfig, Extra]:
                     f"{', '.join(map(str, config.round_steps))}: correct the table"
                 )
     return config, Extra(parsed.config, parsed.dry_run)
+
+
+def _of_teacher(config: C) -> C:
+    """Return a configuration of a teacher that is trained, with its schedule's table and the label for no class. UsageError where it
+    knows no classes, and is to forget them."""
+    schedule, network = config.schedule.with_table(), config.network
+    if config.train.label_dropout:
+        if not network.num_classes:
+            raise UsageError(
+                f"--train.label-dropout {config.train.label_dropout:g} is for a network that is told classes: say --network.num-classes, or "
+                "leave it out"
+            )
+        network = dataclasses.replace(network, null_label=network.num_classes)
+    return dataclasses.replace(config, schedule=schedule, network=network)
 
 
 def _resolve_plan(parsed: DistillConfig, base: DistillConfig) -> dict[str, Any]:
@@ -182,7 +196,7 @@ def train_arguments() -> tuple[TrainConfig, Extra]:
         description="Train a teacher (Algorithm 1 of Salimans & Ho 2022). The same command run again resumes.",
     )
     config = TrainConfig(**{name: getattr(parsed, name) for name in _names(TrainConfig)})
-    config = dataclasses.replace(config, schedule=config.schedule.with_table())
+    config = _of_teacher(config)
     _refuse_empty(sys.argv[1:])
     check_values(config)
     return config, Extra(parsed.config, parsed.dry_run)

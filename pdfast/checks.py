@@ -22,6 +22,7 @@ from pdfast.io.bounds import MOST_PARAMETERS, SETTINGS, require
 from pdfast.io.errors import UsageError
 from pdfast.methods import method_of_round
 from pdfast.networks import NetworkConfig
+from pdfast.networks.guided import in_range
 from pdfast.rounds import parse_learning_rates, parse_updates
 
 GRID = 1024  # of diffusion times, at which a schedule is looked at
@@ -103,6 +104,28 @@ def _check_methods(config: DistillConfig) -> None:
                 f"--kept.pair-steps {origin.steps}: pairs for the student of {origin.finest} steps are drawn in a multiple of its steps: "
                 f"correct it"
             )
+
+
+def check_guidance(config: DistillConfig) -> None:
+    """Raise a UsageError where the teacher cannot be guided as the configuration says."""
+    if config.guidance_range is None:
+        return
+    network, said, teacher = config.network, f"--guidance {config.guidance}", config.teacher
+    if network.guidance is not None:
+        raise UsageError(
+            f"{said}: {teacher} has guidance of {in_range(network.guidance)} inside, and would be guided twice: leave it out"
+        )
+    if network.null_label is None:
+        raise UsageError(
+            f"{said}: {teacher} was never trained without its class, and cannot be guided: leave it out"
+            if teacher
+            else f"{said} is for a teacher that is trained without its class at times: say --train.label-dropout 0.1, and "
+            "--network.num-classes"
+        )
+    try:
+        network.guided(config.guidance_range)
+    except ValueError as error:
+        raise UsageError(f"{said}: {error}") from None
 
 
 def check_job(config: RunConfig) -> None:

@@ -12,8 +12,17 @@ from pdfast.diffusion import Weighting
 from pdfast.flags import OptionalFloat, OptionalInt, OptionalPath, OptionalString, arg
 from pdfast.io.plain import unstructure
 from pdfast.io.run_folder import RunFolder
-from pdfast.networks import NetworkConfig
-from pdfast.rounds import STEP_FACTOR, MethodName, parse_learning_rates, parse_methods, parse_plan, parse_updates
+from pdfast.networks import ModelConfig, NetworkConfig
+from pdfast.networks.guided import GuidedConfig
+from pdfast.rounds import (
+    STEP_FACTOR,
+    MethodName,
+    parse_guidance,
+    parse_learning_rates,
+    parse_methods,
+    parse_plan,
+    parse_updates,
+)
 from pdfast.schedule_config import ScheduleConfig
 
 
@@ -37,6 +46,8 @@ class TeacherConfig:
     """Decoupled weight decay."""
     dropout: float = 0.0
     """Dropout while training the teacher; there is none in distillation."""
+    label_dropout: float = 0.0
+    """Fraction of the images whose class the teacher is not told while it is trained, so that it can be guided; 0.1 is usual."""
     clip: float = 1.0
     """Largest global gradient norm."""
     weighting: Weighting = "truncated_snr"
@@ -253,6 +264,9 @@ class DistillConfig(RunConfig):
     With the weighting x_mse they are errors of x, whose range is -1 to 1. Rounds by pairs have their own, --kept.huber."""
     ema: float = 0.0
     """Decay of an EMA of the student's weights, which then is the student; 0 for none, as in the paper."""
+    guidance: OptionalString = None
+    """Classifier-free guidance of the teacher in its round, which the students then have inside: a number, 1 for none, or a range such as
+    0..4, from which each image has its own, and which the students take as an input. For a teacher with --train.label-dropout."""
     guard: GuardConfig = GuardConfig()
     tract: TractConfig = TractConfig()
     kept: KeptConfig = KeptConfig()
@@ -270,6 +284,33 @@ class DistillConfig(RunConfig):
         """Return the method of the round whose student takes `steps` steps."""
         default, exceptions = parse_methods(self.method)
         return exceptions.get(steps, default)
+
+    @property
+    def guidance_range(self) -> tuple[float, ...] | None:
+        """The guidance of the first teacher: g, or the least and the largest; None for none."""
+        return parse_guidance(self.guidance)
+
+    @property
+    def teacher_network(self) -> ModelConfig:
+        """The first teacher, guided where it is."""
+        guidance = self.guidance_range
+        return self.network if guidance is None else GuidedConfig(self.network, guidance)
+
+    @property
+    def asked_network(self) -> NetworkConfig:
+        """What is asked for targets in a round: like `network`, with g as an input where the students have that."""
+        guidance = self.guidance_range
+        return self.network if guidance is None else self.network.guided(guidance)
+
+    @property
+    def student_network(self) -> NetworkConfig:
+        """The students: with the guidance inside, and without the label for no class, which they are never told."""
+        network = self.asked_network
+        return network if network.null_label is None else network.changed(null_label=None)
+
+    def forwards_of(self, steps: int) -> int:
+        """Return the forwards of the network that the model of a step count in the plan takes for an output: two where it is guided."""
+        return 2 if steps == self.first_steps and self.guidance_range is not None else 1
 
     @property
     def first_steps(self) -> int:

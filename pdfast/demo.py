@@ -97,8 +97,11 @@ class Models:
             parallelize.for_sampling(saved.network, device, "auto", "auto")
 
     @functools.lru_cache(maxsize=256)  # noqa: B019 of pictures: the teacher's stays while the student changes
-    def draw(self, saved: SavedModel, steps: int, seed: int, classes: tuple[int, ...]) -> tuple[bytes, float]:
+    def draw(
+        self, saved: SavedModel, steps: int, seed: int, classes: tuple[int, ...], guidance: float | None = None
+    ) -> tuple[bytes, float]:
         """Return a PNG of the images, and the seconds an image took; a first step, which may compile, is not counted."""
+        saved = saved.at_guidance(guidance)
         arguments = sample.Arguments(self.run, steps=steps, count=self.count, seed=seed, classes=classes)
         sample.draw(replace(arguments, steps=1), saved, self.device)
         began = time.perf_counter()
@@ -130,8 +133,9 @@ def build_page(models: Models, draw: Callable[..., tuple[bytes, float]]) -> Any:
     except ImportError:
         raise UsageError("the demo needs gradio: pip install 'pdfast[demo]'") from None
     name, num_classes = printable(models.run.resolve().name), models.teacher.network.config.num_classes
+    guidance = models.teacher.config.guidance or ()
 
-    def show(n: int, seed: int | None, label: int | str = ALL_CLASSES) -> Iterator[str]:
+    def show(n: int, seed: int | None, label: int | str = ALL_CLASSES, g: float | None = None) -> Iterator[str]:
         """Yield the pictures, again after each that was drawn."""
         classes = () if label == ALL_CLASSES else (label,)
         shown = [
@@ -142,7 +146,7 @@ def build_page(models: Models, draw: Callable[..., tuple[bytes, float]]) -> Any:
         figures = [figure(title, steps, None) for title, _, steps in shown]
         yield "".join(figures)
         for i, (title, saved, steps) in enumerate(shown):
-            figures[i] = figure(title, steps, draw(saved, steps, seed or 0, classes))
+            figures[i] = figure(title, steps, draw(saved, steps, seed or 0, classes, g))
             yield "".join(figures)
 
     counts, labels = sorted(models.students), [ALL_CLASSES, *range(num_classes)]
@@ -156,6 +160,12 @@ def build_page(models: Models, draw: Callable[..., tuple[bytes, float]]) -> Any:
             controls = [steps, seed]
             if num_classes:
                 controls.append(gr.Dropdown(labels, value=ALL_CLASSES, label="Class", elem_id="class", min_width=120))
+            if len(guidance) == 2:
+                low, high = guidance
+                middle, step = (low + high) / 2, (high - low) / 40
+                controls.append(
+                    gr.Slider(low, high, value=middle, step=step, label="Guidance", elem_id="guidance", min_width=160)
+                )
             button = gr.Button("Draw", variant="primary", elem_id="draw", min_width=120)
         pictures = gr.HTML(elem_id="pictures")
         triggers = [page.load, button.click, seed.submit]

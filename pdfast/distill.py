@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pdfast.arguments import distill_arguments
-from pdfast.checks import check_evaluation, check_job, check_plan
+from pdfast.checks import check_evaluation, check_guidance, check_job, check_plan
 from pdfast.cli import run_command
 from pdfast.config import DistillConfig
 from pdfast.data import ImageSource
@@ -31,6 +31,7 @@ from pdfast.io.text import clock
 from pdfast.methods import Distillation, MethodOfRound, Networks, method_of_round
 from pdfast.networks import NetworkConfig
 from pdfast.networks.converted import ConvertedConfig
+from pdfast.networks.guided import Guided, GuidedConfig, in_range, start_of
 from pdfast.plan.budget import seconds_of_forward, with_updates
 from pdfast.plan.dry_run import print_distillation_plan
 from pdfast.pretrained.model_folder import SavedModel, load_model
@@ -53,8 +54,12 @@ def with_teachers_network(config: DistillConfig) -> tuple[DistillConfig, SavedMo
     """Return the configuration with the network and schedule of --teacher, and that teacher, on the CPU (None where none was
     given)."""
     if config.teacher is None:
+        check_guidance(config)
         return config, None
     saved = load_model(config.teacher, torch.device("cpu"))
+    if isinstance(saved.network, Guided):
+        config = _with_guidance_of(saved.network.config, config)
+        saved = dataclasses.replace(saved, network=saved.network.inner)
     if saved.steps is not None and saved.steps != config.start_steps:
         raise UsageError(
             f"{config.teacher} is a student of {saved.steps} steps: distill it from there, with --start-steps {saved.steps}"
@@ -74,7 +79,19 @@ def with_teachers_network(config: DistillConfig) -> tuple[DistillConfig, SavedMo
     if config.schedule.u_start != 1:
         schedule = dataclasses.replace(schedule, u_start=config.schedule.u_start)
     # --network has flags for our U-Net; the configurations of other networks have what is read of one besides.
-    return dataclasses.replace(config, network=cast(NetworkConfig, network), schedule=schedule), saved
+    config = dataclasses.replace(config, network=cast(NetworkConfig, network), schedule=schedule)
+    check_guidance(config)
+    return config, saved
+
+
+def _with_guidance_of(teacher: GuidedConfig, config: DistillConfig) -> DistillConfig:
+    """Return the configuration with the guidance that the given teacher was written with. UsageError where another was said."""
+    if config.guidance_range not in (None, teacher.guidance):
+        raise UsageError(
+            f"--guidance {config.guidance}: {config.teacher} is guided by {in_range(teacher.guidance)} already; leave it out, or give the "
+            "teacher that it was made from"
+        )
+    return dataclasses.replace(config, guidance="..".join(f"{g:g}" for g in teacher.guidance))
 
 
 def make_teacher(
@@ -91,6 +108,8 @@ def make_teacher(
     else:
         teacher = machine.prepare_student(given_teacher.network)
         evaluator = open_evaluator(config, machine, source)
+    if isinstance(config.teacher_network, GuidedConfig):
+        teacher = Guided(config.teacher_network, teacher)
     step_counts = [config.first_steps, *(n for n in config.round_steps if n <= config.evaluation.max_steps)]
     write_teacher(config, machine, teacher, training, evaluator, step_counts, log, conversion)
     machine.write_with_retry(lambda: build_report(config.run))
@@ -115,7 +134,9 @@ def distill(
         evaluator = make_teacher(config, machine, given_teacher, source, log)
 
     def weights(steps: int) -> dict[str, Tensor]:
-        return load_model(config.model_folder(steps), torch.device("cpu")).network.state_dict()
+        network = load_model(config.model_folder(steps), torch.device("cpu")).network
+        inside = network.inner if isinstance(network, Guided) else network
+        return start_of(config.student_network, inside.state_dict())
 
     networks: Networks | None = None
     method: Distillation | None = None
@@ -125,7 +146,7 @@ def distill(
             continue
         networks = networks or Networks.prepare(config, machine)
         kind, table = method_of(config, steps), method_of(config, steps).step_table(config, steps)
-        if method is None or type(method) is not kind or not method.table.takes(table):
+        if method is None or type(method) is not kind or not method.serves(steps, table):
             trainer = method = None  # with what they hold of the device's memory
             method = kind.open(config, machine, networks, table)
             trainer = Trainer(method, kind.optimization(config), config, machine, source, log)

@@ -19,7 +19,7 @@ import torch
 from pdfast import own_code
 from pdfast.checks import check_evaluation, check_once
 from pdfast.cli import parse, run_command
-from pdfast.config import EvaluationConfig, Reference, RunConfig
+from pdfast.config import DistillConfig, EvaluationConfig, Reference, RunConfig
 from pdfast.data import codec_of, load_source
 from pdfast.engine import parallelize
 from pdfast.engine.device import open_device
@@ -57,6 +57,9 @@ class Arguments:
     reference: Annotated[Reference | None, arg(metavar="{half,all}")] = None
     """Real images to compare with: half, as many as are drawn, and as many others for a floor; all, as for the FIDs that papers
     report, without a floor; unless said as in the run."""
+    guidance: tuple[float, ...] = ()
+    """Classifier-free guidance at which all models are evaluated, one after the other, and compared with the run's teacher at the same; of
+    models that take it as an input, or can be guided. Unless said as in the run: from a range, each image has its own."""
     clip: bool | None = None
     """Clip each x-prediction to [-1, 1]; unless said as in the run."""
     seed: OptionalInt = None
@@ -137,13 +140,24 @@ def set_run_reference(evaluator: Evaluator, arguments: Arguments, run: dict[str,
         evaluator.set_reference(torch.from_numpy(read_reference(teacher, shape)))
 
 
+def set_guided_reference(evaluator: Evaluator, models: list[SavedModel], run: dict[str, Any], g: float) -> None:
+    """Compare with what the run's teacher draws from the same noise at guidance g, in the steps that distillation starts from, where it is
+    among the models."""
+    steps = fields_of(DistillConfig, run, ("start_steps",), "the run's configuration").get("start_steps")
+    teacher = next((saved for saved in models if saved.steps is None), None)
+    if teacher is not None and steps is not None:
+        evaluator.set_reference(evaluator.draw(teacher.at_guidance(g).network, steps)[0])
+
+
 def _print_seeds(rows: list[dict[str, Any]]) -> None:
     """Print, where there was a teacher to compare with, what is near its images."""
     if all(row["feature_distance"] is None for row in rows):
         return
     print("\nnext to the teacher's images from the same noise")
     print(f"{'':<16} {'steps':>5} {'PSNR, dB':>9} {'distance':>9} {'diversity':>9} {'contrast':>9} {'saturation':>10}")
-    for row in rows:
+    for i, row in enumerate(rows):
+        if row["guidance"] is not None and (i == 0 or row["guidance"] != rows[i - 1]["guidance"]):
+            print(f"guidance {row['guidance']:g}")
         ratios = (in_words(row[name]) for name in ("diversity_ratio", "contrast_ratio"))
         cells = [in_words(row["psnr"]) if row["mse"] else "same", in_words(row["feature_distance"]), *ratios]
         line = f"{row['model']:<16} {row['steps']:>5} {' '.join(f'{cell:>9}' for cell in cells)}"
@@ -185,6 +199,8 @@ def main() -> None:
     first = wanted[0][1]
     for _, saved, _ in wanted:
         saved.check_start()
+        for g in arguments.guidance:
+            saved.at_guidance(g)
     height, width, channels = codec_of(first.config).data_shape(first.config.image_shape)
     with own_flags():
         source = load_source(
@@ -214,11 +230,16 @@ def main() -> None:
     set_run_reference(evaluator, arguments, run, (settings.num_samples, *first.config.image_shape))
     rows = []
     print(_line("", "steps", *evaluator.names.values(), "precision", "recall", "ms a sample"))
-    for name, saved, steps in wanted:
-        images, seconds = evaluator.draw(saved.network, steps)
-        row = {"model": name} | evaluator.measure(images, steps, seconds)
-        rows.append(row)
-        print(_line(name, str(steps), *_figures(row), f"{1000 * seconds:.3g}"), flush=True)
+    values: list[float | None] = [*arguments.guidance] or [None]
+    for guidance in values:
+        if guidance is not None:
+            print(f"guidance {guidance:g}")
+            set_guided_reference(evaluator, [saved for _, saved, _ in wanted], run, guidance)
+        for name, saved, steps in wanted:
+            images, seconds = evaluator.draw(saved.at_guidance(guidance).network, steps)
+            row = {"model": name, "guidance": guidance} | evaluator.measure(images, steps, seconds)
+            rows.append(row)
+            print(_line(name, str(steps), *_figures(row), f"{1000 * seconds:.3g}"), flush=True)
     metrics = evaluator.metrics(rows, None)
     if metrics["real_against_real"] is not None:
         print(_line("real images", "", *_figures(metrics["real_against_real"]), ""))

@@ -26,7 +26,7 @@ from pdfast.evaluation.evaluator import check_finite
 from pdfast.evaluation.metrics import in_words
 from pdfast.evaluation.stored import read_metrics
 from pdfast.exporting.pipeline import write_pipeline
-from pdfast.flags import OptionalInt, OptionalString, Positional
+from pdfast.flags import OptionalFloat, OptionalInt, OptionalString, Positional
 from pdfast.io.bounds import STEPS, require
 from pdfast.io.errors import RunError, UsageError
 from pdfast.io.files import check_folder, check_seal, sealed, write_folder, write_json
@@ -35,6 +35,7 @@ from pdfast.io.names import printable, utf8_path
 from pdfast.io.plain import unstructure
 from pdfast.io.reading import read_json
 from pdfast.io.text import count_steps
+from pdfast.networks.guided import Guided
 from pdfast.pretrained.model_folder import SavedModel
 from pdfast.sample import find_model
 
@@ -55,6 +56,9 @@ class Arguments:
     """The folder to write; it must not exist."""
     steps: OptionalInt = None
     """Sampling steps; a student takes its own unless said, a teacher 256."""
+    guidance: OptionalFloat = None
+    """Classifier-free guidance that is built into the pipeline, of a student that takes it as an input; unless said the middle of its
+    range."""
     format: Literal["diffusers", "safetensors"] = "diffusers"
     """diffusers: a pipeline. safetensors: the weights with our config.json, as in a run."""
     network_from: OptionalString = None
@@ -135,6 +139,11 @@ def model_card(saved: SavedModel, steps: int, model_file: str | None, changed: f
         f"Sample in {count_steps(steps)}, which it was made for. Images equal those of pdfast from the same noise, in float32: "
         f"{changed:.4%} of the uint8 values differed when it was written.",
     ]
+    if guidance := config.guidance:
+        lines += [
+            "",
+            f"It has classifier-free guidance of {sum(guidance) / len(guidance):g} inside, in one call of the network: add none to it.",
+        ]
     if model_file:
         lines += [
             "",
@@ -228,12 +237,21 @@ def main() -> None:
         raise UsageError(f"{arguments.out} is there already: choose another folder, or delete it")
     check_folder(arguments.out, REMEDY)
     require("steps", arguments.steps, STEPS)
-    saved = find_model(arguments.model, arguments.steps, torch.device("cpu"))
+    saved = find_model(arguments.model, arguments.steps, torch.device("cpu")).at_guidance(arguments.guidance)
     steps = arguments.steps or saved.steps or 256
     if arguments.format == "safetensors":
+        if arguments.guidance is not None:
+            raise UsageError(
+                f"--guidance {arguments.guidance:g} is for a pipeline of diffusers: the weights are of any, leave it out"
+            )
         export_plain(saved, arguments.out)
         print(f"{saved.folder} -> {arguments.out}")
         return
+    if isinstance(saved.network, Guided):
+        raise UsageError(
+            f"{saved.folder} is a network that is asked twice, for which diffusers has no class: export a student of it, which is asked once, "
+            "or write safetensors"
+        )
     saved.check_start()
     device = open_device(arguments.device)
     changed = export_pipeline(saved, steps, arguments.out, device)

@@ -42,6 +42,8 @@ class Teacher:
     """(C, H, W)."""
     num_classes: int = 0
     """Classes for conditioning; 0 for an unconditional model."""
+    null_label: int | None = None
+    """The label by which it is told no class, num_classes in many models; None where it knows none, and cannot be guided."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +134,11 @@ def _checked(name: str, made: Any) -> Teacher:
         raise UsageError(f"{name}: its image_shape is {shown(shape)}: need (C, H, W)")
     if type(made.num_classes) is not int or made.num_classes < 0:
         raise UsageError(f"{name}: its num_classes is {shown(made.num_classes)}: need a number of classes, 0 for none")
+    null = made.null_label
+    if null is not None and (type(null) is not int or null < 0 or not made.num_classes):
+        raise UsageError(
+            f"{name}: its null_label is {shown(null)}: need a label of a network that has classes, or None"
+        )
     try:
         check_schedule(made.schedule, "phi", "delta")
     except TypeError as error:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, Literal, TypeVar, cast, get_args
 
-from pdfast.io.bounds import MOST_STEPS, SETTINGS, require
+from pdfast.io.bounds import MOST_GUIDANCE, MOST_STEPS, SETTINGS, require
 from pdfast.io.errors import UsageError
 
 MethodName = Literal["progressive", "tract", "pairs"]
@@ -41,6 +41,21 @@ def parse_methods(text: str) -> tuple[MethodName, dict[int, MethodName]]:
     names = get_args(MethodName)
     wanted = f"method {text!r} is not one of {', '.join(names)}, or a table such as progressive,2:pairs,1:pairs"
     return _parse_by_steps(text, "|".join(names), lambda name: cast(MethodName, name), wanted)
+
+
+def parse_guidance(text: str | None) -> tuple[float, ...] | None:
+    """`1.5` -> (1.5,), `0..4` -> (0.0, 4.0), None and `1`, which is none, -> None. UsageError where it is something else."""
+    if text is None:
+        return None
+    number = r"\d*\.?\d+"
+    if not re.fullmatch(rf"{number}(\.\.{number})?", text):
+        raise UsageError(f"guidance {text!r} is not a number, or a range such as 0..4")
+    values = tuple(map(float, text.split("..")))
+    if not values[0] <= values[-1] <= MOST_GUIDANCE or (len(values) == 2 and values[0] == values[1]):
+        raise UsageError(
+            f"guidance {text!r}: need a number from 0 to {MOST_GUIDANCE:g}, or a range that rises within that"
+        )
+    return None if values == (1.0,) else values
 
 
 def parse_plan(text: str) -> list[int]:

@@ -24,7 +24,7 @@ from pdfast.diffusion.noise import Stream
 from pdfast.engine import parallelize
 from pdfast.engine.device import open_device
 from pdfast.evaluation.evaluator import check_finite
-from pdfast.flags import OptionalInt, OptionalString, Positional
+from pdfast.flags import OptionalFloat, OptionalInt, OptionalString, Positional
 from pdfast.io.bounds import BATCH, SEED, STEPS, between, require, whole
 from pdfast.io.errors import UsageError
 from pdfast.io.files import check_file, writing_file
@@ -61,6 +61,9 @@ class Arguments:
     """Image i depends on the seed and i alone."""
     classes: tuple[int, ...] = ()
     """Classes to draw, in turn (class-conditional models); all of them unless said."""
+    guidance: OptionalFloat = None
+    """Classifier-free guidance: of a student that takes it as an input, where unless said it is the middle of its range; of a teacher that
+    was trained with --train.label-dropout. 1 is none."""
     sampler: Literal["ddim", "ancestral"] = "ddim"
     """ddim is what students are distilled for; ancestral adds noise at each step, for teachers at many steps."""
     variance: float = 0.0
@@ -156,7 +159,7 @@ def main() -> None:
         raise UsageError(f"--out {arguments.out}: end it in .png for a grid or .npz for the arrays")
     check_file(arguments.out, REMEDY)
     device = open_device(arguments.device)
-    saved = find_model(arguments.model, arguments.steps, device)
+    saved = find_model(arguments.model, arguments.steps, device).at_guidance(arguments.guidance)
     saved.check_start()
     channels = codec_of(saved.config).data_shape(saved.config.image_shape)[2]
     if arguments.out.suffix == ".png" and channels not in (1, 3):

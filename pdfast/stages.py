@@ -82,7 +82,13 @@ def train_teacher(config: RunConfig, machine: Machine, source: ImageSource, log:
     """
     torch.manual_seed(config.seed)
     network = machine.prepare_student(config.network.build(config.train.dropout))
-    method = Denoise(network, config.schedule.build(), config.train.weighting, machine.compile_function)
+    method = Denoise(
+        network,
+        config.schedule.build(),
+        config.train.weighting,
+        machine.compile_function,
+        config.train.label_dropout,
+    )
     trainer = Trainer(method, Optimization.of_teacher(config.train), config, machine, source, log)
     training = trainer.train(Stage(config.train.updates))
     return network.eval().requires_grad_(False), training
@@ -160,7 +166,7 @@ def write_teacher(
     weights = machine.whole_weights(network)
 
     def fill(folder):
-        fill_model_folder(folder, weights, config.network, config.schedule, None)
+        fill_model_folder(folder, weights, network.config, config.schedule, None)
         made = {} if conversion is None else {"conversion": conversion}
         write_json(folder / "metrics.json", sealed(evaluator.metrics(rows, training) | made))
         np.save(folder / "samples.npy", samples)
@@ -191,7 +197,7 @@ def write_student(trainer: Trainer, training: dict, evaluator: Evaluator, stage:
     weights = machine.whole_weights(student)
 
     def fill(folder):
-        fill_model_folder(folder, weights, config.network, config.schedule, steps)
+        fill_model_folder(folder, weights, student.config, config.schedule, steps)
         write_json(folder / "metrics.json", sealed(evaluator.metrics([row], training)))
         np.save(folder / "samples.npy", samples)
         write_png(folder / "grid.png", image_grid(samples, columns=4, scale=4))

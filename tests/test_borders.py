@@ -48,7 +48,7 @@ def test_a_condition_that_is_a_dict_trains_and_samples_as_its_labels_do(tmp_path
     flags = [*TINY_DISTILL, "--network.num-classes", "10", "--engine.micro-batches", "2"]
     asked = []
 
-    def of_labels(config, cond):
+    def of_labels(config, cond, guidance=None):
         return {"image": {"class": cond}, "size": (torch.ones(len(cond), 2), None)}
 
     forward = UNet.forward

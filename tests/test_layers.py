@@ -47,11 +47,11 @@ def reached_from(module: str) -> set[str]:
 
 
 LAYERS = [
-    ("io",),
+    ("io", "flags"),
     ("diffusion", "loss"),
     ("networks",),
     ("data",),
-    ("flags", "diffusers_tables", "own_code", "schedule_config", "rounds", "config"),
+    ("diffusers_tables", "own_code", "schedule_config", "rounds", "config"),
     ("engine",),
     ("methods",),
     ("pretrained",),

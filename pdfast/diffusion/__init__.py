@@ -15,7 +15,7 @@ from pdfast.diffusion.circle import (
     to_v,
     to_x,
 )
-from pdfast.diffusion.condition import check_cond, map_condition, tensors_of
+from pdfast.diffusion.condition import check_cond, join_conditions, map_condition, tensors_of
 from pdfast.diffusion.noise_levels import (
     alpha_bar_from_phi,
     flow_time_from_phi,
@@ -71,6 +71,7 @@ __all__ = [
     "ddim",
     "ddim_coefficients",
     "flow_time_from_phi",
+    "join_conditions",
     "logsnr",
     "natural_angle",
     "natural_weight",

@@ -6,6 +6,7 @@ A tree is a tensor, None, or a dict, list or tuple of trees; anything else in it
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -20,6 +21,12 @@ def map_condition(function: Callable[[Tensor], Tensor], cond: Any) -> Any:
     if isinstance(cond, list | tuple):
         return type(cond)(map_condition(function, part) for part in cond)
     return cond
+
+
+def join_conditions(first: Any, second: Any) -> Any:
+    """Return the tree with the tensors of two trees of one structure joined along the batch."""
+    others = tensors_of(second)
+    return map_condition(lambda tensor: torch.cat([tensor, next(others)]), first)
 
 
 def tensors_of(cond: Any) -> Iterator[Tensor]:

@@ -33,6 +33,8 @@ class Stream(IntEnum):
     DROPOUT = 7  # seed of the dropout of an update
     PAIR = 8  # the noise of a pair
     KEPT = 9  # which of the kept targets a sample of an update takes
+    DROPPED = 10  # whether a training sample is without its class
+    GUIDANCE = 11  # guidance of a training sample, or of a drawn one
 
 
 Key = tuple[int, int, int, int] | Tensor

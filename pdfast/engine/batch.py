@@ -18,7 +18,7 @@ from pdfast.engine.parallelize import last_of_batch
 from pdfast.engine.world import World
 from pdfast.networks import ModelConfig
 
-STREAMS = (Stream.NOISE, Stream.TIME, Stream.FLIP)
+STREAMS = (Stream.NOISE, Stream.TIME, Stream.FLIP, Stream.DROPPED, Stream.GUIDANCE)
 
 
 class TrainingBatch:
@@ -29,16 +29,15 @@ class TrainingBatch:
     ) -> None:
         """network: what is trained on it. batch_size: samples per update on all processes, a multiple of their number."""
         self.world = world
-        self._codec, self._condition = codec_of(network), network.condition
+        self._codec, self._network = codec_of(network), network
         self.seed, self.batch_size = seed, batch_size
         self._source, self._flip = source, flip
         self._part = world.part(batch_size)
         self.index = self._part.to(world.device)
         """Places of this process's samples in the global batch: int64 [n]."""
         self.x: Tensor | None = None
-        """The data set's samples, as `self.cond` from the first `load` on in memory that stays."""
-        self.cond: Any = None
-        """The network's condition, a tree of tensors with the batch first."""
+        """The data set's samples; from the first `load` on they, and what comes with them, are in memory that stays."""
+        self._cond: Any = None
         self._stream: Iterator[Batch] = iter(())
         self._loaded: tuple[int, int] | None = None  # round and update
         self._keys = torch.zeros(len(STREAMS), 4, dtype=torch.int64, device=world.device)
@@ -53,10 +52,10 @@ class TrainingBatch:
                 seed = self.seed + (round_index << 32)
                 self._stream = self._source.stream(self._part, self.batch_size, update, seed)
             batch = next(self._stream)
-            x, cond = batch.x, self._condition(batch.cond)
+            x, cond = batch.x, batch.cond
             if self.x is None:
-                self.x, self.cond = map_condition(self._empty, (x, cond))
-            for kept, loaded in zip(tensors_of((self.x, self.cond)), tensors_of((x, cond)), strict=True):
+                self.x, self._cond = map_condition(self._empty, (x, cond))
+            for kept, loaded in zip(tensors_of((self.x, self._cond)), tensors_of((x, cond)), strict=True):
                 kept.copy_(loaded, non_blocking=True)
             self._loaded = round_index, update
         self.set_keys(round_index, update)
@@ -66,6 +65,17 @@ class TrainingBatch:
         """Set the keys of an update's random numbers alone, where it needs no images."""
         keys = torch.tensor([noise.key(self.seed, stream, round_index, update) for stream in STREAMS])
         self._keys.copy_(keys if self._keys.device.type == "cpu" else keys.pin_memory(), non_blocking=True)
+
+    @property
+    def cond(self) -> Any:
+        """The network's condition, a tree of tensors with the batch first."""
+        guidance = self._network.draw_guidance(self.key(Stream.GUIDANCE), self.index)
+        return self._network.condition(self._cond, guidance)
+
+    def cond_without(self, fraction: float) -> Any:
+        """Return the condition, without its class for a fraction of the samples, drawn at random."""
+        dropped = noise.uniform(self.key(Stream.DROPPED), self.index) < fraction
+        return self._network.drop(self.cond, dropped) if fraction else self.cond
 
     def key(self, stream: Stream) -> Tensor:
         return self._keys[STREAMS.index(stream)]

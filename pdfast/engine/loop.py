@@ -171,7 +171,7 @@ class Trainer:
         )
         batch_size = optimization.batch_size
         self.batch = TrainingBatch(
-            source, machine.world, config.network, seed=config.seed, batch_size=batch_size, flip=config.flip
+            source, machine.world, method.student.config, seed=config.seed, batch_size=batch_size, flip=config.flip
         )
         self.losses = Losses(machine.world)
         self.run_update: Callable[[], None] = machine.cuda_graphed(self.update)

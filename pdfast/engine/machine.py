@@ -203,4 +203,5 @@ def open_machine(config: RunConfig) -> Iterator[Machine]:
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.deterministic = engine.deterministic
         with Watchdog(world, engine.patience) as watchdog:
-            yield Machine(world, engine, config.network, dtype, watchdog, peak_flops(world.device, dtype))
+            network = config.asked_network if isinstance(config, DistillConfig) else config.network
+            yield Machine(world, engine, network, dtype, watchdog, peak_flops(world.device, dtype))

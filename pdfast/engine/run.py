@@ -115,12 +115,14 @@ def _begin_or_resume(config: RunConfig, source: ImageSource, facts: dict[str, st
 
 def _with_defaults(before: dict[str, Any], config: Any) -> dict[str, Any]:
     """Return what a run was begun with, and where an earlier version knew no such setting, its default."""
-    defaults = {
-        f.name: unstructure(f.default) if dataclasses.is_dataclass(f.default) else f.default
-        for f in dataclasses.fields(config)
-        if f.default is not dataclasses.MISSING
-    }
-    return defaults | before
+    whole = dict(before)
+    for f in dataclasses.fields(config):
+        if f.name not in before:
+            if f.default is not dataclasses.MISSING:
+                whole[f.name] = unstructure(f.default) if dataclasses.is_dataclass(f.default) else f.default
+        elif dataclasses.is_dataclass(value := getattr(config, f.name)) and isinstance(before[f.name], dict):
+            whole[f.name] = _with_defaults(before[f.name], value)
+    return whole
 
 
 def _schedule_of(before: dict, saved: Path) -> Any:

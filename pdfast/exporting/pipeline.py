@@ -8,6 +8,7 @@ cannot say (x and eps together, a conversion, EDM's preconditioning) is a combin
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from pdfast.io.errors import UsageError
 from pdfast.io.plain import unstructure
 from pdfast.networks import ModelConfig, Network, NetworkConfig, UNet, Wrapped
 from pdfast.networks.converted import as_v
-from pdfast.networks.edm_unet import EDMUNet
-from pdfast.networks.layers import Attention, Conv2d, ResBlock, time_embedding
+from pdfast.networks.edm_unet import EDMUNet, EDMUNetConfig
+from pdfast.networks.guided import INPUT
+from pdfast.networks.layers import Attention, Conv2d, ResBlock, guidance_embedding, time_embedding
 from pdfast.networks.wrapped import Wrapping
 from pdfast.pretrained.diffusers import DiffusersNetwork
 from pdfast.pretrained.schedulers import DIFFUSERS_PREDICTIONS
@@ -87,7 +89,8 @@ def _by_time(network: Network, core: Network, phi: Tensor, tables: tuple[Tensor,
     if isinstance(core, Wrapped) and isinstance(core.inner, EDMUNet):
         from pdfast.networks.pdfast_edm_unet import PdfastEDMUNet as Model
 
-        unet, arguments = core.inner, unstructure(core.config.unet)
+        unet = _without_guidance(core.inner)
+        arguments = unstructure(unet.config)
         named["noise"] = core.label(phi)
     else:
         from pdfast.networks.pdfast_unet import PdfastUNet as Model
@@ -188,11 +191,30 @@ def _weights(network: UNet, phi: Tensor) -> dict[str, Tensor]:
     beyond = config.channels * config.channel_mult[0] - config.channels
     state |= _as("time_embedding.linear_1", network.time_mlp[0]) | _as("time_embedding.linear_2", network.time_mlp[2])
     state["time_proj.weight"] = time_embedding(phi, config.channels)
+    if network.guidance is not None:
+        state["time_proj.weight"] += network.guidance(guidance_embedding(_guidance(config), config.channels))
     for name in ("time_proj.weight", "time_embedding.linear_1.weight"):
         state[name] = nn.functional.pad(state[name], (0, beyond))
     if network.class_embedding is not None:
         state["class_embedding.weight"] = network.class_embedding.weight.T + network.class_embedding.bias
     return state
+
+
+def _guidance(config: NetworkConfig | EDMUNetConfig) -> Tensor:
+    """Return g, float32 [1], at which a network that takes it as an input is exported: the middle of its range."""
+    assert config.guidance is not None
+    return torch.tensor([sum(config.guidance) / len(config.guidance)])
+
+
+def _without_guidance(unet: EDMUNet) -> EDMUNet:
+    """Return the U-Net with the guidance that is an input in the biases of its first layer."""
+    if unet.guidance is None:
+        return unet
+    plain = EDMUNet(replace(unet.config, guidance=None))
+    state = {name: w for name, w in unet.state_dict().items() if not name.startswith(f"{INPUT}.")}
+    added = unet.map_layer0.weight @ unet.guidance(unet.waves(_guidance(unet.config) - 1))[0]
+    plain.load_state_dict(state | {"map_layer0.bias": unet.map_layer0.bias + added})
+    return plain
 
 
 def _as(name: str, module: Any) -> dict[str, Tensor]:

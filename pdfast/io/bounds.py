@@ -45,6 +45,8 @@ FRACTION = Bounds(0, 1, "in [0, 1)", without_high=True)
 SEED = Bounds(0, 1 << 64, "in [0, 2^64)", without_high=True)
 MOST_STEPS = 1 << 20
 STEPS = whole(1, MOST_STEPS)
+MOST_GUIDANCE = 1000.0
+GUIDANCE = between(0, MOST_GUIDANCE)
 UPDATES = whole(1, 10**9)
 BATCH = whole(1, 10**6)
 SAMPLES = Bounds(
@@ -71,6 +73,7 @@ SETTINGS: Mapping[str, Bounds] = {
     "train.ema": FRACTION,
     "train.weight_decay": between(0, 1000),
     "train.dropout": FRACTION,
+    "train.label_dropout": FRACTION,
     "train.clip": CLIP,
     "evaluation.num_samples": SAMPLES,
     "evaluation.max_steps": whole(0, MOST_STEPS),

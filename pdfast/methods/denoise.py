@@ -45,8 +45,10 @@ class Denoise(Method):
         schedule: Schedule,
         weighting: Weighting,
         run: Callable[[Callable], Callable] = identity,
+        label_dropout: float = 0.0,
     ) -> None:
-        """run: what compiles the functions around the network."""
+        """run: what compiles the functions around the network; label_dropout: the fraction of samples that it is not told the class of."""
+        self._label_dropout = label_dropout
         self.student, self._schedule, self._weighting, self._run = network, schedule, weighting, run
         self._buckets = torch.full((), BUCKETS, device=next(network.parameters()).device)
 
@@ -55,7 +57,8 @@ class Denoise(Method):
         z, phi, target, coefficient, weight, bucket = noisy(
             batch, self._schedule, self.student.prediction, self._weighting
         )
-        return Targets((z, phi, batch.cond, target, coefficient, weight), bucket, self._buckets)
+        cond = batch.cond_without(self._label_dropout)
+        return Targets((z, phi, cond, target, coefficient, weight), bucket, self._buckets)
 
     def losses(self, z: Tensor, phi: Tensor, cond: Any, *error: Tensor) -> Tensor:
         return self._run(weighted_loss)(self.student(z, phi, cond), *error)

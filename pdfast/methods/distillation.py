@@ -18,6 +18,7 @@ from pdfast.engine.machine import Machine
 from pdfast.io.errors import RunError
 from pdfast.loss import identity
 from pdfast.networks import Network
+from pdfast.networks.guided import Guided, GuidedConfig
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """How near a student's output must be to its teacher's before the first update, of the largest value."""
@@ -37,7 +38,7 @@ class Networks:
     @classmethod
     def prepare(cls, config: DistillConfig, machine: Machine) -> "Networks":
         """Lay both out on the machine."""
-        return cls(machine.prepare_student(config.network.build()), machine.prepare_teacher())
+        return cls(machine.prepare_student(config.student_network.build()), machine.prepare_teacher())
 
 
 class RoundTable:
@@ -86,12 +87,15 @@ class Distillation(Method):
     machine: Machine
     huber: float = 0.0
     """Above it errors count linearly; 0 squares all."""
+    teacher: Network
+    """What is asked for targets: the network with the weights of the model before, guided where that is."""
 
     def __init__(
         self, student: Network, teacher: Network, table: RoundTable, run: Callable[[Callable], Callable] = identity
     ) -> None:
         """run: what compiles the functions around the networks."""
         self.student, self.teacher, self.table, self._run = student, teacher, table, run
+        self._network = teacher
 
     @classmethod
     def open(
@@ -137,6 +141,15 @@ class Distillation(Method):
         """Return what an update of the round to so many steps costs."""
         return cls.cost
 
+    def asks(self, steps: int) -> Network:
+        """Return the teacher's network as the model of a step count in the plan is asked: guided, where it is the run's first teacher
+        and that is."""
+        if self.config.forwards_of(steps) == 1:
+            return self._network
+        guidance = self.config.guidance_range
+        assert guidance is not None
+        return Guided(GuidedConfig(self.config.asked_network, guidance), self._network)
+
     @classmethod
     def share(cls, steps: int) -> float:
         """Return how many updates the round to so many steps gets of a budget, next to one to one step: a student needs more, the
@@ -148,11 +161,17 @@ class Distillation(Method):
         """Return the forwards of the network that the round takes before its first update."""
         return 0
 
+    def serves(self, steps: int, table: StepTable) -> bool:
+        """Tell whether what was made for the rounds before, with code compiled and graphs recorded, serves the round to so many steps."""
+        guided = self.config.forwards_of(self.config.steps_before(steps)) > 1
+        return self.table.takes(table) and guided == isinstance(self.teacher, Guided)
+
     def start_from(self, steps: int, table: StepTable, weights: Weights, batch: TrainingBatch) -> None:
         """Begin the round to so many steps: give the networks their weights, and set the round's table."""
         before = weights(self.config.steps_before(steps))
-        for network in (self.student, self.teacher):
+        for network in (self.student, self._network):
             parallelize.set_weights(network, before, batch.world)
+        self.teacher = self.asks(self.config.steps_before(steps))
         self.table.set(table)
         self.cost = self.round_cost(self.config, steps)
 
@@ -164,12 +183,12 @@ class Distillation(Method):
 
     @torch.no_grad()
     def _differ(self, batch: TrainingBatch) -> bool:
-        """Tell whether their outputs differ for a few images. Neither compiled nor with a gradient: beside the CUDA graph of the
+        """Tell whether their outputs, without guidance around, differ for a few images. Neither compiled nor with a gradient: beside the CUDA graph of the
         round before there is no memory for another update."""
         phi = self.table.rows.phi[batch.step_indices(self.table.count) - 1]
         few = slice(min(COMPARED_IMAGES, len(phi)))
         cond = map_condition(lambda tensor: tensor[few], batch.cond)
         z = batch.diffused(phi)[few]
         with torch.compiler.set_stance("force_eager"):
-            theirs, ours = (network(z, phi[few], cond) for network in (self.teacher, self.student))
+            theirs, ours = (network(z, phi[few], cond) for network in (self._network, self.student))
         return bool((ours - theirs).abs().max() > TOLERANCES[self.student.dtype] * theirs.abs().max())

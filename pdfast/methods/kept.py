@@ -153,14 +153,19 @@ class Pairs(_Kept):
     @classmethod
     def evaluations_before(cls, config: DistillConfig, steps: int) -> int:
         origin = config.pairs_at(steps)
-        return count_batches(config) * config.batch_size * origin.steps if steps == origin.finest else 0
+        each = origin.steps * config.forwards_of(origin.model)
+        return count_batches(config) * config.batch_size * each if steps == origin.finest else 0
+
+    def serves(self, steps: int, table: StepTable) -> bool:
+        return self.table.takes(table)  # the teacher is asked before the first round
 
     def start_from(self, steps: int, table: StepTable, weights: Weights, batch: TrainingBatch) -> None:
         parallelize.set_weights(self.student, weights(self.config.steps_before(steps)), batch.world)
         if self._states is None:
             self._stride = torch.zeros_like(self.table.count)
             self._origin = self.config.pairs_at(steps)
-            parallelize.set_weights(self.teacher, weights(self._origin.model), batch.world)
+            parallelize.set_weights(self._network, weights(self._origin.model), batch.world)
+            self.teacher = self.asks(self._origin.model)
         self.table.set(table)
         self.cost = self.round_cost(self.config, steps)
         self._stride.fill_(self._origin.finest // steps)
@@ -173,7 +178,7 @@ class Pairs(_Kept):
         log.say(f"drawing {count:,} pairs in {count_steps(origin.steps)} of the model of {count_steps(origin.model)}")
         each, every = origin.finest + 1, origin.steps // origin.finest
         states, self._conditions = _Store(self._batches * place * each), _Store(self._batches * place)
-        path, network = angles(self.config.schedule.build(), origin.steps), self.config.network
+        path, network = angles(self.config.schedule.build(), origin.steps), self.config.student_network
         for i in range(self._batches):
             index = i * batch.batch_size + batch.index
             z = noise.normal(noise.key(batch.seed, Stream.PAIR), index, network.image_shape)

@@ -18,7 +18,8 @@ class Progressive(Distillation):
 
     @classmethod
     def round_cost(cls, config: DistillConfig, steps: int) -> UpdateCost:
-        return UpdateCost(teacher_forwards=config.steps_before(steps) // steps)
+        before = config.steps_before(steps)
+        return UpdateCost(teacher_forwards=before // steps * config.forwards_of(before))
 
     def targets(self, batch: TrainingBatch) -> Targets:
         rows = self.table.rows

@@ -32,7 +32,7 @@ class Tract(Progressive):
         table: StepTable | None = None,
     ) -> Self:
         method = super().open(config, machine, networks, table)
-        method.average = machine.prepare_student(config.network.build()).eval().requires_grad_(False)
+        method.average = machine.prepare_student(config.student_network.build()).eval().requires_grad_(False)
         return method
 
     @classmethod
@@ -52,7 +52,7 @@ class Tract(Progressive):
 
     @classmethod
     def round_cost(cls, config: DistillConfig, steps: int) -> UpdateCost:
-        return UpdateCost(teacher_forwards=2, fast_average=True)
+        return UpdateCost(teacher_forwards=1 + config.forwards_of(config.steps_before(steps)), fast_average=True)
 
     def start_from(self, steps: int, table: StepTable, weights: Weights, batch: TrainingBatch) -> None:
         super().start_from(steps, table, weights, batch)

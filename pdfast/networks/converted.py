@@ -31,10 +31,6 @@ class ConvertedConfig(WrapperConfig):
         if self.prediction != "v":
             raise ValueError(f"a converted network predicts v, not {self.prediction}")
 
-    @property
-    def inner(self) -> ModelConfig:
-        return self.network
-
     def build(self, dropout: float = 0.0) -> Wrapped:
         return Wrapped(self, self.network.build(dropout), as_v(self.network.prediction))
 

@@ -7,7 +7,7 @@ exported: it needs torch and nothing else.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,11 @@ class EDMUNetConfig:
     """SongUNet: the filter, in each direction, that halves and doubles the resolution."""
     fourier: tuple[float, ...] = ()
     """SongUNet: random frequencies of the noise level (NCSN++); without any they are regular."""
+    null_label: int | None = None
+    """The label by which it is told none of the classes, num_classes, where it was trained so."""
+    guidance: tuple[float, ...] | None = None
+    """Of classifier-free guidance inside it: g; or the least and the largest g, where g is an input; None for none."""
+    takes_guidance: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         levels = len(self.channel_mult)
@@ -82,6 +87,8 @@ class EDMUNetConfig:
             raise ValueError(
                 f"image_size {self.image_size} does not halve {levels - 1} times (channel_mult {self.channel_mult})"
             )
+        if self.null_label not in (None, self.num_classes or None):
+            raise ValueError(f"null_label is num_classes, {self.num_classes}, or none, got {self.null_label}")
         if len(self.resample_filter) % 2 or not sum(self.resample_filter):
             raise ValueError(f"resample_filter {self.resample_filter} does not halve: need an even number of weights")
 
@@ -211,7 +218,7 @@ class Block(nn.Module):
 
 class EDMUNet(nn.Module):
     """`unet(x, noise, labels) -> F`: x [N, C, H, W], noise log(sigma) / 4 [N], labels int64 [N] or None (for none of the
-    classes) to float32 [N, C, H, W].
+    classes) to float32 [N, C, H, W]. Where guidance is an input, labels are {"label": ..., "guidance": g float32 [N]}.
 
     What comes before and after its blocks, and the embedding, is float32.
     """
@@ -240,6 +247,7 @@ class EDMUNet(nn.Module):
         self.map_label = (
             Linear(config.num_classes, of_emb if adm else of_noise, bias=not adm) if config.num_classes else None
         )
+        self.guidance = Linear(of_noise, of_noise) if config.guidance and len(config.guidance) == 2 else None
         self.map_layer0 = Linear(of_noise, of_emb)
         self.map_layer1 = Linear(of_emb, of_emb)
 
@@ -281,7 +289,7 @@ class EDMUNet(nn.Module):
     def blocks(self) -> Iterator[nn.Module]:
         return (module for module in self.modules() if isinstance(module, Block))
 
-    def forward(self, x: Tensor, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, noise: Tensor, labels: Any = None) -> Tensor:
         dtype = self.dtype
         emb = self._embedding(noise.float(), labels).to(dtype)
         aux = x.float()
@@ -306,14 +314,22 @@ class EDMUNet(nn.Module):
         norm, conv = (self.out_norm, self.out_conv) if self.adm else head
         return conv(F.silu(norm(h.float())))
 
-    def _embedding(self, noise: Tensor, labels: Tensor | None) -> Tensor:
-        angle = noise[:, None] * self.frequencies
-        waves = (torch.cos(angle), torch.sin(angle)) if self.adm else (torch.sin(angle), torch.cos(angle))
-        emb = torch.cat(waves, dim=1)
-        classes = self.config.num_classes
+    def waves(self, value: Tensor) -> Tensor:
+        """Return sines and cosines of a value [N] at the network's frequencies: float32 [N, ...]."""
+        angle = value[:, None] * self.frequencies
+        return torch.cat((angle.cos(), angle.sin()) if self.adm else (angle.sin(), angle.cos()), dim=1)
+
+    def _embedding(self, noise: Tensor, labels: Any) -> Tensor:
+        emb = self.waves(noise)
+        if self.guidance is not None:
+            emb = emb + self.guidance(self.waves(labels["guidance"] - 1))
+            labels = labels["label"]
+        classes, known = self.config.num_classes, self.config.num_classes + (self.config.null_label is not None)
         of_label: Tensor | float = 0.0
         if self.map_label is not None:
-            one_hot = emb.new_zeros(len(emb), classes) if labels is None else F.one_hot(labels, classes).to(emb.dtype)
+            one_hot = emb.new_zeros(len(emb), classes)
+            if labels is not None:
+                one_hot = F.one_hot(labels, known)[:, :classes].to(emb.dtype)
             of_label = self.map_label(one_hot if self.adm else one_hot * math.sqrt(classes))
         if self.adm:
             return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))) + of_label)

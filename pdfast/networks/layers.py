@@ -80,12 +80,24 @@ class GroupNorm(nn.GroupNorm):
         return group_norm(x, self.num_groups, weight, bias, self.eps, scale=scale, shift=shift, silu=silu)
 
 
+def _sinusoids(value: Tensor, dim: int) -> Tensor:
+    half = dim // 2
+    frequency = torch.exp(
+        torch.arange(half, device=value.device, dtype=torch.float32) * (-math.log(10000) / (half - 1))
+    )
+    angle = value[:, None] * frequency
+    return torch.cat([torch.sin(angle), torch.cos(angle)], dim=1)
+
+
 def time_embedding(phi: Tensor, dim: int) -> Tensor:
     """Return sines and cosines of 1000 phi / (pi/2) at dim/2 frequencies from 1 to 1/10000: float32 [N, dim] for phi [N]."""
-    half = dim // 2
-    frequency = torch.exp(torch.arange(half, device=phi.device, dtype=torch.float32) * (-math.log(10000) / (half - 1)))
-    angle = (phi.float() * (1000 / (math.pi / 2)))[:, None] * frequency
-    return torch.cat([torch.sin(angle), torch.cos(angle)], dim=1)
+    return _sinusoids(phi.float() * (1000 / (math.pi / 2)), dim)
+
+
+def guidance_embedding(g: Tensor, dim: int) -> Tensor:
+    """Return sines and cosines of 1000 (g - 1) at the frequencies of `time_embedding`, as diffusers embeds a `guidance_scale`: float32
+    [N, dim] for g [N]."""
+    return _sinusoids(1000 * (g.float() - 1), dim)
 
 
 def upsample(x: Tensor) -> Tensor:

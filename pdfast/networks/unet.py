@@ -2,15 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pdfast.diffusion import Prediction, outputs_per_channel
+from pdfast.flags import Suppress
 from pdfast.io.bounds import NETWORK
-from pdfast.networks.layers import Attention, Conv2d, GroupNorm, Linear, ResBlock, time_embedding
+from pdfast.networks.layers import Attention, Conv2d, GroupNorm, Linear, ResBlock, guidance_embedding, time_embedding
 from pdfast.networks.network import ModelConfig, Network
 
 
@@ -42,6 +43,11 @@ class NetworkConfig(ModelConfig):
     """Classes for conditioning; 0 for an unconditional model."""
     image_width: int | None = None
     """Width in pixels, where it is not image_size; attention_resolutions are heights."""
+    null_label: Annotated[int | None, Suppress] = None
+    """The label by which it is told no class, num_classes, where it was trained so."""
+    guidance: Annotated[tuple[float, ...] | None, Suppress] = None
+    """Of classifier-free guidance inside it: g; or the least and the largest g, where g is an input; None for none."""
+    takes_guidance: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, bounds in NETWORK.items():
@@ -53,6 +59,8 @@ class NetworkConfig(ModelConfig):
             raise ValueError(f"channels must be even, got {self.channels}: half of the time's embedding are sines")
         if not self.channel_mult:
             raise ValueError("channel_mult must have at least one entry")
+        if self.null_label not in (None, self.num_classes or None):
+            raise ValueError(f"null_label is num_classes, {self.num_classes}, or none, got {self.null_label}")
         levels = len(self.channel_mult)
         for name, side in (("image_size", self.image_size), ("image_width", self.image_width or self.image_size)):
             if side % 2 ** (levels - 1):
@@ -93,6 +101,8 @@ class UNet(Network):
 
         self.time_mlp = nn.Sequential(Linear(config.channels, emb), nn.SiLU(), Linear(emb, emb))
         self.class_embedding = Linear(config.num_classes, emb) if config.num_classes else None
+        ranged = config.guidance is not None and len(config.guidance) == 2
+        self.guidance = Linear(config.channels, config.channels, zero_init=True) if ranged else None
         self.conv_in = Conv2d(config.image_channels, width[0], 3)
 
         last = len(width) - 1
@@ -134,9 +144,15 @@ class UNet(Network):
         return (module for module in self.modules() if isinstance(module, ResBlock | Attention))
 
     def forward(self, z: Tensor, phi: Tensor, cond: Any = None) -> Tensor:
-        emb = self.time_mlp(time_embedding(phi, self.config.channels))
+        config, emb = self.config, time_embedding(phi, self.config.channels)
+        if self.guidance is not None:
+            emb = emb + self.guidance(guidance_embedding(cond["guidance"], config.channels))
+            cond = cond["label"]
+        emb = self.time_mlp(emb)
         if self.class_embedding is not None:
-            emb = emb + self.class_embedding(F.one_hot(cond, self.config.num_classes).to(emb.dtype))
+            known = config.num_classes + (config.null_label is not None)  # of the null label nothing is added
+            one_hot = F.one_hot(cond, known)[:, : config.num_classes]
+            emb = emb + self.class_embedding(one_hot.to(emb.dtype))
         emb = F.silu(emb).to(self.dtype)
 
         h = self.conv_in(z.float().contiguous(memory_format=torch.channels_last)).to(self.dtype)

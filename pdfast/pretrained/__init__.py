@@ -7,6 +7,7 @@ from pdfast.io.plain import structure
 from pdfast.io.reading import shown
 from pdfast.networks import ModelConfig, NetworkConfig
 from pdfast.networks.converted import ConvertedConfig
+from pdfast.networks.guided import GuidedConfig
 from pdfast.pretrained.diffusers import DiffusersConfig, DiffusersNetwork, adapt, is_pipeline, load_pipeline
 from pdfast.pretrained.edm import EDMConfig, load_edm
 from pdfast.pretrained.module import ModuleConfig, load_function
@@ -31,6 +32,7 @@ NETWORK_KINDS: dict[str | None, type[ModelConfig]] = {
     "diffusers": DiffusersConfig,
     "edm": EDMConfig,
     "converted": ConvertedConfig,
+    "guided": GuidedConfig,
     "module": ModuleConfig,
 }
 """The union of the configurations of networks, by what their field `kind` says in a file; a further kind is a line here."""

@@ -9,7 +9,7 @@ angle.
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType
 from typing import Any, Self
@@ -55,6 +55,8 @@ class DiffusersConfig(ModelConfig):
     """Of scheduler_config.json, what concerns the network."""
     kind: str = "diffusers"
     image_width: int | None = None
+    null_label: int | None = None
+    guidance: tuple[float, ...] | None = None
 
     def __hash__(self) -> int:
         return hash(json.dumps([self.unet, self.scheduler]))
@@ -69,7 +71,9 @@ class DiffusersConfig(ModelConfig):
         else:
             alpha_bars(self.scheduler, f"{where}: the scheduler")
             scheduler, predictions = self.scheduler, tuple(DIFFUSERS_PREDICTIONS.values())
-        if self.prediction not in predictions or _config(self.unet, scheduler, self.prediction, where) != self:
+        if self.prediction not in predictions or self != replace(
+            _config(self.unet, scheduler, self.prediction, where), guidance=self.guidance
+        ):
             raise UsageError(f"{where}: the fields of the network do not fit its unet and its scheduler")
         return self
 

@@ -9,7 +9,7 @@ The authors' files are pickles, which run code when they are read: they are not 
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pdfast.diffusion import Prediction
 from pdfast.io.errors import UsageError
@@ -66,11 +66,12 @@ class InitKwargs:
     encoder_type: Literal["standard", "residual"] = "standard"
     decoder_type: Literal["standard"] = "standard"
     resample_filter: tuple[int, ...] = (1, 1)
+    label_dropout: float = 0.0
+    """Above 0 it was trained without its class too, and can be guided."""
     # What matters only where such a network is trained: labels of augmentations are 0 in sampling.
     use_fp16: bool = False
     augment_dim: int = 0
     dropout: float = 0.0
-    label_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.sigma_min < self.sigma_max:
@@ -98,6 +99,7 @@ class InitKwargs:
             residual=self.encoder_type == "residual",
             resample_filter=self.resample_filter,
             fourier=frequencies,
+            null_label=self.label_dim if self.label_dim and self.label_dropout > 0 else None,
         )
         return EDMConfig(unet, sigma_min=self.sigmas[0], sigma_data=self.sigma_data)
 
@@ -109,6 +111,7 @@ class EDMConfig(WrapperConfig):
     unet: EDMUNetConfig
     sigma_min: float
     sigma_data: float
+    inner_field: ClassVar[str] = "unet"
     kind: str = "edm"
     prediction: Prediction = "v"
 
@@ -116,10 +119,6 @@ class EDMConfig(WrapperConfig):
         if self.prediction != "v":
             raise ValueError(f"a network with EDM's preconditioning predicts v, not {self.prediction}")
         check_sigmas(self.sigma_min, SIGMAS[1], self.sigma_data)
-
-    @property
-    def inner(self) -> EDMUNetConfig:
-        return self.unet
 
     def build(self, dropout: float = 0.0) -> Wrapped:
         """EDMPrecond with our call: it predicts v. Without `cond` a network that knows classes is told none."""

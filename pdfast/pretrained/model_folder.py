@@ -5,7 +5,7 @@ itself: no pickle, and a changed file is noticed.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pdfast.diffusion.circle import SMALLEST_SINE_TO_SAMPLE, check_start
-from pdfast.io.bounds import STEPS
+from pdfast.io.bounds import GUIDANCE, STEPS, require
 from pdfast.io.errors import UsageError
 from pdfast.io.files import SEAL, check_seal, sealed, sha256, write_json
 from pdfast.io.names import utf8_path
 from pdfast.io.plain import structure, unstructure
 from pdfast.io.reading import read_json, shown
 from pdfast.networks import ModelConfig, Network
+from pdfast.networks.guided import at_guidance
 from pdfast.own_code import is_function
 from pdfast.pretrained import edm, is_pipeline, load_edm, load_function, load_pipeline, network_config
 from pdfast.pretrained.module import weights_hash
@@ -51,6 +52,14 @@ class SavedModel:
             return weights_hash(self.network)
         files = sorted(self.folder.rglob("*.safetensors"))
         return sha256(files[0]) if len(files) == 1 else hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+
+    def at_guidance(self, g: float | None) -> "SavedModel":
+        """Return the model asked at guidance g, as it is for None. UsageError where it cannot be, or has another guidance inside."""
+        require("guidance", g, GUIDANCE)
+        try:
+            return self if g is None else replace(self, network=at_guidance(self.network, g))
+        except ValueError as error:
+            raise UsageError(f"--guidance {g:g}, {self.folder}: {error}") from None
 
     def check_start(self) -> None:
         """Raise a UsageError for a network that cannot be sampled from where its schedule ends."""

@@ -33,6 +33,8 @@ class ModuleConfig(ModelConfig):
     num_classes: int = 0
     kind: str = "module"
     image_width: int | None = None
+    null_label: int | None = None
+    guidance: tuple[float, ...] | None = None
     runs_on_meta: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -47,7 +49,7 @@ class ModuleConfig(ModelConfig):
         own = given(self.function, f"{where}: the network")
         check_network(own)
         now = config_of(own)
-        for name in ("prediction", "image_shape", "num_classes"):
+        for name in ("prediction", "image_shape", "num_classes", "null_label"):
             if getattr(now, name) != getattr(self, name):
                 raise UsageError(
                     f"{where}: the network has {name} {getattr(self, name)}, that of {own.name} has {getattr(now, name)}: name "
@@ -73,7 +75,15 @@ def config_of(own: OwnCode) -> ModuleConfig:
     """Return the configuration of the function's network."""
     channels, height, width = own.teacher.image_shape
     teacher, other_width = own.teacher, None if width == height else width
-    return ModuleConfig(own.name, height, channels, teacher.prediction, teacher.num_classes, image_width=other_width)
+    return ModuleConfig(
+        own.name,
+        height,
+        channels,
+        teacher.prediction,
+        teacher.num_classes,
+        image_width=other_width,
+        null_label=teacher.null_label,
+    )
 
 
 def load_function(name: str) -> tuple[ModuleNetwork, ScheduleConfig]:

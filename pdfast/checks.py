@@ -110,22 +110,24 @@ def check_guidance(config: DistillConfig) -> None:
     """Raise a UsageError where the teacher cannot be guided as the configuration says."""
     if config.guidance_range is None:
         return
-    network, said, teacher = config.network, f"--guidance {config.guidance}", config.teacher
+    network, teacher, guidance = config.network, config.teacher, config.guidance
     if network.guidance is not None:
         raise UsageError(
-            f"{said}: {teacher} has guidance of {in_range(network.guidance)} inside, and would be guided twice: leave it out"
+            f"--guidance {guidance}: {teacher} has guidance of {in_range(network.guidance)} inside, and would be guided twice: leave it out"
+        )
+    if network.null_label is None and teacher is None:
+        raise UsageError(
+            f"--guidance {guidance} is for a teacher that is trained without its class at times: say --train.label-dropout 0.1, with "
+            "--network.num-classes"
         )
     if network.null_label is None:
         raise UsageError(
-            f"{said}: {teacher} was never trained without its class, and cannot be guided: leave it out"
-            if teacher
-            else f"{said} is for a teacher that is trained without its class at times: say --train.label-dropout 0.1, and "
-            "--network.num-classes"
+            f"--guidance {guidance}: {teacher} was never trained without its class, and cannot be guided: leave it out"
         )
     try:
         network.guided(config.guidance_range)
     except ValueError as error:
-        raise UsageError(f"{said}: {error}") from None
+        raise UsageError(f"--guidance {guidance}: {error}") from None
 
 
 def check_job(config: RunConfig) -> None:

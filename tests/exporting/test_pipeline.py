@@ -1,6 +1,7 @@
 """A model as a pipeline of diffusers: the same network at every time, the same images."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from pdfast.diffusion import Cosine, LinearBeta
 from pdfast.export import compare, export_pipeline, load_again
 from pdfast.exporting.pipeline import betas, number_of_times, write_pipeline
 from pdfast.networks import NetworkConfig
-from pdfast.pretrained import ConvertedConfig, load_pipeline
+from pdfast.networks.edm_unet import EDMUNetConfig
+from pdfast.pretrained import ConvertedConfig, EDMConfig, load_pipeline
 from pdfast.pretrained.model_folder import SavedModel, load_model
 from pdfast.schedule_config import ScheduleConfig
 from tests.commands import call
@@ -31,6 +33,7 @@ def diffusers_network(tmp_path, scheduler, **options):
     return load_pipeline(tmp_path / "teacher")[0]
 
 
+GUIDED = EDMUNetConfig("DhariwalUNet", 8, 3, 3, 8, (1, 2), 4, 1, (4,), guidance=(0.0, 3.0))
 NETWORKS = {
     "v": lambda p: ours(),
     "x": lambda p: ours("x"),
@@ -41,6 +44,11 @@ NETWORKS = {
     "flow": lambda p: ours("flow"),
     "converted from x": lambda p: perturbed(ConvertedConfig(ours("x").config).build()),
     "converted from eps": lambda p: perturbed(ConvertedConfig(ours("eps", classes=3).config).build()),
+    "guidance as an input": lambda p: perturbed(replace(ours(classes=5).config, guidance=(0.0, 3.0)).build()),
+    "EDM's own, guidance as an input": lambda p: perturbed(
+        EDMConfig(replace(GUIDED, model_type="SongUNet"), 0.002, 0.5).build()
+    ),
+    "ADM, guidance as an input": lambda p: perturbed(EDMConfig(GUIDED, 0.002, 0.5).build()),
     "diffusers, v": lambda p: diffusers_network(p, DDPMScheduler(1000, prediction_type="v_prediction")),
     "diffusers, x, classes": lambda p: diffusers_network(p, DDPMScheduler(1000, prediction_type="sample"), classes=4),
     "diffusers, converted": lambda p: perturbed(
@@ -49,13 +57,13 @@ NETWORKS = {
     "EDM": lambda p: diffusers_network(p, EDMEulerScheduler()),
 }
 PLAIN = {"v", "x", "no attention", "attention everywhere, wider than the embedding", "classes", "diffusers, v"}
-PLAIN |= {"diffusers, x, classes"}
+PLAIN |= {"diffusers, x, classes", "guidance as an input"}
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_diffusers_samples_the_same_images(name, tmp_path):
     network = NETWORKS[name](tmp_path).eval().requires_grad_(False)
-    network(torch.randn(1, 3, 8, 8), torch.ones(1), torch.zeros(1).long() if network.config.num_classes else None)
+    network(torch.randn(1, 3, 8, 8), torch.ones(1), network.config.condition(torch.zeros(1).long()))
     schedule = ScheduleConfig() if name != "EDM" else ScheduleConfig("clipped_cosine", logsnr_min=-8.0, logsnr_max=8.0)
     for steps in (1, 4):
         saved = SavedModel(network, schedule, steps, tmp_path)

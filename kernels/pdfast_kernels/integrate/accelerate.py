@@ -33,6 +33,7 @@ from torch import nn
 from pdfast_kernels.integrate import forwards
 from pdfast_kernels.integrate.coverage import Share, shares_by_elements, shares_by_modules, unknown_work
 from pdfast_kernels.integrate.recognition import code_names, forward_class, instance_forward, qualified_name
+from pdfast_kernels.ops.group_norm.group_norm import group_norm
 
 _SEQUENTIAL = "torch.nn.modules.container.Sequential"
 _BLOCKS: dict[str, Any] = {
@@ -46,6 +47,8 @@ _UNETS = (
 )
 _KINDS: dict[Any, str] = {new.forward: new.kind for new in (forwards.GroupNorm, *_BLOCKS.values())}
 _OURS = "calls pdfast_kernels itself"
+_GROUP_NORMS = f"{__name__.removesuffix('.integrate.accelerate')}.ops.group_norm"
+"""What the modules of the group norms begin with, by whichever name this package is imported."""
 
 
 @dataclass
@@ -86,9 +89,9 @@ def _calls_group_norm(module: nn.Module) -> bool:
     forward = inspect.unwrap(type(module).forward)
     names, globals_of = code_names(forward), getattr(forward, "__globals__", {})
     for value in (globals_of.get(name) for name in names):
-        if isinstance(value, FunctionType) and str(value.__module__).startswith("pdfast_kernels.ops.group_norm"):
+        if isinstance(value, FunctionType) and str(value.__module__).startswith(_GROUP_NORMS):
             return True
-        if isinstance(value, ModuleType) and value.__name__ == "pdfast_kernels":
+        if isinstance(value, ModuleType) and getattr(value, "group_norm", None) is group_norm:
             return any(name.startswith("group_norm") for name in names)
     return False
 

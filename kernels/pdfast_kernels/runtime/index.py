@@ -9,6 +9,8 @@ import os
 import torch
 from torch import Tensor
 
+from pdfast_kernels.runtime.namespace import in_namespace
+
 DEBUG = os.environ.get("PDFAST_KERNELS_DEBUG", "0") not in ("", "0")
 
 
@@ -69,7 +71,7 @@ def _raise_outside(index: Tensor, what: str, first: int, end: int) -> None:
         raise ValueError(f"{what}[{place}] is {int(index[place])}, expected {expected}")
 
 
-@torch.library.custom_op("pdfast_kernels::in_range", mutates_args=())
+@torch.library.custom_op(in_namespace("in_range"), mutates_args=())
 def _in_range(index: Tensor, what: str, first: int, end: int) -> Tensor:
     """Return a copy, so that a compiler keeps it."""
     _raise_outside(index, what, first, end)

@@ -35,6 +35,7 @@ from pdfast_kernels.ops.attention.attention_kernels import (
 from pdfast_kernels.runtime.configs import ANY, UNBOUNDED, Table
 from pdfast_kernels.runtime.dispatch import as_given, check_device, check_floating, triton_runs, unsupported_dtype
 from pdfast_kernels.runtime.launch import arch_of, cdiv, launch, next_power_of_2
+from pdfast_kernels.runtime.namespace import in_namespace
 
 MOST_DIM, MOST_DIM_FP32 = 256, 128  # above, the kernels would spill registers
 MOST_ROW_STRIDE = 1 << 22  # times the rows of a block, within 32 bits
@@ -223,7 +224,7 @@ def backward(
     )
 
 
-_attention = torch.library.custom_op("pdfast_kernels::attention", forward, mutates_args=())
+_attention = torch.library.custom_op(in_namespace("attention"), forward, mutates_args=())
 
 
 @_attention.register_fake
@@ -231,7 +232,7 @@ def _(q, k, v, scale):
     return _empty_outputs(q)
 
 
-@torch.library.custom_op("pdfast_kernels::attention_backward", mutates_args=())
+@torch.library.custom_op(in_namespace("attention_backward"), mutates_args=())
 def _attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -245,7 +246,7 @@ def _(grad, q, k, v, out, lse, scale):
     return _empty_gradients(q)
 
 
-@torch.library.custom_op("pdfast_kernels::attention_packed", mutates_args=())
+@torch.library.custom_op(in_namespace("attention_packed"), mutates_args=())
 def _attention_packed(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     q, k, v = qkv.unbind(2)
     return forward(q, k, v, scale)
@@ -256,7 +257,7 @@ def _(qkv, scale):
     return _empty_outputs(qkv[:, :, 0])
 
 
-@torch.library.custom_op("pdfast_kernels::attention_packed_backward", mutates_args=())
+@torch.library.custom_op(in_namespace("attention_packed_backward"), mutates_args=())
 def _attention_packed_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
     gradient = empty_gradient(qkv)
     q, k, v = qkv.unbind(2)

@@ -31,6 +31,7 @@ from pdfast_kernels.runtime.dispatch import (
 from pdfast_kernels.runtime.index import check_index, in_range
 from pdfast_kernels.runtime.launch import arch_of, cdiv, launch
 from pdfast_kernels.runtime.layout import in_one_layout, is_channels_last, run_length, with_layout
+from pdfast_kernels.runtime.namespace import in_namespace
 from pdfast_kernels.runtime.triton import jit, tl
 
 OP = "ddim_step"
@@ -109,7 +110,7 @@ def _launch(kernel, z: Tensor, b: Tensor, index: Tensor | None, run: int, **tens
     )
 
 
-@torch.library.custom_op("pdfast_kernels::ddim_step", mutates_args=())
+@torch.library.custom_op(in_namespace("ddim_step"), mutates_args=())
 def _ddim_step(z: Tensor, output: Tensor, a: Tensor, b: Tensor, index: Tensor | None) -> Tensor:
     run, reason = run_length(z, output)
     if reason:  # asked again: what was traced may come with other strides
@@ -124,7 +125,7 @@ def _(z, output, a, b, index):
     return torch.empty_like(z)
 
 
-@torch.library.custom_op("pdfast_kernels::ddim_step_backward", mutates_args=())
+@torch.library.custom_op(in_namespace("ddim_step_backward"), mutates_args=())
 def _ddim_step_backward(
     grad: Tensor, a: Tensor, b: Tensor, index: Tensor | None, output_dtype: torch.dtype, channels_last: bool
 ) -> tuple[Tensor, Tensor]:

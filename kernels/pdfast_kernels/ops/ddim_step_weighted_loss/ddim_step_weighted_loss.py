@@ -37,6 +37,7 @@ from pdfast_kernels.runtime.dispatch import (
 from pdfast_kernels.runtime.index import check_index, in_range
 from pdfast_kernels.runtime.launch import arch_of, cdiv, launch
 from pdfast_kernels.runtime.layout import in_one_layout, run_length
+from pdfast_kernels.runtime.namespace import in_namespace
 from pdfast_kernels.runtime.triton import jit, tl
 
 OP = "ddim_step_weighted_loss"
@@ -159,7 +160,7 @@ Tensor target_output_mid, Tensor output_coefficient, Tensor weight, Tensor? inde
 
 
 @torch.library.custom_op(
-    "pdfast_kernels::ddim_step_weighted_loss", mutates_args=(), schema=_SCHEMA.format("bool differentiable")
+    in_namespace("ddim_step_weighted_loss"), mutates_args=(), schema=_SCHEMA.format("bool differentiable")
 )
 def _loss(*given):
     """Return the losses, and d(M loss)/d output: divided by M = C H W, little would be left of it in fp16."""
@@ -173,7 +174,7 @@ def _(output, z, t, m, a, b, d, c, weight, index, huber, differentiable):
     return z.new_empty(z.shape[0], dtype=torch.float32), saved
 
 
-@torch.library.custom_op("pdfast_kernels::ddim_step_weighted_loss_backward", mutates_args=())
+@torch.library.custom_op(in_namespace("ddim_step_weighted_loss_backward"), mutates_args=())
 def _loss_backward(grad_loss: Tensor, saved: Tensor, mean_of: int) -> Tensor:
     grad = torch.empty_like(saved)
     elements = saved.numel() // max(len(saved), 1)
@@ -214,7 +215,7 @@ _loss.register_autograd(_autograd, setup_context=_setup_context)
 
 
 @torch.library.custom_op(
-    "pdfast_kernels::ddim_step_weighted_loss_and_grad", mutates_args=(), schema=_SCHEMA.format("float grad_scale")
+    in_namespace("ddim_step_weighted_loss_and_grad"), mutates_args=(), schema=_SCHEMA.format("float grad_scale")
 )
 def _loss_and_grad(*given):
     *tensors, huber, grad_scale = given

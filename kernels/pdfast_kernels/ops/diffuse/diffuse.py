@@ -35,6 +35,7 @@ from pdfast_kernels.runtime.dispatch import (
 )
 from pdfast_kernels.runtime.index import check_index, in_range
 from pdfast_kernels.runtime.launch import arch_of, cdiv, launch
+from pdfast_kernels.runtime.namespace import in_namespace
 from pdfast_kernels.runtime.triton import jit, tl
 
 
@@ -168,7 +169,7 @@ def _forward(
         tl.store(z_ptr + e, z.to(z_ptr.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("pdfast_kernels::diffuse", mutates_args=())
+@torch.library.custom_op(in_namespace("diffuse"), mutates_args=())
 def _diffuse(
     images: Tensor, phi: Tensor, key: Tensor, index: Tensor, flip: Tensor | None, dtype: torch.dtype
 ) -> Tensor:

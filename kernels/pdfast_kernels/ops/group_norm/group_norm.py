@@ -43,6 +43,7 @@ from pdfast_kernels.runtime.dispatch import (
     unsupported_dtype,
 )
 from pdfast_kernels.runtime.launch import arch_of, cdiv, launch, next_power_of_2
+from pdfast_kernels.runtime.namespace import in_namespace
 
 
 class Tiles(NamedTuple):
@@ -273,7 +274,7 @@ def backward(
     return dx, gradients
 
 
-_group_norm = torch.library.custom_op("pdfast_kernels::group_norm", forward, mutates_args=())
+_group_norm = torch.library.custom_op(in_namespace("group_norm"), forward, mutates_args=())
 
 
 @_group_norm.register_fake
@@ -283,7 +284,7 @@ def _(x, num_groups, weight, bias, scale, shift, eps, silu):
 
 
 @torch.library.custom_op(
-    "pdfast_kernels::group_norm_backward",
+    in_namespace("group_norm_backward"),
     mutates_args=(),
     schema="""(Tensor dy, Tensor x, Tensor mean, Tensor rstd, SymInt num_groups, Tensor? weight, Tensor? bias, Tensor? scale,
     Tensor? shift, bool silu, bool of_parameters) -> Tensor[]""",

@@ -36,6 +36,7 @@ from pdfast_kernels.runtime.dispatch import (
     unsupported_dtype,
 )
 from pdfast_kernels.runtime.layout import is_channels_last, with_layout
+from pdfast_kernels.runtime.namespace import in_namespace
 
 
 def _as_given(function: Callable) -> Callable:
@@ -63,7 +64,7 @@ def _linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.addmm(bias.to(rows.dtype), rows, weight.to(rows.dtype).t())
 
 
-@torch.library.custom_op("pdfast_kernels::group_norm_attention", mutates_args=())
+@torch.library.custom_op(in_namespace("group_norm_attention"), mutates_args=())
 @_as_given
 def _group_norm_attention(
     x: Tensor,
@@ -97,7 +98,7 @@ def _(x, num_groups, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, 
     return _image(x.new_empty(n * h * w, c), x), statistic, torch.empty_like(statistic), qkv, lse, attended
 
 
-@torch.library.custom_op("pdfast_kernels::group_norm_attention_backward", mutates_args=())
+@torch.library.custom_op(in_namespace("group_norm_attention_backward"), mutates_args=())
 @_as_given
 def _group_norm_attention_backward(
     dy: Tensor,

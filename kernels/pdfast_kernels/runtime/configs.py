@@ -2,11 +2,17 @@
 
 The rows are heuristics. Nothing is tuned while a program runs: `python -m benchmarks.tune` times other rows when asked, and
 prints those that would replace the ones here.
+
+In a kernel repository (kernels/assemble.py) the rows are those of its files configs/any.json, configs/sm_90.json and so on: by the
+table's name a list of rows, each an object of its fields, where null is unbounded and a kernel is its name.
 """
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 ANY = 0
@@ -44,7 +50,7 @@ class Table:
     """
 
     def __init__(self, name: str, rows: Mapping[int, tuple[Row, ...]]) -> None:
-        self.name, self.rows = name, dict(rows)
+        self.name, self.rows = name, dict(rows) | _rows_in_files(name, rows)
         self._overrides: list[tuple[Row, ...]] = []
 
     def row(self, arch: int, *sizes: int) -> Row:
@@ -62,6 +68,38 @@ class Table:
         """Within it, these rows come before the table's own, on every architecture, in all threads: autograd's look there too."""
         with _added(self._overrides, rows):
             yield
+
+
+def kernel_name(kernel: Any) -> str:
+    """Return the name of a kernel's function, compiled or interpreted."""
+    return getattr(kernel, "fn", kernel).__name__
+
+
+@cache
+def _files() -> dict[int, dict[str, list[dict[str, Any]]]]:
+    """Return the parsed files of the package by architecture; none in the package itself, whose rows are in the code."""
+    files = (Path(__file__).parents[1] / "configs").glob("*.json")
+    return {
+        ANY if file.stem == "any" else int(file.stem.removeprefix("sm_")): json.loads(file.read_text())
+        for file in files
+    }
+
+
+def _rows_in_files(name: str, rows: Mapping[int, tuple[Row, ...]]) -> dict[int, tuple[Row, ...]]:
+    """Return the rows that the files have for a table; `rows`, those in the code, say of what type they are."""
+    kind = type(rows[ANY][0])
+    kernels = {
+        kernel_name(value): value for listed in rows.values() for row in listed for value in row if callable(value)
+    }
+
+    def decoded(value: Any) -> Any:
+        return UNBOUNDED if value is None else kernels[value] if isinstance(value, str) else value
+
+    return {
+        arch: tuple(kind(**{field: decoded(value) for field, value in row.items()}) for row in tables[name])
+        for arch, tables in _files().items()
+        if name in tables
+    }
 
 
 @contextmanager

@@ -12,9 +12,12 @@ draws; angles come from sigma, log-SNR, discrete times and flow matching's by `p
 import sys
 from importlib import import_module
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pdfast.cli import stop_while_importing
+from pdfast.io.errors import UsageError
+from pdfast.io.installation import check_owner_of_kernels
 from pdfast.io.process import let_threads_sleep
 from pdfast.io.version import __version__ as __version__
 
@@ -91,7 +94,15 @@ _HOMES = dict.fromkeys(__all__, "pdfast.diffusion") | {
 }
 
 # Python says "-m" here while it looks for the module that it was started with.
-if sys.argv[:1] == ["-m"] and any(a == "-m" and b.startswith("pdfast.") for a, b in pairwise(sys.orig_argv)):
+_is_command = sys.argv[:1] == ["-m"] and any(a == "-m" and b.startswith("pdfast.") for a, b in pairwise(sys.orig_argv))
+try:
+    check_owner_of_kernels(Path(__file__).parents[1])
+except UsageError as error:
+    if not _is_command:
+        raise ImportError(str(error)) from None
+    print(f"pdfast: error: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
+if _is_command:
     stop_while_importing()
     let_threads_sleep()
 

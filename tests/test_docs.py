@@ -130,6 +130,8 @@ class Reader:
                     with self.patch.context() as patch:
                         self.command(words, patch)
             case "python":
+                if "from kernels import" in block.text:
+                    pytest.importorskip("kernels.load", reason="Hugging Face's `kernels` is not installed")
                 exec(compile(block.text, block.place, "exec"), self.names)
             case "diff":  # between which files is for a test of its page
                 examples = "".join(file.read_text() for file in (ROOT / "examples").glob("*.py"))
@@ -267,7 +269,7 @@ def test_code_that_does_not_run_is_found(language, text, failure, tmp_path, monk
 
 def test_each_flag_that_a_page_names_exists(capsys):
     flags = r"(?<![\w-])--[a-z][\w.-]*\w"
-    known = {"--no-deps", "--target"}  # of pip
+    known = {"--no-deps", "--target", "--force-reinstall", "--outdir", "--wheel"}  # of pip and build
     known |= {option for action in get_args_parser()._actions for option in action.option_strings}
     for module in SMALL:
         if module.startswith("benchmarks."):

@@ -144,7 +144,13 @@ def built(tmp_path_factory):
     source = folder / "source"
     left_out = (".venv", ".git", "runs", "*.egg-info", "build", "dist", "__pycache__", ".*_cache")
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*left_out))
-    for stray in ("runs/digits/config.yaml", "pdfast/__pycache__/cli.cpython-311.pyc", "tests/__pycache__/a.pyc"):
+    caches = "pdfast/__pycache__/cli.cpython-311.pyc", "tests/__pycache__/a.pyc"
+    of_kernels = (
+        "kernels/build/lib/pdfast_kernels/a.py",
+        "kernels/dist/a.whl",
+        "kernels/pdfast_kernels.egg-info/PKG-INFO",
+    )
+    for stray in ("runs/digits/config.yaml", *caches, *of_kernels):
         (source / stray).parent.mkdir(parents=True)
         (source / stray).touch()
     command = [sys.executable, "-m", "build", "--outdir", str(folder), str(source)]
@@ -161,7 +167,8 @@ def test_the_source_distribution_is_the_repository(built):
     assert {*FILES, "README.md", "LICENSE", "kernels/README.md", "docs/method.md", "tests/commands.py"}
     assert {"examples/flow_teacher.py", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "mkdocs.yml"} <= names
     assert {"pdfast/data/digits.npz", "pdfast/report/report.html.jinja", "kernels/pdfast_kernels/py.typed"} <= names
-    assert not [name for name in names if name.startswith("runs") or "cache__" in name]
+    built = ("runs", "kernels/build", "kernels/dist", "kernels/pdfast_kernels.egg-info")
+    assert not [name for name in names if name.startswith(built) or "cache__" in name]
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """The namespace in `torch.ops` of this copy of the package.
 
-torch registers a name once in a process. A copy that is loaded beside an installed package, as from a kernel repository, has
-another namespace here (kernels/assemble.py).
+Of two operations of one name torch keeps the later, without a word. A copy that is loaded beside an installed package, as from a
+kernel repository, has another namespace here (kernels/assemble.py).
 """
 
 NAMESPACE = "pdfast_kernels"

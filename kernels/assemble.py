@@ -49,7 +49,7 @@ print(kernels.accelerate(model))
 y = kernels.group_norm(x, 32, weight, bias, silu=True)
 ```
 
-The functions are {functions}. They run in Triton on a GPU of compute capability 8.0 or newer, and in PyTorch elsewhere.
+The public names are {names}. The operations run in Triton on a GPU of compute capability 8.0 or newer, and in PyTorch elsewhere.
 """
 
 
@@ -121,8 +121,8 @@ def assemble(folder: Path) -> None:
     files = package()
     for backend in BACKENDS:
         write_variant(folder / "build" / f"torch-{backend}", backend, files, version)
-    functions = ", ".join(f"`{name}`" for name in pdfast_kernels.__all__)
-    (folder / "build" / "README.md").write_bytes(CARD.format(version=version, functions=functions).encode())
+    names = ", ".join(f"`{name}`" for name in pdfast_kernels.__all__)
+    (folder / "build" / "README.md").write_bytes(CARD.format(version=version, names=names).encode())
 
 
 if __name__ == "__main__":

@@ -167,8 +167,8 @@ def test_the_source_distribution_is_the_repository(built):
     assert {*FILES, "README.md", "LICENSE", "kernels/README.md", "docs/method.md", "tests/commands.py"}
     assert {"examples/flow_teacher.py", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "mkdocs.yml"} <= names
     assert {"pdfast/data/digits.npz", "pdfast/report/report.html.jinja", "kernels/pdfast_kernels/py.typed"} <= names
-    built = ("runs", "kernels/build", "kernels/dist", "kernels/pdfast_kernels.egg-info")
-    assert not [name for name in names if name.startswith(built) or "cache__" in name]
+    strays = ("runs", "kernels/build", "kernels/dist", "kernels/pdfast_kernels.egg-info")
+    assert not [name for name in names if name.startswith(strays) or "cache__" in name]
 
 
 @pytest.mark.slow

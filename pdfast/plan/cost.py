@@ -66,7 +66,7 @@ def kept(
     model = empty_network(network)
     model.dtype = dtype
     if fused:
-        _fuse(model)
+        fuse(model)
     # Shapes alone, but on the code path of a CPU: on meta, attention would take another.
     with FakeTensorMode(allow_non_fake_inputs=True) if network.runs_on_meta else nullcontext():
         if network.runs_on_meta:
@@ -118,7 +118,7 @@ def _kept_bytes(model: Network, recomputed: bool, *given: Tensor | None) -> int:
     return outside + (handed + max(within.values(), default=0) if recomputed else sum(within.values()))
 
 
-def _fuse(model: Network) -> None:
+def fuse(model: Network) -> None:
     """Let normalisation and attention be the custom operations that a GPU runs."""
     for module in model.modules():
         if isinstance(module, GroupNorm):

@@ -121,6 +121,13 @@ def _resident(shape: _Shape, tiles: Tiles) -> dict[str, int] | None:
     }
 
 
+def is_resident(shape: tuple[int, ...], num_groups: int, arch: int, *, backward: bool = False) -> bool:
+    """Tell whether x of this shape, [N, C, ...], is read once on sm_`arch`, and not streamed."""
+    n, channels, *rest = shape
+    of_x = _Shape(n, prod(rest), channels, channels // num_groups)
+    return _resident(of_x, (BACKWARD if backward else FORWARD).row(arch, of_x.rows * of_x.cpg)) is not None
+
+
 def _stream(shape: _Shape, tiles: Tiles) -> tuple[int, tuple[int], dict[str, int]]:
     """Return the row chunks of a sample, and the grid and the constants of the launches that read all of x."""
     block_c = min(STREAM_CHANNELS, key=lambda width: cdiv(shape.channels, width) * width)

@@ -15,10 +15,11 @@ from pdfast.config import (
     DistillConfig,
     TrainConfig,
 )
-from pdfast.flags import FlagCreatePairsOff, OptionalPath, OptionalString
+from pdfast.flags import FlagCreatePairsOff, OptionalPath, OptionalString, arg
 from pdfast.io.errors import UsageError
 from pdfast.io.plain import structure, unstructure
 from pdfast.io.reading import load_yaml
+from pdfast.plan.gpu import GpuName
 from pdfast.recipes import preset
 from pdfast.rounds import fields_of_plan, parse_learning_rates, parse_methods, parse_updates, resolve_steps
 
@@ -34,6 +35,8 @@ class Extra:
     dry_run: Annotated[bool, FlagCreatePairsOff] = False
     """Print the plan (rounds, updates, network evaluations, memory, time) and stop. What a run would refuse is refused, but
     for what is wrong with the data, which are not read, and for weights of features that are not installed."""
+    gpu: Annotated[GpuName | None, arg(metavar="{h200,h100,b200,a100}")] = None
+    """With --dry-run: plan with the time that is predicted for such a GPU, in place of this machine's, which is measured."""
 
 
 def _peek(flag: str, arguments: list[str]) -> str | None:
@@ -52,6 +55,13 @@ def _defaults(cls: type[C], arguments: list[str]) -> C:
     base = unstructure(preset(name or plain.get("preset", "digits"))) | plain
     known, other = _names(cls), _names(DistillConfig) | _names(TrainConfig) | SAVED_FACTS
     return structure(cls, {k: v for k, v in base.items() if k in known or k not in other}, file or f"preset {name}")
+
+
+def _extra(parsed: Extra) -> Extra:
+    """Return what is no part of the run. UsageError for --gpu without --dry-run."""
+    if parsed.gpu and not parsed.dry_run:
+        raise UsageError(f"--gpu {parsed.gpu} is for --dry-run: add that, or leave --gpu out")
+    return Extra(parsed.config, parsed.dry_run, parsed.gpu)
 
 
 def _names(cls: type) -> set[str]:
@@ -114,7 +124,7 @@ def distill_arguments() -> tuple[DistillConfig, Extra]:
                     f"--{name.replace('_', '-')} {table} names a round to {steps} steps, but the rounds lead to "
                     f"{', '.join(map(str, config.round_steps))}: correct the table"
                 )
-    return config, Extra(parsed.config, parsed.dry_run)
+    return config, _extra(parsed)
 
 
 def _of_teacher(config: C) -> C:
@@ -199,4 +209,4 @@ def train_arguments() -> tuple[TrainConfig, Extra]:
     config = _of_teacher(config)
     _refuse_empty(sys.argv[1:])
     check_values(config)
-    return config, Extra(parsed.config, parsed.dry_run)
+    return config, _extra(parsed)

@@ -176,7 +176,7 @@ def main(method: type[Distillation] | None = None) -> None:
     check_job(config)
     if extra.dry_run:
         check_plan(config)
-        print_distillation_plan(config, method_of, open_device(config.device))
+        print_distillation_plan(config, method_of, open_device(config.device), extra.gpu)
         return
     with open_machine(config) as machine:
         config = with_updates(

@@ -24,7 +24,7 @@ def main() -> None:
     check_job(config)
     if extra.dry_run:
         check_plan(config)
-        print_training_plan(config, open_device(config.device))
+        print_training_plan(config, open_device(config.device), extra.gpu)
         return
     with open_machine(config) as machine:
         source = open_data(config, machine.world.device)

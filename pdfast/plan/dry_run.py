@@ -1,8 +1,12 @@
-"""What a job will cost, before it is started: `--dry-run`. For a job of N processes set WORLD_SIZE=N, as torchrun does."""
+"""What a job will cost, before it is started: `--dry-run`. For a job of N processes set WORLD_SIZE=N, as torchrun does.
+
+Times are those of this machine, whose forward is measured, or predicted for a GPU that need not be there.
+"""
 
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
@@ -18,6 +22,8 @@ from pdfast.methods import Denoise, MethodOfRound, Reparameterize
 from pdfast.networks import NetworkConfig
 from pdfast.plan.budget import with_updates
 from pdfast.plan.cost import Job, activation_bytes, communication, memory
+from pdfast.plan.gpu import FITTED, GPUS, OF_PEAK, Gpu, GpuName, is_counted, seconds_of_update
+from pdfast.plan.gpu import seconds_of_forward as predicted_forward
 
 TIMED_FLOPS = {"cpu": 4e10, "cuda": 2e13}  # of one timed forward: seconds on a laptop, a tenth of one on a GPU
 ENOUGH = 4.0  # seconds of timing after which a forward is not run again
@@ -25,7 +31,28 @@ WITHIN, BETWEEN = 450e9, 50e9
 """Bytes a second out of one GPU: NVLink of an H100, and one 400 Gbit/s adapter for each GPU, as their makers state them."""
 
 
-def _job(config: RunConfig, device: torch.device, batch_size: int, cost: UpdateCost, *, average: bool) -> Job:
+@dataclass(frozen=True)
+class _Pace:
+    """How fast a job is."""
+
+    forward: float
+    """Seconds of a forward of one image on all processes."""
+    gpu: Gpu | None
+    """Whose times are predicted; None where they are measured."""
+
+    def of(self, job: Job) -> float:
+        """Return seconds of a forward's worth of an update, for one image on all processes."""
+        if self.gpu is None:
+            return self.forward
+        return sum(seconds_of_update(self.gpu, job).values()) / (job.cost.flops * job.batch_size)
+
+    def said(self, text: str) -> str:
+        return text if self.gpu is None else f"{text}, predicted for {self.gpu.title}"
+
+
+def _job(
+    config: RunConfig, dtype: torch.dtype, device: torch.device, batch_size: int, cost: UpdateCost, *, average: bool
+) -> Job:
     """Return one stage of a run. UsageError where the processes cannot share its batch."""
     engine, processes = config.engine, int(os.environ.get("WORLD_SIZE", "1"))
     if engine.shard < 1 or processes % engine.shard:
@@ -34,7 +61,6 @@ def _job(config: RunConfig, device: torch.device, batch_size: int, cost: UpdateC
         raise UsageError(
             f"a batch of {batch_size} does not divide by {processes} processes times {engine.micro_batches} micro-batches"
         )
-    dtype = chosen_dtype(engine.dtype, device)
     return Job(
         config.network,
         dtype,
@@ -74,20 +100,27 @@ def seconds_a_forward(network: NetworkConfig, dtype: torch.dtype, most: int, dev
 
 
 def _stages(
-    config: RunConfig, device: torch.device, costs: Mapping[str, UpdateCost] = MappingProxyType({})
+    config: RunConfig,
+    device: torch.device,
+    gpu: GpuName | None,
+    costs: Mapping[str, UpdateCost] = MappingProxyType({}),
 ) -> dict[str, Job]:
-    """Return the teacher's training or conversion, where there is one, and the rounds, whose updates cost so much, by their names."""
+    """Return the teacher's training or conversion, where there is one, and the rounds, whose updates cost so much, by their names.
+    UsageError where no time is predicted for the dtype."""
     stages = {}
+    dtype = chosen_dtype(config.engine.dtype, torch.device("cuda") if gpu else device)
+    if gpu and dtype != torch.bfloat16:
+        raise UsageError(f"--gpu {gpu} predicts updates in bf16 alone: leave out --engine.dtype {config.engine.dtype}")
     if not (isinstance(config, DistillConfig) and config.teacher):
         average = config.train.ema > 0
-        stages["teacher"] = _job(config, device, config.train.batch_size, Denoise.cost, average=average)
+        stages["teacher"] = _job(config, dtype, device, config.train.batch_size, Denoise.cost, average=average)
     elif config.convert:
         stages["conversion"] = _job(
-            config, device, config.batch_size, Reparameterize.cost, average=config.train.ema > 0
+            config, dtype, device, config.batch_size, Reparameterize.cost, average=config.train.ema > 0
         )
     for name, cost in costs.items():
         assert isinstance(config, DistillConfig)
-        stages[name] = _job(config, device, config.batch_size, cost, average=config.ema > 0)
+        stages[name] = _job(config, dtype, device, config.batch_size, cost, average=config.ema > 0)
     return stages
 
 
@@ -121,8 +154,35 @@ def _print_communication(stages: Mapping[str, Job]) -> None:
     _print_table("sent by a process, MB an update", columns)
 
 
-def _print_machine(config: RunConfig, device: torch.device, stages: Mapping[str, Job]) -> float:
-    """Network, engine, memory and communication; returns the seconds of a forward and image on all processes."""
+def _print_prediction(gpu: Gpu, stages: Mapping[str, Job]) -> None:
+    """What `gpu.seconds_of_update` says."""
+    columns = {}
+    for name, job in stages.items():
+        kinds = {kind: 1e3 * seconds for kind, seconds in seconds_of_update(gpu, job).items()}
+        columns[name] = kinds | {"in all": sum(kinds.values())}
+    print()
+    _print_table(f"predicted for {gpu.title}, ms/update", columns)
+
+
+def _device_and_forward(config: RunConfig, device: torch.device, gpu: Gpu | None, job: Job) -> tuple[str, float]:
+    """Return what is said of the device, and seconds of a forward of one image in one process."""
+    if gpu is None:
+        forward = seconds_a_forward(config.network, job.dtype, job.micro_batch, device)
+        said = f"{device}: {{}}, measured"
+    else:
+        forward = predicted_forward(gpu, job)
+        if is_counted(config.network):
+            how = "from counted operations and bytes, at rates that were fitted to"
+        else:
+            how = f"at {OF_PEAK:.0%} of the peak, since of this network operations alone are counted; fitted to"
+        said = f"{gpu.title}: {{}}, predicted and not measured: {how} {FITTED}"
+        said += "; communication is not in its times" if job.processes > 1 else ""
+    rate = parameters_and_flops(config.network)[1] / forward / 1e9
+    return said.format(f"{forward * 1e3:.3g} ms a forward and image ({rate:.3g} GFLOP/s)"), forward
+
+
+def _print_machine(config: RunConfig, device: torch.device, gpu: GpuName | None, stages: Mapping[str, Job]) -> _Pace:
+    """Network, engine, memory and communication; returns the pace of the job."""
     parameters, flops = parameters_and_flops(config.network)
     main = list(stages.values())[-1]
     copies = f"{main.copies} cop{'y' if main.copies == 1 else 'ies'} of the network in {main.shards} part{'s' * (main.shards > 1)}"
@@ -136,75 +196,79 @@ def _print_machine(config: RunConfig, device: torch.device, stages: Mapping[str,
         f"engine       {main.processes} process{'es' * (main.processes > 1)}, {copies}; {str(main.dtype).removeprefix('torch.')}, "
         f"micro-batches of {main.micro_batch} images, {kept} ({an_image:.3g} MB an image with {'fused' if main.fused else 'PyTorch'} operations){teacher}"
     )
-    forward = seconds_a_forward(config.network, main.dtype, main.micro_batch, device)
-    print(
-        f"device       {device}: {forward * 1e3:.3g} ms a forward and image ({flops / forward / 1e9:.3g} GFLOP/s), measured\n"
-    )
+    of_gpu = None if gpu is None else GPUS[gpu]
+    said, forward = _device_and_forward(config, device, of_gpu, main)
+    print(f"device       {said}\n")
     _print_memory(stages)
     if main.processes > 1:
         print()
         _print_communication(stages)
+    if of_gpu:
+        _print_prediction(of_gpu, stages)
+    time_column = "predicted" if of_gpu else "time"
     print(
-        f"\n{'stage':<12} {'updates':>10} {'images':>14} {'network evals':>16} {'cost, F':>18} {'time':>12}   "
+        f"\n{'stage':<12} {'updates':>10} {'images':>14} {'network evals':>16} {'cost, F':>18} {time_column:>12}   "
         "(F: a forward of one image; with its backward, 3)"
     )
-    return forward / main.processes
+    return _Pace(forward / main.processes, of_gpu)
 
 
 def _print_row(name: str, updates: int, images: int, evaluations: float, cost: float, forward: float) -> float:
-    """Print a row of the table; return the cost. forward: seconds of one."""
+    """Print a row of the table; return its seconds. forward: those of one."""
     print(
         f"{name:<12} {updates:>10,} {images:>14,} {round(evaluations):>16,} {round(cost):>18,} {clock(cost * forward):>12}"
     )
-    return cost
+    return cost * forward
 
 
-def _print_stage(name: str, updates: int, job: Job, forward: float) -> float:
-    """Print the row of a stage; return its cost in forwards."""
+def _print_stage(name: str, updates: int, job: Job, pace: _Pace) -> float:
+    """Print the row of a stage; return its seconds."""
     images = updates * job.batch_size
-    return _print_row(name, updates, images, job.cost.evaluations * images, job.cost.flops * images, forward)
+    return _print_row(name, updates, images, job.cost.evaluations * images, job.cost.flops * images, pace.of(job))
 
 
-def print_training_plan(config: TrainConfig, device: torch.device) -> None:
-    """The plan of `pdfast.train`."""
+def print_training_plan(config: TrainConfig, device: torch.device, gpu: GpuName | None = None) -> None:
+    """Print the plan of `pdfast.train`, predicted for a GPU where one is named."""
     if not is_rank0():
         return
-    stages = _stages(config, device)
+    stages = _stages(config, device, gpu)
     print(f"plan of {config.run}: a teacher for {config.data}")
-    forward = _print_machine(config, device, stages)
-    cost = _print_stage("teacher", config.train.updates, stages["teacher"], forward)
-    print(f"\nexpected time {clock(cost * forward)} and the evaluation of {config.evaluation.num_samples:,} images")
+    pace = _print_machine(config, device, gpu, stages)
+    seconds = _print_stage("teacher", config.train.updates, stages["teacher"], pace)
+    expected = pace.said(f"expected time {clock(seconds)}")
+    print(f"\n{expected}, and the evaluation of {config.evaluation.num_samples:,} images")
 
 
-def print_distillation_plan(config: DistillConfig, method_of: MethodOfRound, device: torch.device) -> None:
-    """Print the plan of `pdfast.distill` with those methods."""
+def print_distillation_plan(
+    config: DistillConfig, method_of: MethodOfRound, device: torch.device, gpu: GpuName | None = None
+) -> None:
+    """Print the plan of `pdfast.distill` with those methods, predicted for a GPU where one is named."""
     if not is_rank0():
         return
     costs = {steps: method_of(config, steps).round_cost(config, steps) for steps in config.round_steps}
     different = list(dict.fromkeys(costs.values()))
     names = {cost: "rounds" if len(different) == 1 else f"to {_first(costs, cost)}" for cost in different}
-    stages = _stages(config, device, {name: cost for cost, name in names.items()})
+    stages = _stages(config, device, gpu, {name: cost for cost, name in names.items()})
     print(
         f"plan of {config.run}: {config.rounds} rounds, {config.start_steps} -> {config.end_steps} steps, on {config.data}"
     )
-    forward = _print_machine(config, device, stages)
-    config = with_updates(config, method_of, lambda: forward)
+    pace = _print_machine(config, device, gpu, stages)
+    config = with_updates(config, method_of, lambda: pace.of(list(stages.values())[-1]))
     total = 0.0
     for name, updates in (("teacher", config.train.updates), ("conversion", config.convert_updates)):
         if name in stages:
-            total += _print_stage(name, updates, stages[name], forward)
+            total += _print_stage(name, updates, stages[name], pace)
     for steps, cost in costs.items():
         if before := method_of(config, steps).evaluations_before(config, steps):
-            total += _print_row("pairs", 0, cost.kept_targets, before, before, forward)
-        total += _print_stage(count_steps(steps), config.updates_at(steps), stages[names[cost]], forward)
+            total += _print_row("pairs", 0, cost.kept_targets, before, before, pace.forward)
+        total += _print_stage(count_steps(steps), config.updates_at(steps), stages[names[cost]], pace)
     evaluated = [n for n in config.round_steps if n <= config.evaluation.max_steps]
     draws = (
         config.first_steps + 2 * sum(config.round_steps if not evaluated else evaluated)
     ) * config.evaluation.num_samples
-    _print_row("evaluation", 0, 0, draws, draws, forward)
-    print(
-        f"\nexpected time {clock((total + draws) * forward)} (training {clock(total * forward)}, evaluation {clock(draws * forward)})"
-    )
+    evaluation = _print_row("evaluation", 0, 0, draws, draws, pace.forward)
+    expected = pace.said(f"expected time {clock(total + evaluation)}")
+    print(f"\n{expected} (training {clock(total)}, evaluation {clock(evaluation)})")
 
 
 def _first(costs: Mapping[int, UpdateCost], cost: UpdateCost) -> int:

@@ -25,8 +25,6 @@ ENDS = "f32f32_f32f32|sgemm|float_nhwc|<float, float, |winograd|wgrad_alg1|Reduc
 CHANGED = ("ends", "group_norm", "attention", "compiled by Inductor", "copies", "in all")
 """Kinds whose code is another than that of results whose names end in `before`."""
 
-LABELS = {"ms": "predicted", "measured_ms": "measured"}
-
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser("benchmarks.predict", description="An update's time on a GPU by kind of work, predicted.")
@@ -43,11 +41,11 @@ def main(arguments: list[str] | None = None) -> int:
     before = file is not None and file.stem.endswith("before")
     said = {"preset": options.preset, "batch": options.batch, "predicted for": gpu.title, "fitted to": FITTED}
     said |= {"measured": str(file.relative_to(ROOT))} if file else {}
-    numbers = "{ms:9.2f} ms predicted" + "{measured_ms:9.2f} measured {ratio:6.2f} of it {note}" * bool(seen)
+    numbers = "{predicted_ms:9.2f} ms predicted" + "{measured_ms:9.2f} measured {ratio:6.2f} of it {note}" * bool(seen)
     report = Report(options.json, said | header(), "{kind:<22}", numbers)
     for kind, of_kind in (seconds | {"in all": total}).items():
-        row: Row = {"kind": kind, "ms": 1e3 * of_kind, "note": "*" if before and kind in CHANGED else ""}
-        report.add(row | ({"measured_ms": seen[kind], "ratio": row["ms"] / seen[kind]} if seen else {}))
+        row: Row = {"kind": kind, "predicted_ms": 1e3 * of_kind, "note": "*" if before and kind in CHANGED else ""}
+        report.add(row | ({"measured_ms": seen[kind], "ratio": row["predicted_ms"] / seen[kind]} if seen else {}))
     if before:
         print("* measured before these kernels were changed: a prediction is of the present code")
     rates = {"tflop_s": flops / total / 1e12, "mfu": flops / gpu.flops / total, "floor_ms": 1e3 * flops / gpu.flops}
@@ -63,9 +61,8 @@ def measured(gpu: str, preset: str, batch: int) -> tuple[Path | None, dict[str, 
     """The newest result of such an update, and its milliseconds by kind; no file and nothing where there is none."""
     folder = ROOT / "benchmarks" / "results" / gpu
     found = {file: json.loads(file.read_text()) for file in folder.glob("*.json")}
-    of, none = {"preset": preset, "batch": batch}, dict[str, Any]()
-    fitting = [file for file in found if of.items() <= found[file].get("update", none).items()]
-    if not fitting:
+    of = {"preset": preset, "batch": batch}.items()
+    if not (fitting := [file for file in found if of <= found[file].get("update", {}).items()]):
         return None, {}
     file = max(fitting, key=lambda file: found[file]["header"]["date"])
     update = found[file]["update"]
@@ -80,10 +77,10 @@ def measured(gpu: str, preset: str, batch: int) -> tuple[Path | None, dict[str, 
 
 def draw(axes: Any, rows: list[Row], title: str) -> None:
     """A bar a kind, and below it what was measured, where something was."""
-    for key, up, colour in (("ms", 0.2, STUDENT), ("measured_ms", -0.2, TEACHER)):
+    for key, up, colour in (("predicted_ms", 0.2, STUDENT), ("measured_ms", -0.2, TEACHER)):
         if key in rows[0]:
             places = [up - place for place in range(len(rows))]
-            axes.barh(places, [row[key] for row in rows], 0.4, color=colour, label=LABELS[key])
+            axes.barh(places, [row[key] for row in rows], 0.4, color=colour, label=key.removesuffix("_ms"))
     axes.set_yticks([-place for place in range(len(rows))], [row["kind"] for row in rows])
     axes.set_xlabel(f"ms an update: {title}")
     axes.legend(frameon=False)

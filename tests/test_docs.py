@@ -51,6 +51,7 @@ TINY_TEACHER = ["--train.updates", "2", "--train.batch-size", "16", "--train.war
 SMALL = {
     "benchmarks.kernels": "--device cpu --seconds 0.001 --samples 1 --providers pdfast --mode fwd",
     "benchmarks.loader": "--device cpu --image-size 4 --batch 1 --seconds 0.05 --workers 0 --loaders portable",
+    "benchmarks.predict": "",
     "benchmarks.recipes": "--list",
     "benchmarks.static": "--quick --op ddim_step",
     "benchmarks.busy": "--list",

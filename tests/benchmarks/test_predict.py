@@ -51,6 +51,22 @@ def test_nothing_is_measured_elsewhere(flags, tmp_path, capsys):
     assert " measured" not in capsys.readouterr().out.replace("not measured", "")
 
 
+def test_the_page_has_these_numbers(tmp_path):
+    """Those of docs/results.md, a column an update."""
+    columns, rates = [], []
+    for preset in ("cifar10", "imagenet64"):
+        for gpu in ("h200", "h100"):
+            rows, report = predicted(tmp_path, "--preset", preset, "--gpu", gpu)
+            if gpu == "h200":
+                columns.append([f"{row['measured_ms']:.2f} {row['note']}".strip() for row in rows.values()])
+            columns.append([f"{row['predicted_ms']:.2f}" for row in rows.values()])
+            rates.append((f"{report['tflop_s']:.0f}", f"({report['mfu']:.1%})".replace("%", " %")))
+    page = (predict.ROOT / "docs" / "results.md").read_text()
+    for kind, *cells in zip(rows, *columns, strict=True):
+        assert f"| {kind} | {' | '.join(cells)} |" in page.splitlines()
+    assert all(text in page for rate in rates for text in rate)
+
+
 @pytest.mark.parametrize("flags", [["--gpu", "v100"], ["--batch", "0"], ["--plot", "/nowhere/kinds.svg"]])
 def test_refusals(flags, capsys):
     with pytest.raises(SystemExit, match="2"):

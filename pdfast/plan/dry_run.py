@@ -177,8 +177,9 @@ def _device_and_forward(config: RunConfig, device: torch.device, gpu: Gpu | None
             how = f"at {OF_PEAK:.0%} of the peak, since of this network operations alone are counted; fitted to"
         said = f"{gpu.title}: {{}}, predicted and not measured: {how} {FITTED}"
         said += "; communication is not in its times" if job.processes > 1 else ""
-    rate = parameters_and_flops(config.network)[1] / forward / 1e9
-    return said.format(f"{forward * 1e3:.3g} ms a forward and image ({rate:.3g} GFLOP/s)"), forward
+    rate = parameters_and_flops(config.network)[1] / forward
+    shown = f"{rate / 1e9:.3g} GFLOP/s" if gpu is None else f"{rate / 1e12:.3g} TFLOP/s"
+    return said.format(f"{forward * 1e3:.3g} ms a forward and image ({shown})"), forward
 
 
 def _print_machine(config: RunConfig, device: torch.device, gpu: GpuName | None, stages: Mapping[str, Job]) -> _Pace:

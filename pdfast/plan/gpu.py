@@ -28,7 +28,7 @@ GpuName = Literal["h200", "h100", "b200", "a100"]
 
 
 class Gpu(NamedTuple):
-    """arch: compute capability. flops, bandwidth: dense bf16 operations and bytes a second, as its maker states them."""
+    """Dense bf16 operations and bytes a second, as its maker states them. arch: its compute capability, 90 for 9.0."""
 
     title: str
     arch: int
@@ -75,7 +75,7 @@ COPIES = ("_to_copy", "cat", "clone", "copy_")
 
 
 class Kernel(NamedTuple):
-    """kind: of SHARES. waste: operations in all, of those that count."""
+    """A call on the GPU: its kind (of SHARES), operations and bytes. waste: operations that it does for each that counts."""
 
     kind: str
     flops: float
@@ -88,7 +88,7 @@ class Kernel(NamedTuple):
 
 
 class _Kernels(TorchDispatchMode):
-    """Lists those of what runs within it, as they would be on sm_`arch`."""
+    """Lists the kernels of what runs within it, as they would be on sm_`arch`."""
 
     def __init__(self, network: Any, arch: int) -> None:
         super().__init__()

@@ -118,7 +118,7 @@ def test_a_network_that_is_not_counted_by_kind(capsys, monkeypatch):
     config, extra = train_arguments()
     print_training_plan(replace(config, network=job.network), torch.device("cpu"), extra.gpu)
     (device,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("device"))
-    assert "an H200: 2.33e-05 ms a forward and image (3.86e+05 GFLOP/s), predicted" in device
+    assert "an H200: 2.33e-05 ms a forward and image (386 TFLOP/s), predicted" in device
     assert "at 39% of the peak, since of this network operations alone are counted; fitted to one H200's" in device
 
 

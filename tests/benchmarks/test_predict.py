@@ -44,7 +44,7 @@ def test_imagenet64_of_before_later_changes(tmp_path, capsys):
     assert "* measured before these kernels were changed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", [["--gpu", "h100"], ["--batch", "64"]])
+@pytest.mark.parametrize("flags", [["--gpu", "h100"], ["--preset", "digits"]])
 def test_nothing_is_measured_elsewhere(flags, tmp_path, capsys):
     rows, report = predicted(tmp_path, *flags)
     assert all(row.keys() == {"predicted_ms", "note"} for row in rows.values()) and "measured" not in report["header"]

@@ -34,10 +34,10 @@ def flops_of(listed):
 def test_operations_are_those_of_another_count(preset):
     """The backward makes twice those of the forward, but for the gradient of the images, and attention's scores again."""
     network = PRESETS[preset].network
-    forward, backward = kernels(network, BF16, 8, 90)
-    assert flops_of(forward) == 8 * parameters_and_flops(network)[1]
+    forward, backward = kernels(network, BF16, 128, 90)
+    assert flops_of(forward) == 128 * parameters_and_flops(network)[1]
     again = flops_of(kernel for kernel in forward if kernel.kind == "attention") / 2
-    conv_in = 2 * 8 * 9 * network.image_channels * network.channels * network.image_size**2
+    conv_in = 2 * 128 * 9 * network.image_channels * network.channels * network.image_size**2
     assert flops_of(backward) == pytest.approx(2 * flops_of(forward) + again - conv_in, rel=1e-3)
 
 
@@ -85,8 +85,8 @@ def test_ends_take_what_was_measured(preset, images):
     rows = json.loads((RESULTS / "first.json").read_text())["rows"]
     ms = {(r["end"], r["of"]): r["ms"] for r in rows if (r["network"], r["by"]) == (preset, "products")}
     ms["conv_out", "weight gradient"] = 0  # that row, and the input's, computed both
-    measured = sum(time * (3 if of == "forward" else 1) for (_, of), time in ms.items())
-    predicted = 1e3 * seconds_of_update(H200, replace(JOB, network=PRESETS[preset].network, batch_size=images))["ends"]
+    measured = sum(time * (3 if of == "forward" else 1) for (_, of), time in ms.items()) * 128 / images
+    predicted = 1e3 * seconds_of_update(H200, replace(JOB, network=PRESETS[preset].network))["ends"]
     assert predicted == pytest.approx(measured, rel=0.1)
 
 

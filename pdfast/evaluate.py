@@ -227,7 +227,8 @@ def main() -> None:
         seed=seed,
         world=World(device),
     )
-    set_run_reference(evaluator, arguments, run, (settings.num_samples, *first.config.image_shape))
+    if not arguments.guidance:
+        set_run_reference(evaluator, arguments, run, (settings.num_samples, *first.config.image_shape))
     rows = []
     print(_line("", "steps", *evaluator.names.values(), "precision", "recall", "ms a sample"))
     values: list[float | None] = [*arguments.guidance] or [None]

@@ -26,6 +26,7 @@ from pdfast.engine.loop import Method, Stage
 from pdfast.methods import kept
 from pdfast.methods import Denoise, Distillation, KeptProgressive, Pairs, Progressive, Reparameterize, RoundTable, Tract
 from pdfast.networks import UNet
+from pdfast.networks.guided import Guided, GuidedConfig
 from pdfast.networks.layers import ResBlock
 from pdfast.networks import edm_unet
 from pdfast.recipes import preset
@@ -55,7 +56,7 @@ def table(steps: int, method: type[Distillation] = Progressive) -> StepTable:
 
 def waits(images: ResidentImages, method: Method, average: torch.nn.Module, losses: Losses) -> list[str]:
     """Of the second update: the first fills what is kept. average: of the student, that the optimizer keeps."""
-    batch = TrainingBatch(images, WORLD, CONFIG, seed=0, batch_size=BATCH, flip=True)
+    batch = TrainingBatch(images, WORLD, method.student.config, seed=0, batch_size=BATCH, flip=True)
     if isinstance(method, Pairs):
         method.start_from(2, table(2, Pairs), lambda steps: method.teacher.state_dict(), batch)
         method.begin(batch, STAGE, types.SimpleNamespace(say=lambda text: None))
@@ -78,6 +79,7 @@ def of_updates() -> dict[str, list[str]]:
         [z] * (len(phi) - 1)
     )  # it looks at the angles' values, before the round
     student, teacher, average = (to_fake(network) for network in NETWORKS)
+    guided_student, guided_teacher, guided_average = (to_fake(network) for network in GUIDED_NETWORKS)
     losses, rows = Losses(WORLD), RoundTable(table(8))
     rows.set(table(2))
 
@@ -90,13 +92,16 @@ def of_updates() -> dict[str, list[str]]:
         "transitive closure": Tract(student, teacher, RoundTable(table(2, Tract))),
         "a conversion": Reparameterize(student, teacher, (0.2, 1.5), 1.55),
         "a teacher": Denoise(student, Cosine(), "snr"),
+        "a teacher without classes at times": Denoise(guided_student, Cosine(), "snr", label_dropout=0.1),
+        "a guided round": Progressive(guided_student, Guided(GuidedConfig(GUIDED, (0.0, 4.0)), guided_teacher), rows),
         "a teacher of a table": Denoise(student, TABULATED, "snr"),
     }
     for method in methods.values():
         if isinstance(method, Distillation):
             method.config, method.machine = CONFIGURED, ALONE
     methods["transitive closure"].average = average
-    found = {name: waits(images(0.5), method, average, losses) for name, method in methods.items()}
+    averages = {student: average, guided_student: guided_average}
+    found = {name: waits(images(0.5), method, averages[method.student], losses) for name, method in methods.items()}
     return found | {"a round from the host's memory": waits(images(0.0), methods["a round"], average, losses)}
 
 
@@ -134,7 +139,10 @@ def atomics() -> dict[str, list[int]]:
 
 
 UPSAMPLING = upsampling()
-NETWORKS = [UNet(CONFIG), *(UNet(CONFIG).requires_grad_(False) for _ in range(2))]
+GUIDED = CONFIG.changed(null_label=CONFIG.num_classes, guidance=(0.0, 4.0))
+NETWORKS, GUIDED_NETWORKS = (
+    [UNet(config), *(UNet(config).requires_grad_(False) for _ in range(2))] for config in (CONFIG, GUIDED)
+)
 TABLES = {
     (Progressive, 8): build_step_table(Cosine(), 8, "v", "truncated_snr"),
     (Progressive, 2): build_step_table(Cosine(), 2, "v", "truncated_snr"),

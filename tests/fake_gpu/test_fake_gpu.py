@@ -39,7 +39,7 @@ def report(tmp_path_factory):
 
 
 def test_the_host_never_waits_for_the_device_in_an_update(report):
-    assert len(report["waits"]) == 8 and not any(report["waits"].values()), report["waits"]
+    assert len(report["waits"]) == 10 and not any(report["waits"].values()), report["waits"]
 
 
 def test_a_wait_is_seen(report):

@@ -152,7 +152,7 @@ def plot(rows: list[Row], steps: int = 1) -> str:
             curves.setdefault(row["variant"], {}).setdefault(row["kF"], []).append(row["ratio"])
 
     def draw(axes: Any) -> None:
-        import matplotlib
+        import matplotlib.ticker
 
         colours = matplotlib.colormaps["tab20"]
         for i, (name, points) in enumerate(curves.items()):
@@ -166,6 +166,9 @@ def plot(rows: list[Row], steps: int = 1) -> str:
                 label=name,
             )
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(lambda value, place: f"{value:,.0f}")
+        axes.xaxis.set_minor_formatter("")
         logarithmic(axes)
         axes.set_xlabel("cost of all rounds, thousand forwards of an image")
         axes.set_ylabel(f"FD at {count_steps(steps)} / the teacher's")

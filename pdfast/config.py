@@ -9,7 +9,7 @@ import yaml
 
 from pdfast.data import LoaderName
 from pdfast.diffusion import Weighting
-from pdfast.flags import OptionalFloat, OptionalInt, OptionalPath, OptionalString, arg
+from pdfast.flags import OptionalFloat, OptionalInt, OptionalPath, OptionalString, arg, leave_out
 from pdfast.io.plain import unstructure
 from pdfast.io.run_folder import RunFolder
 from pdfast.networks import ModelConfig, NetworkConfig
@@ -24,6 +24,8 @@ from pdfast.rounds import (
     parse_updates,
 )
 from pdfast.schedule_config import ScheduleConfig
+
+leave_out(NetworkConfig, "null_label", "guidance")  # which --train.label-dropout and --guidance say
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ __all__ = [
     "Positional",
     "Suppress",
     "arg",
+    "leave_out",
     "reader",
 ]
 
@@ -35,6 +36,13 @@ OptionalFloat = Annotated[float | None, arg(metavar="FLOAT")]
 OptionalInt = Annotated[int | None, arg(metavar="INT")]
 OptionalString = Annotated[str | None, arg(metavar="STR")]
 OptionalPath = Annotated[Path | None, arg(metavar="PATH")]
+
+
+def leave_out(configuration: type, *fields: str) -> None:
+    """Have no flags for fields of a configuration, whose own module knows nothing of command lines."""
+    for name in fields:
+        kind: Any = configuration.__annotations__[name]
+        configuration.__annotations__[name] = Annotated[kind, Suppress]
 
 
 def reader() -> ModuleType:

@@ -47,11 +47,11 @@ def reached_from(module: str) -> set[str]:
 
 
 LAYERS = [
-    ("io", "flags"),
+    ("io",),
     ("diffusion", "loss"),
     ("networks",),
     ("data",),
-    ("diffusers_tables", "own_code", "schedule_config", "rounds", "config"),
+    ("flags", "diffusers_tables", "own_code", "schedule_config", "rounds", "config"),
     ("engine",),
     ("methods",),
     ("pretrained",),

@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pdfast.diffusion import Prediction, outputs_per_channel
-from pdfast.flags import Suppress
 from pdfast.io.bounds import NETWORK
 from pdfast.networks.layers import Attention, Conv2d, GroupNorm, Linear, ResBlock, guidance_embedding, time_embedding
 from pdfast.networks.network import ModelConfig, Network
@@ -43,9 +42,9 @@ class NetworkConfig(ModelConfig):
     """Classes for conditioning; 0 for an unconditional model."""
     image_width: int | None = None
     """Width in pixels, where it is not image_size; attention_resolutions are heights."""
-    null_label: Annotated[int | None, Suppress] = None
+    null_label: int | None = None
     """The label by which it is told no class, num_classes, where it was trained so."""
-    guidance: Annotated[tuple[float, ...] | None, Suppress] = None
+    guidance: tuple[float, ...] | None = None
     """Of classifier-free guidance inside it: g; or the least and the largest g, where g is an input; None for none."""
     takes_guidance: ClassVar[bool] = True
 

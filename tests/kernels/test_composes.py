@@ -4,6 +4,7 @@ In the interpreter, with the results of the operation by itself as what is expec
 """
 
 import copy
+import os
 
 import pytest
 import torch
@@ -201,6 +202,7 @@ def sharded(rank: int, mode: str, store: str) -> None:
                 assert torch.allclose(p.full_tensor(), other, rtol=1e-5, atol=1e-6)
     finally:
         dist.destroy_process_group()
+    os._exit(0)  # as the commands end: a thread of gloo's that outlives the interpreter would abort the process
 
 
 def step(network: nn.Module, gradients: list[Tensor], whole: nn.Module) -> None:

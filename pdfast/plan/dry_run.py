@@ -264,9 +264,9 @@ def print_distillation_plan(
             total += _print_row("pairs", 0, cost.kept_targets, before, before, pace.forward)
         total += _print_stage(count_steps(steps), config.updates_at(steps), stages[names[cost]], pace)
     evaluated = [n for n in config.round_steps if n <= config.evaluation.max_steps]
-    draws = (
-        config.first_steps + 2 * sum(config.round_steps if not evaluated else evaluated)
-    ) * config.evaluation.num_samples
+    drawn = sum(evaluated or config.round_steps)  # by the students, and as much by the teacher
+    by_teacher = config.forwards_of(config.first_steps) * (config.first_steps + drawn)
+    draws = (by_teacher + drawn) * config.evaluation.num_samples
     evaluation = _print_row("evaluation", 0, 0, draws, draws, pace.forward)
     expected = pace.said(f"expected time {clock(total + evaluation)}")
     print(f"\n{expected} (training {clock(total)}, evaluation {clock(evaluation)})")

@@ -11,6 +11,7 @@ import pytest
 
 import pdfast
 from tests.commands import ROOT
+from tests.distributions import build, copied
 
 FILES = ["Makefile", "pyproject.toml", "setup.py", "constraints.txt", ".ci/environment"]
 
@@ -141,9 +142,7 @@ def test_kernels_must_stay_a_bare_folder(checkout):
 def built(tmp_path_factory):
     """The folder of what `python -m build` makes: the source distribution, and the wheel made of that."""
     folder = tmp_path_factory.mktemp("built")
-    source = folder / "source"
-    left_out = (".venv", ".git", "runs", "*.egg-info", "build", "dist", "__pycache__", ".*_cache")
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*left_out))
+    source = copied(folder)
     caches = "pdfast/__pycache__/cli.cpython-311.pyc", "tests/__pycache__/a.pyc"
     of_kernels = (
         "kernels/build/lib/pdfast_kernels/a.py",
@@ -153,9 +152,7 @@ def built(tmp_path_factory):
     for stray in ("runs/digits/config.yaml", *caches, *of_kernels):
         (source / stray).parent.mkdir(parents=True)
         (source / stray).touch()
-    command = [sys.executable, "-m", "build", "--outdir", str(folder), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    build(source, folder)
     return folder
 
 

@@ -1,6 +1,5 @@
 """The distribution of the kernels alone, beside which pdfast, which has them too, refuses to be imported."""
 
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -13,6 +12,7 @@ import pdfast
 from pdfast.io.errors import UsageError
 from pdfast.io.installation import check_owner_of_kernels
 from tests.commands import ROOT, environment
+from tests.distributions import build, copied
 
 REFUSED = "pdfast and pdfast-kernels are both installed in"
 
@@ -51,13 +51,9 @@ def test_two_distributions_with_the_same_files_are_refused(tmp_path):
 def wheels(tmp_path_factory):
     """The two wheels by the names of their distributions, built as for a release."""
     folder = tmp_path_factory.mktemp("wheels")
-    source = folder / "source"
-    left_out = (".venv", ".git", "runs", "*.egg-info", "build", "dist", "__pycache__", ".*_cache")
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*left_out))
+    source = copied(folder)
     for project in (source, source / "kernels"):
-        command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(project)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        build(project, folder, "--wheel")
     return {name: next(folder.glob(f"{name}-*.whl")) for name in ("pdfast", "pdfast_kernels")}
 
 

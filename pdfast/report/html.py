@@ -64,7 +64,7 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
         return "", {}
     try:
         config = load_yaml(path)
-        return read_text(path), config | fields_of(DistillConfig, config, ("rounds", "data"), str(path))
+        return read_text(path), config | fields_of(DistillConfig, config, ("rounds", "data", "guidance"), str(path))
     except UsageError as error:
         warnings.warn(f"left out of the report: {error}", stacklevel=2)
         return "", {}
@@ -195,7 +195,7 @@ def _rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _headline(teacher: Stage | None, students: list[Stage], rounds: int | None) -> str:
+def _headline(teacher: Stage | None, students: list[Stage], rounds: int | None, guided: bool) -> str:
     if teacher is None:
         return "The teacher is being trained."
     start = teacher.metrics["evaluation"][0]
@@ -204,9 +204,10 @@ def _headline(teacher: Stage | None, students: list[Stage], rounds: int | None) 
         return f"The teacher reaches {space} {start['fd']:.2f} in {count_steps(start['steps'])}; the first round is under way."
     last = students[-1]
     fd = last.metrics["evaluation"][0]["fd"]
+    evaluations = start["steps"] * (2 if guided else 1)
     text = (
         f"In {count_steps(last.steps)} the student reaches {space} {fd:.2f}, {_times(fd, start['fd']):.2f} times its teacher's "
-        f"{start['fd']:.2f} in {count_steps(start['steps'])}, with 1/{start['steps'] // last.steps} of the network evaluations."
+        f"{start['fd']:.2f} in {count_steps(start['steps'])}, with 1/{evaluations // last.steps} of the network evaluations."
     )
     ddim = next((row["fd"] for row in teacher.metrics["evaluation"] if row["steps"] == last.steps), None)
     if ddim is not None:
@@ -242,7 +243,7 @@ def build_report(run: Path) -> Path:
     )
     page = environment.get_template("report.html.jinja").render(
         name=config.get("data", run.name),
-        headline=_headline(teacher, students, config.get("rounds")),
+        headline=_headline(teacher, students, config.get("rounds"), config.get("guidance") not in (None, "1")),
         facts=teacher.metrics if teacher else None,
         rows=_rows(teacher, students),
         keeps_seeds=any(s.metrics["evaluation"][0].get("feature_distance") is not None for s in students),

@@ -164,6 +164,7 @@ def test_a_run_from_teacher_to_export(guided_run, tmp_path, capsys):
     run, guidance = guided_run
     ranged = guidance == "0..4"
     values = [0.0, 4.0] if ranged else [2.0]
+    assert "with 1/16 of the network evaluations" in (run / "report.html").read_text(), "8 steps of two calls"
     teacher = json.loads((run / "teacher/config.json").read_text())["network"]
     student = json.loads((run / "students/0001/config.json").read_text())["network"]
     assert (teacher["kind"], teacher["guidance"], teacher["network"]["guidance"]) == ("guided", values, None)
